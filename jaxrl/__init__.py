@@ -1,0 +1,1 @@
+"""Safe reinforcement learning of language models in JAX."""
