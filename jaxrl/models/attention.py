@@ -1,0 +1,128 @@
+"""Grouped-query attention in the three layouts that reinforcement learning needs.
+
+Queries are [..., heads, head_dim], keys and values [..., kv_heads, head_dim]; scores and
+softmax are float32 whatever the compute dtype. What a layout shares it computes once: the G
+completions of a prompt attend to one copy of the prompt's keys and values.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+_MASKED = -1e30  # finite: a padding query, which sees nothing, must not become NaN
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, [..., kv_heads, head_dim] each."""
+
+    key: Float[Array, "*batch K d"]
+    value: Float[Array, "*batch K d"]
+
+
+def _group(query: Float[Array, "*batch Q d"], kv_heads: int) -> Float[Array, "*batch K h d"]:
+    """Splits query heads into groups that share one key head, scaled by 1/√d."""
+    *batch, heads, head_dim = query.shape
+    scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    return scaled.reshape(*batch, kv_heads, heads // kv_heads, head_dim)
+
+
+def _merge(out: Float[Array, "*batch K h d"]) -> Float[Array, "*batch Q d"]:
+    *batch, kv_heads, group, head_dim = out.shape
+    return out.reshape(*batch, kv_heads * group, head_dim)
+
+
+def causal(
+    query: Float[Array, "N S Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "N S"],
+) -> Float[Array, "N S Q d"]:
+    """Causal attention within segments.
+
+    Args:
+      query: rotated queries.
+      kv: rotated keys, and values, [N, S, K, d].
+      segments: 0 marks padding; a token sees earlier tokens of its own segment only.
+    """
+    steps = jnp.arange(query.shape[1])
+    visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] != 0)
+    visible &= steps[:, None] >= steps[None, :]
+    grouped = _group(query, kv.key.shape[-2])
+    scores = jnp.einsum("nskhd,ntkd->nkhst", grouped, kv.key, preferred_element_type=jnp.float32)
+    weights = _softmax(scores, visible[:, None, None]).astype(query.dtype)
+    return _merge(jnp.einsum("nkhst,ntkd->nskhd", weights, kv.value))
+
+
+def after_prompt(
+    query: Float[Array, "B G T Q d"],
+    prompt: KeyValue,
+    prompt_mask: Bool[Array, "B P"],
+    own: KeyValue,
+) -> Float[Array, "B G T Q d"]:
+    """Completions attend to their whole prompt, and causally to themselves.
+
+    Args:
+      query: rotated queries of the completions.
+      prompt: keys and values of the prompts, [B, P, K, d].
+      prompt_mask: True on real prompt tokens.
+      own: keys and values of the completions, [B, G, T, K, d]. Padding stands on the right,
+        where causality hides it from every real token.
+    """
+    steps = jnp.arange(query.shape[2])
+    grouped = _group(query, own.key.shape[-2])
+    to_prompt = jnp.einsum(
+        "bgtkhd,bpkd->bkghtp", grouped, prompt.key, preferred_element_type=jnp.float32
+    )
+    to_own = jnp.einsum(
+        "bgtkhd,bgskd->bkghts", grouped, own.key, preferred_element_type=jnp.float32
+    )
+    visible = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], to_prompt.shape)
+    causal_mask = jnp.broadcast_to(steps[:, None] >= steps[None, :], to_own.shape)
+    weights = _softmax(
+        jnp.concatenate([to_prompt, to_own], axis=-1),
+        jnp.concatenate([visible, causal_mask], axis=-1),
+    ).astype(query.dtype)
+    on_prompt, on_own = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
+    out = jnp.einsum("bkghtp,bpkd->bgtkhd", on_prompt, prompt.value)
+    out += jnp.einsum("bkghts,bgskd->bgtkhd", on_own, own.value)
+    return _merge(out)
+
+
+def one_token(
+    query: Float[Array, "B G Q d"],
+    prompt: KeyValue,
+    prompt_mask: Bool[Array, "B P"],
+    own: KeyValue,
+    step: Int32[Array, ""],
+) -> Float[Array, "B G Q d"]:
+    """The newest token of each completion attends to its prompt and to what it wrote so far.
+
+    Args:
+      query: rotated queries of the newest token.
+      prompt: keys and values of the prompts, [B, K, P, d].
+      prompt_mask: True on real prompt tokens.
+      own: cache of the completions, [B, G, K, T, d]; entries after `step` are not yet written.
+      step: index of the newest token.
+    """
+    grouped = _group(query, own.key.shape[2])
+    to_prompt = jnp.einsum(
+        "bgkhd,bkpd->bgkhp", grouped, prompt.key, preferred_element_type=jnp.float32
+    )
+    to_own = jnp.einsum("bgkhd,bgktd->bgkht", grouped, own.key, preferred_element_type=jnp.float32)
+    visible = jnp.broadcast_to(prompt_mask[:, None, None, None, :], to_prompt.shape)
+    written = jnp.broadcast_to(jnp.arange(to_own.shape[-1]) <= step, to_own.shape)
+    weights = _softmax(
+        jnp.concatenate([to_prompt, to_own], axis=-1),
+        jnp.concatenate([visible, written], axis=-1),
+    ).astype(query.dtype)
+    on_prompt, on_own = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
+    out = jnp.einsum("bgkhp,bkpd->bgkhd", on_prompt, prompt.value)
+    out += jnp.einsum("bgkht,bgktd->bgkhd", on_own, own.value)
+    return _merge(out)
+
+
+def _softmax(
+    scores: Float32[Array, "*batch S"], visible: Bool[Array, "*batch S"]
+) -> Float32[Array, "*batch S"]:
+    return jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)

@@ -1,0 +1,141 @@
+"""Shape and options of the decoder: everything that is fixed before it is compiled."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context a model was trained on.
+
+    Attributes:
+      kind: "linear" (arXiv:2306.15595), "llama3" (Llama 3.1's piecewise rule) or "yarn"
+        (arXiv:2309.00071); "none" leaves the frequencies alone.
+      factor: how many times longer the context becomes, ≥ 1.
+      original_max_len: context of the unscaled model, in tokens ("llama3" and "yarn").
+      low_freq_factor, high_freq_factor: bounds of Llama 3.1's interpolated band, in
+        wavelengths per original context.
+      beta_fast, beta_slow: bounds of YaRN's ramp, in rotations per original context.
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_len: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"RoPE scaling stretches: factor must be ≥ 1, got {self.factor=}")
+
+    @property
+    def attention_factor(self) -> float:
+        """Scale of the rotated queries and keys (YaRN's temperature, eq. 22); 1 elsewhere."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.kind == "yarn" else 1.0
+
+    def frequencies(self, head_dim: int, theta: float) -> np.ndarray:
+        """Angular frequency of each rotary pair.
+
+        Args:
+          head_dim: width of a head; even.
+          theta: base of the geometric series, 1e4 in RoFormer (arXiv:2104.09864).
+
+        Returns:
+          float32 [head_dim / 2], in radians per position.
+        """
+        plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        stretched = plain / self.factor
+        if self.kind == "none":
+            scaled = plain
+        elif self.kind == "linear":
+            scaled = stretched
+        elif self.kind == "llama3":
+            turns = self.original_max_len * plain / (2 * np.pi)
+            ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            keep = np.clip(ramp, 0.0, 1.0)
+            scaled = keep * plain + (1 - keep) * stretched
+        else:
+            scaled = self._yarn(plain, stretched, head_dim, theta)
+        return scaled.astype(np.float32)
+
+    def _yarn(
+        self, plain: np.ndarray, stretched: np.ndarray, head_dim: int, theta: float
+    ) -> np.ndarray:
+        def pair_with_rotations(rotations: float) -> float:
+            wavelength = self.original_max_len / (rotations * 2 * np.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+        low = max(math.floor(pair_with_rotations(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with_rotations(self.beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        return (1 - ramp) * plain + ramp * stretched
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder of the Llama and Qwen families.
+
+    Attributes:
+      vocab_size: size of the tokenizer's vocabulary.
+      layers: decoder blocks.
+      embed: width D of the residual stream.
+      heads: query heads.
+      kv_heads: key and value heads, a divisor of `heads` (grouped-query attention).
+      head_dim: width of one head, even.
+      mlp: width of the SwiGLU feed-forward block.
+      max_len: longest prompt and completion together, in tokens.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: stretch of the rotary frequencies.
+      qk_norm: RMS-normalise queries and keys per head (Qwen3).
+      attention_bias: biases on the query, key and value projections (Qwen2).
+      tie_embeddings: the output projection is the transposed embedding.
+      norm_eps: ε of RMSNorm.
+      compute_dtype: dtype of the matrix products; parameters are always float32.
+      scan_unroll: layers that one iteration of the scan holds; more compile longer and, on
+        CPU, run faster.
+    """
+
+    vocab_size: int
+    layers: int = 4
+    embed: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 384
+    max_len: int = 256
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    qk_norm: bool = False
+    attention_bias: bool = False
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_unroll: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "max_len")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads must divide heads: {self.heads=}, {self.kv_heads=}; "
+                "use kv_heads=heads for multi-head attention"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs: head_dim must be even, got {self.head_dim}")
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the decoder, embeddings counted once when tied."""
+        attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
+        biases = self.head_dim * (self.heads + 2 * self.kv_heads) * self.attention_bias
+        norms = 2 * self.embed + 2 * self.head_dim * self.qk_norm
+        block = attention + biases + norms + 3 * self.embed * self.mlp
+        embeddings = self.vocab_size * self.embed * (1 if self.tie_embeddings else 2)
+        return self.layers * block + embeddings + self.embed

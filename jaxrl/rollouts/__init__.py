@@ -1,0 +1,7 @@
+"""Completions of prompts, with the log-probabilities of the policy that wrote them."""
+
+from jaxrl.rollouts.generate import generate as generate
+from jaxrl.rollouts.generate import generate_from_state as generate_from_state
+from jaxrl.rollouts.sampling import Sampling as Sampling
+from jaxrl.rollouts.sampling import draw as draw
+from jaxrl.rollouts.sampling import truncate as truncate

@@ -1,0 +1,108 @@
+"""Autoregressive generation: prefill once, then one token of every row at a time."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
+
+from jaxrl.models import Cache, Decoder
+from jaxrl.rollouts.sampling import Sampling, draw
+from jaxrl.types import Completions, Prompts
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """State of the generation loop; `hidden` predicts the token of `step`."""
+
+    step: Int32[Array, ""]
+    active: Bool[Array, "B G"]
+    hidden: Float32[Array, "B G D"]
+    cache: Cache
+    tokens: Int32[Array, "T B G"]
+    mask: Bool[Array, "T B G"]
+    log_probs: Float32[Array, "T B G"]
+
+    def advance(self, model: Decoder, key: PRNGKeyArray, sampling: Sampling) -> "_Loop":
+        drawn, log_probs = draw(key, model.logits(self.hidden), sampling)
+        tokens = jnp.where(self.active, drawn, sampling.pad_id)
+        hidden, cache = model.decode(self.cache, tokens, self.step)
+
+        def write(buffer, row):
+            return jax.lax.dynamic_update_index_in_dim(buffer, row, self.step, 0)
+
+        return _Loop(
+            step=self.step + 1,
+            active=self.active & (tokens != sampling.eos_id),
+            hidden=hidden,
+            cache=cache,
+            tokens=write(self.tokens, tokens),
+            mask=write(self.mask, self.active),
+            log_probs=write(self.log_probs, jnp.where(self.active, log_probs, 0.0)),
+        )
+
+
+def generate(
+    model: Decoder, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling, *, group_size: int = 1
+) -> Completions:
+    """Writes `group_size` completions of every prompt; see `generate_from_state`."""
+    graphdef, params = nnx.split(model)
+    return generate_from_state(
+        params, prompts, key, graphdef=graphdef, sampling=sampling, group_size=group_size
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "sampling", "group_size"))
+def generate_from_state(
+    params: nnx.State,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    *,
+    graphdef: nnx.GraphDef,
+    sampling: Sampling,
+    group_size: int,
+) -> Completions:
+    """Writes `group_size` completions of every prompt; stops when every row has ended.
+
+    Args:
+      params, graphdef: the policy, as `nnx.split` gives it.
+      prompts: each passes through the network once, whatever the group size.
+      key: consumed; give every call a fresh one.
+      sampling: how tokens are drawn, and the longest completion.
+      group_size: G.
+
+    Returns:
+      Completions whose log-probabilities are those of a fresh forward pass.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden, cache = model.prefill(
+        prompts, group_size=group_size, max_new_tokens=sampling.max_new_tokens
+    )
+    batch = prompts.tokens.shape[0]
+    first = jnp.broadcast_to(hidden[:, None], (batch, group_size, hidden.shape[-1]))
+    buffer = jnp.zeros((sampling.max_new_tokens, batch, group_size))
+    # Step-major: a step writes one contiguous block.
+    start = _Loop(
+        step=jnp.int32(0),
+        active=jnp.ones((batch, group_size), bool),
+        hidden=first,
+        cache=cache,
+        tokens=jnp.full(buffer.shape, sampling.pad_id, jnp.int32),
+        mask=jnp.zeros(buffer.shape, bool),
+        log_probs=buffer,
+    )
+
+    def unfinished(loop: _Loop) -> Bool[Array, ""]:
+        return (loop.step < sampling.max_new_tokens) & jnp.any(loop.active)
+
+    def advance(loop: _Loop) -> _Loop:
+        return loop.advance(model, jax.random.fold_in(key, loop.step), sampling)
+
+    end = jax.lax.while_loop(unfinished, advance, start)
+    tokens, mask, log_probs = (
+        jnp.moveaxis(x, 0, -1) for x in (end.tokens, end.mask, end.log_probs)
+    )
+    return Completions(tokens=tokens, mask=mask, log_probs=log_probs)

@@ -1,0 +1,92 @@
+"""How one token is drawn from logits."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+
+from jaxrl.policy import token_log_probs
+
+_EXCLUDED = -1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+      max_new_tokens: longest completion, its end-of-sequence token included.
+      eos_id: token that ends a completion.
+      pad_id: token that stands after the end.
+      temperature: divides the logits; > 0.
+      top_k: draw from the k likeliest tokens only; 0 draws from all.
+      top_p: draw from the smallest set of tokens whose probability reaches p, in (0, 1].
+      greedy: take the likeliest token; log-probabilities are still those at `temperature`.
+    """
+
+    max_new_tokens: int
+    eos_id: int
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be ≥ 1, got {self.max_new_tokens}")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be > 0, got {self.temperature}; use greedy=True for argmax"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be ≥ 0 (0 draws from all tokens), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+def truncate(
+    scaled: Float32[Array, "*batch V"], *, top_k: int, top_p: float
+) -> Float32[Array, "*batch V"]:
+    """Excludes tokens outside the top k and, of what is left, outside the nucleus of mass p.
+
+    Args:
+      scaled: logits divided by the temperature.
+      top_k: 0 keeps all.
+      top_p: 1 keeps all. The token that crosses p is kept (arXiv:1904.09751).
+    """
+    vocab = scaled.shape[-1]
+    if 0 < top_k < vocab:
+        kth = jax.lax.top_k(scaled, top_k)[0][..., -1:]
+        scaled = jnp.where(scaled < kth, _EXCLUDED, scaled)
+    if top_p < 1:
+        ordered = jnp.sort(scaled, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(probs, axis=-1) - probs < top_p
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        scaled = jnp.where(scaled < threshold, _EXCLUDED, scaled)
+    return scaled
+
+
+def draw(
+    key: PRNGKeyArray, logits: Float32[Array, "*batch V"], sampling: Sampling
+) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch"]]:
+    """One token of each row, with its log-probability.
+
+    Args:
+      key: consumed.
+      logits: of the next token.
+      sampling: how to draw.
+
+    Returns:
+      Tokens, and their log-probabilities under the full distribution at the sampling
+      temperature, before top-k and top-p.
+    """
+    if sampling.greedy:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        scaled = logits / sampling.temperature
+        scaled = truncate(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
+        tokens = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+    return tokens, token_log_probs(logits, tokens, temperature=sampling.temperature)
