@@ -1,0 +1,1 @@
+"""Runnable modules, one question each: `python -m experiments.NAME`."""
