@@ -1,0 +1,49 @@
+"""What has to be true before any test or doctest imports JAX."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
+
+# Eight devices on any machine: what is sharded in the tests is really sharded.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Most of a first run is compilation; later runs, and the commands that tests start as processes
+# of their own, find it in this cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# A missing axis is the commonest bug of this kind of code, and broadcasting hides it.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook  # noqa: E402  # after the settings above
+
+# Every shape annotation of the packages is checked at every call in the tests. Not so in the
+# records themselves: JAX rebuilds a pytree with whatever leaves a `tree.map` made, and the hook
+# would refuse those.
+_CHECKED = [
+    f"{package.name}.{module.stem}"
+    for package in (Path(__file__).parent / name for name in ("jaxrl", "sharding", "kernels"))
+    for module in package.glob("*")
+    if (module / "__init__.py").exists() or module.suffix == ".py"
+    if module.stem not in ("__init__", "__main__") and (package.name, module.stem) != ("jaxrl", "types")
+]
+install_import_hook(_CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _names_for_doctests(doctest_namespace):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np)
