@@ -1,0 +1,407 @@
+"""Algorithms by name. Each is a composition: advantage × constraint × objective × KL.
+
+    rollouts ─► targets (no gradient) ─► loss (gradient) ─► update (multiplier)
+
+The same code trains a language model and the table of the exact benchmark (there T = 1).
+
+>>> get("repo").value_heads
+('reward', 'cost')
+>>> get("repo_tb").value_heads
+()
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jaxrl import advantages as adv
+from jaxrl import objectives as obj
+from jaxrl.constraints import (
+    Constraint,
+    FixedPenalty,
+    Lagrangian,
+    MultiplierState,
+    Rectified,
+    Unconstrained,
+)
+from jaxrl.types import PolicyOutput, Rollouts
+
+State = MultiplierState
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """The anchor β·KL(π‖π_ref): the one place where it is configured.
+
+    Attributes:
+      coef: β, in reward units per nat.
+      placement: where it acts.
+        "reward": in the reward, −β·kl_t at each token (summed over the completion when the
+          baseline is a group's; exact, by the current policy, in trajectory balance);
+        "reward_and_cost": in the reward as −β·kl_t and in the cost as +β·kl_t, so that its
+          weight in (A_R − λ·A_C)/(1 + λ) is β at any λ (safe-rlhf); needs a cost critic;
+        "token": added to each token's own advantage, not accumulated (ReMax's code);
+        "loss": β·estimate in the loss (GRPO).
+      estimator: "k1" or "k3", of the placement "loss"; the others use k1.
+    """
+
+    coef: float = 0.05
+    placement: Literal["reward", "reward_and_cost", "token", "loss"] = "reward"
+    estimator: obj.Estimator = "k1"
+
+    def __post_init__(self) -> None:
+        if not self.coef >= 0.0:
+            raise ValueError(f"the KL coefficient must not be negative: {self.coef!r}")
+        placements = ("reward", "reward_and_cost", "token", "loss")
+        if self.placement not in placements:
+            raise ValueError(f"KL placement must be one of {', '.join(placements)}: "
+                             f"{self.placement!r}")
+        if self.estimator not in ("k1", "k3"):
+            raise ValueError(f"KL estimator must be k1 or k3: {self.estimator!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a recipe makes of rollouts before any gradient.
+
+    Attributes:
+      advantages: of each token, KL and penalty applied; 0 on padding.
+      scores: the effective reward of each completion, penalty applied, KL not.
+      returns: what the value heads regress on; None without critic.
+      old_values: the value heads' output when the rollouts came in; None without critic.
+    """
+
+    advantages: Float32[Array, "B G T"]
+    scores: Float32[Array, "B G"]
+    returns: Float32[Array, "B G T H"] | None = None
+    old_values: Float32[Array, "B G T H"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One algorithm.
+
+    Attributes:
+      name, summary: for tables and `--help`.
+      advantage: the baseline.
+      constraint: how cost enters, and its multiplier.
+      objective: the policy's loss.
+      kl: the anchor to the reference policy.
+      group_size: G, completions of each prompt in one step.
+      reference_share: share of the G completions that the frozen reference policy writes.
+      epochs: passes over one batch of rollouts.
+    """
+
+    name: str
+    summary: str
+    advantage: adv.Advantage
+    constraint: Constraint = field(default_factory=Unconstrained)
+    objective: obj.Objective = field(default_factory=obj.ClippedSurrogate)
+    kl: KL = field(default_factory=KL)
+    group_size: int = 1
+    reference_share: float = 0.0
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.epochs < 1:
+            raise ValueError("group_size and epochs must be at least 1: "
+                             f"{self.group_size=}, {self.epochs=}")
+        grouped = isinstance(self.advantage, (adv.LeaveOneOut, adv.GroupMean, adv.GroupNormalised))
+        if grouped and self.group_size < 2:
+            raise ValueError(f"{type(self.advantage).__name__} compares the completions of a "
+                             f"prompt and needs group_size ≥ 2: {self.group_size=}")
+        if not 0.0 <= self.reference_share < 1.0:
+            raise ValueError(f"reference_share must lie in [0, 1): {self.reference_share!r}")
+        if self.reference_share and not self._off_policy:
+            raise ValueError("completions of the reference policy (reference_share > 0) bias "
+                             f"{type(self.objective).__name__}; use TrajectoryBalance, or "
+                             "reference_share=0")
+        if self._off_policy and (isinstance(self.advantage, adv.GAE) or not self.kl.coef
+                                 or self.kl.placement != "reward"):
+            raise ValueError("trajectory balance wants no critic and a positive KL coefficient "
+                             f"placed in the reward: {self.advantage=}, {self.kl=}")
+        if self.kl.placement == "reward_and_cost" and "cost" not in self.value_heads:
+            raise ValueError("KL placement 'reward_and_cost' needs a cost critic: "
+                             f"{self.advantage=}, {self.constraint=}; place it in the reward")
+        bounded = isinstance(self.constraint, Rectified) and self.constraint.bound is not None
+        if bounded and self.value_heads:
+            raise ValueError("a bounded penalty is defined for algorithms without critic: "
+                             f"{self.constraint=}; set bound=None or change the advantage")
+
+    @property
+    def _off_policy(self) -> bool:
+        return isinstance(self.objective, obj.TrajectoryBalance)
+
+    @property
+    def value_heads(self) -> tuple[str, ...]:
+        """Names of the critic's heads; () for an algorithm without critic."""
+        if not isinstance(self.advantage, adv.GAE):
+            return ()
+        return ("reward", "cost") if self.constraint.cost_critic else ("reward",)
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether rollouts must hold the scores of a greedy completion."""
+        return isinstance(self.advantage, adv.GreedyBaseline)
+
+    @property
+    def reference_samples(self) -> int:
+        """How many of a group's completions the reference policy writes; they come last."""
+        return round(self.group_size * self.reference_share)
+
+    def init(self, num_prompts: int) -> State:
+        """State before the first step, for a data set of `num_prompts` prompts."""
+        return self.constraint.init(num_prompts)
+
+    def targets(
+        self, state: State, rollouts: Rollouts, values: Float[Array, "B G T H"] | None
+    ) -> Targets:
+        """Advantages and returns; nothing here is differentiated.
+
+        Args:
+          state: multipliers.
+          rollouts: scored completions.
+          values: the critic's heads before each token, in the order of `value_heads`.
+
+        Raises:
+          ValueError: `values` or `rollouts.greedy` is missing, or has the wrong heads.
+        """
+        rollouts = jax.lax.stop_gradient(rollouts)
+        multiplier = self.constraint.multiplier(state, rollouts.prompts.ids)
+        scores = self.constraint.penalised(
+            multiplier, rollouts.reward, rollouts.cost, kl_coef=self.kl.coef)
+        if isinstance(self.advantage, adv.GAE):
+            return self._critic_targets(self.advantage, multiplier, scores, rollouts, values)
+        return Targets(advantages=self._group_advantages(multiplier, scores, rollouts),
+                       scores=scores)
+
+    def loss(
+        self, state: State, rollouts: Rollouts, targets: Targets, output: PolicyOutput
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss to minimise, critic included, and numbers worth watching."""
+        del state
+        targets = jax.lax.stop_gradient(targets)
+        policy_loss = self._policy_loss(rollouts, targets, output)
+        metrics = _policy_metrics(rollouts, output) | {"policy_loss": policy_loss}
+        if targets.returns is None:
+            return policy_loss, metrics
+        assert isinstance(self.advantage, adv.GAE)
+        assert targets.old_values is not None
+        if output.values is None:
+            raise ValueError(f"{self.name} has a critic, but the model gave no values; build it "
+                             f"with heads {self.value_heads}")
+        per_head = obj.clipped_value_loss(
+            output.values, targets.old_values, targets.returns,
+            clip_range=self.advantage.clip_range_value)
+        value_loss = obj.sequence_mean(jnp.sum(per_head, axis=-1), rollouts.mask)
+        return (policy_loss + self.advantage.value_coef * value_loss,
+                metrics | {"value_loss": value_loss})
+
+    def update(self, state: State, rollouts: Rollouts) -> tuple[State, Metrics]:
+        """The multiplier's step; call it once for each batch of rollouts."""
+        state, metrics = self.constraint.update(state, rollouts)
+        return state, dict(metrics)
+
+    # ------------------------------------------------------------------------- internals
+
+    def _critic_targets(
+        self,
+        config: adv.GAE,
+        multiplier: Float[Array, "B 1"],
+        scores: Float[Array, "B G"],
+        rollouts: Rollouts,
+        values: Float[Array, "B G T H"] | None,
+    ) -> Targets:
+        heads = len(self.value_heads)
+        if values is None or values.shape[-1] != heads:
+            got = None if values is None else values.shape[-1]
+            raise ValueError(f"{self.name} needs values with the heads {self.value_heads}: "
+                             f"received {got} of them")
+        kl = _token_kl(rollouts) * self.kl.coef
+        in_stream = self.kl.placement in ("reward", "reward_and_cost")
+        last = _last_token(rollouts.mask)
+        outcomes = [scores if heads == 1 else rollouts.reward]
+        streams = [-kl * in_stream]
+        if heads == 2:
+            outcomes.append(self.constraint.signal(rollouts.cost))
+            streams.append(kl * (self.kl.placement == "reward_and_cost"))
+        clip = config.clip_range_score
+        rewards = jnp.stack(
+            [jnp.clip(stream + outcome[..., None] * last, -clip, clip)
+             for stream, outcome in zip(streams, outcomes, strict=True)], axis=-1)
+        estimate = jax.vmap(jax.vmap(jax.vmap(
+            lambda r, v, m: adv.gae(r, v, m, gamma=config.gamma, gae_lambda=config.gae_lambda),
+            in_axes=(-1, -1, None), out_axes=-1)))
+        values = jnp.where(rollouts.mask[..., None], values, 0.0)
+        per_head = estimate(rewards, values, rollouts.mask)
+        mixed = per_head[..., 0] if heads == 1 else self.constraint.mix(
+            multiplier, per_head[..., 0], per_head[..., 1], rollouts.cost)
+        if self.kl.placement == "token":
+            mixed = mixed - kl
+        return Targets(advantages=mixed, scores=scores, returns=per_head + values,
+                       old_values=values)
+
+    def _group_advantages(
+        self, multiplier: Float[Array, "B 1"], scores: Float[Array, "B G"], rollouts: Rollouts
+    ) -> Float[Array, "B G T"]:
+        config, mask = self.advantage, rollouts.mask
+        kl = _token_kl(rollouts) * self.kl.coef
+        if isinstance(config, adv.GreedyBaseline):
+            advantages = self._greedy_advantages(config, multiplier, scores, rollouts)
+            if self.kl.placement == "reward":
+                to_go = jax.vmap(jax.vmap(adv.reward_to_go))
+                advantages = advantages - to_go(kl, mask)
+        else:
+            rewards = scores
+            if self.kl.placement == "reward":
+                rewards = scores - obj.sequence_sum(kl, mask)
+            advantages = jnp.where(mask, _baselined(config, rewards)[..., None], 0.0)
+        if self.kl.placement == "token":
+            advantages = advantages - kl
+        return advantages
+
+    def _greedy_advantages(
+        self,
+        config: adv.GreedyBaseline,
+        multiplier: Float[Array, "B 1"],
+        scores: Float[Array, "B G"],
+        rollouts: Rollouts,
+    ) -> Float[Array, "B G T"]:
+        if rollouts.greedy is None:
+            raise ValueError(f"{self.name} needs the scores of a greedy completion: "
+                             "rollouts.greedy is None; generate one where recipe.needs_greedy")
+        greedy = self.constraint.penalised(
+            multiplier, rollouts.greedy["reward"][:, None], rollouts.greedy["cost"][:, None],
+            kl_coef=self.kl.coef)[:, 0]
+        advantage = jax.vmap(
+            lambda r, g: adv.greedy_baseline(r, g, clip=config.clip))(scores, greedy)
+        return jax.vmap(jax.vmap(
+            lambda a, m: adv.discount_to_end(a, m, gamma=config.gamma)))(advantage, rollouts.mask)
+
+    def _policy_loss(
+        self, rollouts: Rollouts, targets: Targets, output: PolicyOutput
+    ) -> Float[Array, ""]:
+        mask = rollouts.mask
+        if isinstance(self.objective, obj.TrajectoryBalance):
+            objective = self.objective
+            losses = jax.vmap(
+                lambda lp, ref, r: objective.per_group(lp, ref, r, kl_coef=self.kl.coef)
+            )(obj.sequence_sum(output.log_probs, mask),
+              obj.sequence_sum(rollouts.reference_log_probs, mask), targets.scores)
+            return jnp.mean(losses)
+        losses = self.objective.per_token(
+            output.log_probs, rollouts.behaviour_log_probs, targets.advantages, mask)
+        if self.kl.placement == "loss":
+            losses = losses + self.kl.coef * obj.kl_estimate(
+                output.log_probs, rollouts.reference_log_probs, estimator=self.kl.estimator)
+        reduce = (obj.token_mean if self.objective.reduce == "token_mean" else obj.sequence_mean)
+        return reduce(losses, mask)
+
+
+def _baselined(
+    config: adv.LeaveOneOut | adv.GroupMean | adv.GroupNormalised, rewards: Float[Array, "B G"]
+) -> Float[Array, "B G"]:
+    if isinstance(config, adv.LeaveOneOut):
+        return jax.vmap(adv.leave_one_out)(rewards)
+    if isinstance(config, adv.GroupMean):
+        return jax.vmap(adv.group_mean)(rewards)
+    return jax.vmap(lambda r: adv.group_normalised(r, std_eps=config.std_eps))(rewards)
+
+
+def _token_kl(rollouts: Rollouts) -> Float[Array, "B G T"]:
+    """k1 of the policy that wrote the tokens; 0 on padding."""
+    return jnp.where(
+        rollouts.mask, rollouts.behaviour_log_probs - rollouts.reference_log_probs, 0.0)
+
+
+def _last_token(mask: jax.Array) -> Float[Array, "B G T"]:
+    """1 on the last token of each completion, 0 elsewhere."""
+    following = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
+    return (mask & ~following).astype(jnp.float32)
+
+
+def _policy_metrics(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
+    log_probs = jnp.where(rollouts.mask, output.log_probs, 0.0)
+    behaviour = jnp.where(rollouts.mask, rollouts.behaviour_log_probs, 0.0)
+    return {
+        "ratio": obj.token_mean(jnp.exp(log_probs - behaviour), rollouts.mask),
+        "entropy": obj.token_mean(output.entropy, rollouts.mask),
+    }
+
+
+# ------------------------------------------------------------------------------- the names
+
+_SAFE_RLHF_KL = KL(coef=0.01, placement="reward_and_cost")
+_TRL_RLOO = {"advantage": adv.LeaveOneOut(), "group_size": 4,
+             "objective": obj.ClippedSurrogate(level="sequence"), "kl": KL(coef=0.05)}
+_GRPO_OBJECTIVE = obj.ClippedSurrogate(reduce="token_mean")
+_GRPO_KL = KL(coef=0.04, placement="loss", estimator="k3")
+_GRPO = {"advantage": adv.GroupNormalised(), "group_size": 8,
+         "objective": _GRPO_OBJECTIVE, "kl": _GRPO_KL}
+_DR_GRPO = {"advantage": adv.GroupMean(), "group_size": 8,
+            "objective": _GRPO_OBJECTIVE, "kl": _GRPO_KL}
+_REMAX = {"advantage": adv.GreedyBaseline(), "objective": obj.Reinforce(),
+          "kl": KL(coef=0.05, placement="token")}
+_RECTIFIED_REWARD = Rectified(cost_critic_target="rectified", cost_on="all", normalise="none")
+
+_ALL = (
+    Recipe(name="ppo", summary="PPO: clipped surrogate, GAE, no constraint",
+           advantage=adv.GAE(), kl=KL(coef=0.02)),
+    Recipe(name="reward_shaping", summary="PPO on R − C (safe-rlhf's reward shaping)",
+           advantage=adv.GAE(), constraint=FixedPenalty(coef=1.0), kl=KL(coef=0.02)),
+    Recipe(name="fixed_penalty", summary="PPO on R − λ{C}⁺ with constant λ = 5 (CS-RLHF)",
+           advantage=adv.GAE(), constraint=FixedPenalty(coef=5.0, rectify_cost=True),
+           kl=KL(coef=0.02)),
+    Recipe(name="ppo_lagrangian", summary="PPO-Lagrangian on the mean cost, as safe-rlhf has it",
+           advantage=adv.GAE(), constraint=Lagrangian(), kl=_SAFE_RLHF_KL),
+    Recipe(name="repo", summary="plain RePO: rectified cost, switched on each unsafe sample",
+           advantage=adv.GAE(), constraint=Rectified(), kl=_SAFE_RLHF_KL),
+    Recipe(name="grpo", summary="GRPO: rewards standardised within the group", **_GRPO),
+    Recipe(name="dr_grpo", summary="GRPO without division by the standard deviation", **_DR_GRPO),
+    Recipe(name="rloo", summary="REINFORCE with the leave-one-out baseline", **_TRL_RLOO),
+    Recipe(name="remax", summary="REINFORCE with the greedy completion as baseline", **_REMAX),
+    Recipe(name="repo_grpo", summary="GRPO on R − λ{C}⁺ with RePO's multiplier",
+           constraint=_RECTIFIED_REWARD, **_GRPO),
+    Recipe(name="repo_dr_grpo", summary="Dr. GRPO on R − λ{C}⁺ with RePO's multiplier",
+           constraint=_RECTIFIED_REWARD, **_DR_GRPO),
+    Recipe(name="repo_rloo", summary="RLOO on R − λ{C}⁺ with RePO's multiplier",
+           constraint=_RECTIFIED_REWARD, **_TRL_RLOO),
+    Recipe(name="repo_remax", summary="ReMax on R − λ{C}⁺ with RePO's multiplier",
+           constraint=_RECTIFIED_REWARD, **_REMAX),
+    Recipe(name="repo_tb",
+           summary="recommended: trajectory balance on R − min(λ{C}⁺, bound), half of each group "
+                   "written by the reference",
+           advantage=adv.GroupMean(), objective=obj.TrajectoryBalance(), kl=KL(coef=0.05),
+           constraint=dataclasses.replace(
+               _RECTIFIED_REWARD, init_value=10.0, max_value=None, bound=10.0),
+           group_size=8, reference_share=0.5),
+)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ALL})
+RECOMMENDED: str = "repo_tb"
+
+
+def get(name: str, **changes: Any) -> Recipe:
+    """The recipe of that name, with some of its fields changed.
+
+    Raises:
+      ValueError: unknown name or field, or a combination that makes no sense.
+
+    >>> get("rloo", group_size=2).group_size
+    2
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown algorithm {name!r}; known: {', '.join(RECIPES)}")
+    fields = [f.name for f in dataclasses.fields(Recipe)]
+    unknown = sorted(set(changes) - set(fields))
+    if unknown:
+        raise ValueError(f"a recipe has no field {', '.join(unknown)}; it has: {', '.join(fields)}")
+    return dataclasses.replace(RECIPES[name], **changes)
