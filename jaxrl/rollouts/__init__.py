@@ -1,5 +1,6 @@
 """Completions of prompts, with the log-probabilities of the policy that wrote them."""
 
+from jaxrl.rollouts.collect import Collector as Collector
 from jaxrl.rollouts.generate import generate as generate
 from jaxrl.rollouts.generate import generate_from_state as generate_from_state
 from jaxrl.rollouts.sampling import Sampling as Sampling

@@ -1,0 +1,176 @@
+"""What can be set, and the presets."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from experiments.harness import RunOptions
+from jaxrl import recipes
+from jaxrl.learner import OptimizerConfig
+from jaxrl.models import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder; its vocabulary is the tokenizer's."""
+
+    layers: int = 2
+    """Decoder blocks."""
+    embed: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key and value heads, a divisor of the query heads."""
+    head_dim: int = 32
+    """Width of one head."""
+    mlp: int = 384
+    """Width of the feed-forward block."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products; parameters are float32."""
+
+    def decoder(self, vocab_size: int, max_len: int) -> DecoderConfig:
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            max_len=max_len,
+            scan_unroll=self.layers if self.layers <= 4 else 1,
+            **vars(self),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning of the starting policy."""
+
+    steps: int = 500
+    """Gradient steps."""
+    batch: int = 64
+    """Demonstrations a step."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's rate; it falls along a cosine."""
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            warmup_steps=min(20, max(self.steps - 1, 1)),
+            decay_steps=self.steps,
+            weight_decay=0.01,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """Reward, cost and judge models, where the data has no exact evaluators."""
+
+    steps: int = 400
+    """Gradient steps of each model at most; training stops early on the validation AUC."""
+    batch: int = 64
+    """Pairs a step."""
+    learning_rate: float = 1e-3
+    """Peak of AdamW's rate."""
+    reward_scale: float = 1.0
+    """Standard deviation that learned rewards are scaled to on the SFT policy's answers."""
+    cost_scale: float = 1.0
+    """Standard deviation that learned costs are scaled to there; zero stays the boundary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on each policy."""
+
+    samples: int = 16
+    """Completions of each prompt."""
+    prompts: int = 0
+    """Prompts of each set at most; 0 takes all."""
+    batch: int = 16
+    """Prompts that are generated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyConfig(RunOptions):
+    """All of experiments.safety."""
+
+    algorithms: tuple[str, ...] = ("ppo_lagrangian", "repo", recipes.RECOMMENDED)
+    """Recipes to train, each from the same SFT policy; see `jaxrl.recipes.RECIPES`."""
+    data: str = "world"
+    """"world" for the embedded one, a file of prompts and labelled answers, or hub:NAME."""
+    compliance_data: Path | None = None
+    """Folder of XSTest, whose human labels train the reward where the data has no helpfulness
+    labels; looked for beside the data when not given."""
+    steps: int = 250
+    """Policy updates of each algorithm."""
+    samples_per_step: int = 64
+    """Completions a step, over all prompts and groups."""
+    kl_coef: float = 0.1
+    """β: weight of the KL divergence from the SFT policy, in reward units a nat."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 takes all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens of this probability."""
+    prompt_len: int = 16
+    """Longest prompt with its template, in tokens."""
+    completion_len: int = 20
+    """Longest completion, in tokens."""
+    vocab_size: int = 768
+    """Of the tokenizer that is trained on the data."""
+    tokenizer: Path | None = None
+    """A Hugging Face tokenizer.json to use instead."""
+    template: Literal["plain", "safe_rlhf", "chatml", "llama3"] = "plain"
+    """What stands around a prompt."""
+    checkpoint_every: int = 50
+    """Updates between checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-4, critic_learning_rate=1e-3)
+    )
+    sft: SftConfig = field(default_factory=SftConfig)
+    scorers: ScorerConfig = field(default_factory=ScorerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.algorithms:
+            raise ValueError("name at least one algorithm, such as --algorithms repo")
+        for name in self.algorithms:
+            group = recipes.get(name).group_size
+            if self.samples_per_step % group:
+                raise ValueError(
+                    f"samples_per_step must be a multiple of the group size of {name}: "
+                    f"{self.samples_per_step} and {group}"
+                )
+        if self.steps < 1 or self.sft.steps < 1:
+            raise ValueError(f"steps must be ≥ 1, got steps={self.steps}, sft={self.sft.steps}")
+
+
+QUICK = SafetyConfig()
+
+SMALL = SafetyConfig(
+    steps=400,
+    prompt_len=64,
+    completion_len=64,
+    vocab_size=2048,
+    template="safe_rlhf",
+    model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=2, head_dim=32, mlp=512),
+    sft=SftConfig(steps=1500, batch=64, learning_rate=1e-3),
+    optimizer=OptimizerConfig(learning_rate=2e-4, critic_learning_rate=5e-4),
+)
+
+BASE = SafetyConfig(
+    steps=2000,
+    samples_per_step=512,
+    prompt_len=256,
+    completion_len=256,
+    vocab_size=32_768,
+    template="safe_rlhf",
+    model=ModelConfig(
+        layers=24, embed=1024, heads=16, kv_heads=8, head_dim=64, mlp=2816,
+        compute_dtype="bfloat16",
+    ),
+    sft=SftConfig(steps=6000, batch=128, learning_rate=3e-4),
+    scorers=ScorerConfig(steps=3000, batch=128, learning_rate=1e-4),
+    optimizer=OptimizerConfig(learning_rate=1e-5, critic_learning_rate=2e-5),
+)  # fmt: skip
+
+PRESETS = {"quick": QUICK, "small": SMALL, "base": BASE}

@@ -1,0 +1,234 @@
+"""The stages of a run: fine-tune, train with one algorithm, evaluate. Each one resumes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float32
+
+from experiments.harness import Run
+from experiments.harness.progress import Progress
+from experiments.safety.config import SafetyConfig
+from experiments.safety.task import Evaluators, Task
+from jaxrl import recipes
+from jaxrl.checkpoint import Checkpointer
+from jaxrl.data.batches import PromptSet, shuffled
+from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer
+from jaxrl.models import Decoder, ScalarModel
+from jaxrl.recipes import Recipe
+from jaxrl.rollouts import Collector, Sampling
+from jaxrl.supervised import Supervised, SupervisedState
+from jaxrl.train import Scorer, Trainer
+
+LOG_EVERY = 10  # SFT steps between rows of metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A decoder's structure with one set of parameters."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+
+def initial_policy(config: SafetyConfig, task: Task) -> Policy:
+    """The untrained decoder, a function of the seed."""
+    decoder = config.model.decoder(
+        task.tokenizer.vocab_size, config.prompt_len + config.completion_len
+    )
+    graphdef, params = nnx.split(Decoder(decoder, rngs=nnx.Rngs(config.seed)))
+    return Policy(graphdef=graphdef, params=params)
+
+
+def _resume(run: Run, stage: str, checkpoints: Checkpointer, state: Any) -> tuple[int, Any]:
+    """The stage's newest good checkpoint, or where it starts; metrics follow."""
+    found = checkpoints.restore_latest(state)
+    step, state = (0, state) if found is None else (found.step, found.tree)
+    run.rewind(stage, step)
+    return step, state
+
+
+def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
+    """SFT: what every algorithm starts from, and its frozen reference."""
+    policy, demos = initial_policy(config, task), task.demonstrations
+    trainer = Supervised(graphdef=policy.graphdef, optimizer=config.sft.optimizer().build())
+    total = config.sft.steps
+    with Checkpointer(run.checkpoints / "sft") as checkpoints:
+        start, state = _resume(run, "sft", checkpoints, trainer.init(policy.params))
+        with run.progress("sft", total, start=start) as bar:
+            for step in range(start, total):
+                rows = shuffled(len(demos), config.sft.batch, seed=config.seed, step=step)
+                prompts = demos.prompts.take(rows)
+                state, loss = trainer.update(state, prompts, demos.tokens[rows], demos.mask[rows])
+                done = step + 1
+                if done % LOG_EVERY == 0 or done == total:
+                    metrics = {"loss": float(loss)}
+                    run.log("sft", done, metrics)
+                    bar.update(done, metrics)
+                if done % (config.checkpoint_every * 5) == 0 or done == total:
+                    checkpoints.save(done, state)
+    return Policy(graphdef=policy.graphdef, params=state.params)
+
+
+def sampling(config: SafetyConfig, task: Task) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.completion_len,
+        eos_id=task.tokenizer.eos_id,
+        pad_id=task.tokenizer.pad_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def train(
+    run: Run,
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    recipe: Recipe,
+    reference: Policy,
+) -> Policy:
+    """Trains the SFT policy with one recipe."""
+    trainer = _trainer(run, config, task, evaluators, recipe, reference)
+    state = _initial_state(config, trainer.learner, task, reference)
+    with Checkpointer(run.checkpoints / recipe.name) as checkpoints:
+        start, state = _resume(run, recipe.name, checkpoints, state)
+        with run.progress(recipe.name, config.steps, start=start) as bar:
+            for done, state, metrics, refusal in trainer.run(
+                state, start=start, steps=config.steps
+            ):
+                run.log(recipe.name, done, metrics)
+                bar.update(done, metrics)
+                if refusal is not None:
+                    path = run.write_samples(f"refused-{recipe.name}-{done}", refusal.rows)
+                    bar.note(f"step {done}: {refusal} (rows in {path})")
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    checkpoints.save(done, state)
+    return Policy(graphdef=reference.graphdef, params=state.params["policy"])
+
+
+def _trainer(
+    run: Run,
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    recipe: Recipe,
+    reference: Policy,
+) -> Trainer:
+    critic_def = None
+    if recipe.value_heads:
+        critic_def = nnx.graphdef(_critic(config, task, recipe))
+    apply = lm_apply(reference.graphdef, critic_def, temperature=config.temperature)
+    return Trainer(
+        learner=Learner(recipe=recipe, apply=apply, optimizer=lm_optimizer(config.optimizer)),
+        collector=Collector(
+            graphdef=reference.graphdef,
+            sampling=sampling(config, task),
+            group_size=recipe.group_size,
+            reference_completions=round(recipe.reference_share * recipe.group_size),
+            greedy=recipe.needs_greedy,
+        ),
+        scorer=Scorer(
+            tokenizer=task.tokenizer,
+            prompts=task.train,
+            rewards={"reward": evaluators.reward},
+            costs={"cost": evaluators.cost},
+        ),
+        prompts=task.train,
+        prompts_per_step=config.samples_per_step // recipe.group_size,
+        reference=reference.params,
+        seed=config.seed,
+        span=run.span,
+    )
+
+
+def _critic(config: SafetyConfig, task: Task, recipe: Recipe) -> ScalarModel:
+    decoder = config.model.decoder(
+        task.tokenizer.vocab_size, config.prompt_len + config.completion_len
+    )
+    return ScalarModel(decoder, recipe.value_heads, rngs=nnx.Rngs(config.seed))
+
+
+def _initial_state(
+    config: SafetyConfig, learner: Learner, task: Task, reference: Policy
+) -> LearnerState:
+    params: dict[str, Any] = {"policy": reference.params}
+    if learner.recipe.value_heads:
+        critic = _critic(config, task, learner.recipe)
+        # A critic that can read already learns faster: its trunk starts from the SFT policy.
+        nnx.update(critic.trunk, reference.params)
+        params["critic"] = nnx.state(critic)
+    return learner.init(params, num_prompts=len(task.train))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a policy wrote for a set of prompts, N × S.
+
+    Attributes:
+      rewards: of the reward that was optimised.
+      costs: of the judge.
+      refusals: whether the completion declines.
+      kl: log-ratio of each completion to the reference policy, in nats.
+      completions: the texts, N lists of S.
+    """
+
+    rewards: Float32[np.ndarray, "N S"]
+    costs: Float32[np.ndarray, "N S"]
+    refusals: Bool[np.ndarray, "N S"]
+    kl: Float32[np.ndarray, "N S"]
+    completions: list[list[str]]
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        return {name: getattr(self, name) for name in ("rewards", "costs", "refusals", "kl")}
+
+
+def evaluate(
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    policy: Policy,
+    reference: Policy,
+    prompts: PromptSet,
+    progress: Callable[[int, int], Progress] | None = None,
+) -> Evaluation:
+    """Samples and scores completions of a set of prompts; a function of the seed.
+
+    Every policy is sampled with the same keys, so that differences between two of them are
+    paired.
+    """
+    count = min(len(prompts), config.evaluation.prompts or len(prompts))
+    samples, batch = config.evaluation.samples, config.evaluation.batch
+    collector = Collector(
+        graphdef=policy.graphdef, sampling=sampling(config, task), group_size=samples
+    )
+    scorer = Scorer(tokenizer=task.tokenizer, prompts=prompts, rewards={}, costs={})
+    root = jax.random.key(config.seed + 1_000_003)  # apart from the keys of training
+    tokens, kl = [], []
+    for index, begin in enumerate(range(0, count, batch)):
+        # The last batch is filled up, so that all have one shape and compile once.
+        rows = np.minimum(np.arange(begin, begin + batch), count - 1)
+        key = jax.random.fold_in(root, index)
+        rollouts, _ = collector.collect(
+            policy.params, reference.params, prompts.take(rows), key, 0
+        )
+        log_ratio = rollouts.behaviour_log_probs - rollouts.reference_log_probs
+        tokens.append(np.asarray(rollouts.tokens))
+        kl.append(np.asarray(log_ratio.sum(-1)))
+    tokens, kl = np.concatenate(tokens)[:count], np.concatenate(kl)[:count]
+    asked, written = scorer.texts(np.arange(count), tokens)
+
+    def score(function, dtype) -> np.ndarray:
+        return np.asarray(function(asked, written), dtype).reshape(count, samples)
+
+    return Evaluation(
+        rewards=score(evaluators.reward, np.float32),
+        costs=score(evaluators.judge, np.float32),
+        refusals=score(evaluators.is_refusal, bool),
+        kl=kl.astype(np.float32),
+        completions=[written[i : i + samples] for i in range(0, len(written), samples)],
+    )

@@ -1,0 +1,114 @@
+"""From data to a task: encoded prompts and demonstrations, and what scores a completion."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.safety.config import SafetyConfig
+from jaxrl.data import world
+from jaxrl.data.batches import Demonstrations, PromptSet
+from jaxrl.data.dataset import SafetyData
+from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
+
+Evaluator = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every stage of the experiment works on.
+
+    Attributes:
+      data: as it was read.
+      tokenizer: of the policy.
+      train, heldout: prompts of RL, and of evaluation.
+      demonstrations: what SFT imitates.
+    """
+
+    data: SafetyData
+    tokenizer: Tokenizer
+    train: PromptSet
+    heldout: PromptSet
+    demonstrations: Demonstrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluators:
+    """Functions that score completions.
+
+    Attributes:
+      reward, cost: what the algorithms optimise.
+      judge: the cost that evaluation uses; not trained on what trained `cost`.
+      is_refusal: whether a completion declines.
+      notes: sentences for the report, such as the AUC of learned models.
+      weak_judge: the judge, or the cost model, is too poor to trust the tables.
+    """
+
+    reward: Evaluator
+    cost: Evaluator
+    judge: Evaluator
+    is_refusal: Evaluator
+    notes: tuple[str, ...] = ()
+    weak_judge: bool = False
+
+
+def load(config: SafetyConfig) -> SafetyData:
+    """Reads the data that the config names.
+
+    Raises:
+      ValueError, OSError: the file is missing or malformed; names file, line and field.
+    """
+    if config.data == "world":
+        return world.make_world().data()
+    from jaxrl.data import preferences
+
+    return preferences.load(config.data, compliance_data=config.compliance_data, seed=config.seed)
+
+
+def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
+    """Encodes the data; the tokenizer is written to `folder` and read back on resumption."""
+    template = TEMPLATES[config.template]
+    saved = folder / "tokenizer.json"
+    if saved.exists():
+        tokenizer = Tokenizer.load(saved)
+    elif config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    else:
+        texts = [text for pair in data.sft for text in (template.prompt(pair[0]), pair[1])]
+        tokenizer = train_bpe(
+            texts, config.vocab_size, special_tokens=template.special_tokens
+        )
+    if not saved.exists():
+        tokenizer.save(saved)
+
+    def prompts(rows) -> PromptSet:
+        texts = [row.text for row in rows]
+        return PromptSet.encode(tokenizer, texts, template, max_len=config.prompt_len)
+
+    return Task(
+        data=data,
+        tokenizer=tokenizer,
+        train=prompts(data.train),
+        heldout=prompts(data.heldout),
+        demonstrations=Demonstrations.encode(
+            tokenizer,
+            data.sft,
+            template,
+            prompt_len=config.prompt_len,
+            completion_len=config.completion_len,
+        ),
+    )
+
+
+def exact_evaluators(data: SafetyData) -> Evaluators:
+    """The data's own functions: exact, so the judge is the cost itself."""
+    assert data.reward is not None and data.cost is not None and data.is_refusal is not None
+    return Evaluators(
+        reward=data.reward, cost=data.cost, judge=data.cost, is_refusal=data.is_refusal
+    )
+
+
+def named_scores(evaluators: Evaluators) -> tuple[Mapping[str, Evaluator], Mapping[str, Evaluator]]:
+    """Rewards and costs of training, by name."""
+    return {"reward": evaluators.reward}, {"cost": evaluators.cost}

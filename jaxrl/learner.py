@@ -1,0 +1,225 @@
+"""The learner: one jitted step from scored rollouts to a new training state.
+
+It knows a recipe, an optimiser and a plan, and of the model only `apply`, which gives
+log-probabilities and values; the same learner therefore trains a language model on a pod and a
+table of logits in a benchmark.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from jaxrl import policy as policy_lib
+from jaxrl.models import Decoder, ScalarModel
+from jaxrl.recipes import Recipe
+from jaxrl.types import PolicyOutput, Rollouts
+from sharding import Plan
+
+Metrics = dict[str, Float32[Array, ""]]
+Apply = Callable[[Any, Rollouts], PolicyOutput]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a warm-up and a global-norm clip.
+
+    Attributes:
+      learning_rate: of the policy.
+      critic_learning_rate: of the value heads and their trunk.
+      warmup_steps: steps over which the rate rises linearly from 0.
+      decay_steps: steps over which it then falls to 0 along a cosine; 0 keeps it constant.
+      b1, b2: decay of Adam's moments.
+      weight_decay: decoupled, on matrices only.
+      max_grad_norm: gradients of policy and of critic are clipped to this norm, each alone.
+    """
+
+    learning_rate: float = 3e-4
+    critic_learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+
+    def build(self, *, critic: bool = False) -> optax.GradientTransformation:
+        """The optimiser of the policy, or of the critic."""
+        peak = self.critic_learning_rate if critic else self.learning_rate
+        schedule = optax.constant_schedule(peak)
+        if self.decay_steps:
+            schedule = optax.cosine_decay_schedule(peak, self.decay_steps)
+        if self.warmup_steps:
+            # Ends one step early: the first step must move, or a run of two learns nothing.
+            rise = optax.linear_schedule(peak / self.warmup_steps, peak, self.warmup_steps - 1)
+            schedule = optax.join_schedules([rise, schedule], [self.warmup_steps - 1])
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_grad_norm),
+            optax.adamw(
+                schedule,
+                b1=self.b1,
+                b2=self.b2,
+                weight_decay=self.weight_decay,
+                mask=partial(jax.tree.map, lambda p: p.ndim > 1),
+            ),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LearnerState:
+    """Everything that a step changes, and all that a checkpoint must hold.
+
+    Attributes:
+      params: {"policy": …} and, for recipes with value heads, {"critic": …}.
+      opt_state: the optimiser's.
+      recipe: the recipe's multipliers.
+      step: updates done so far; the version of the policy.
+    """
+
+    params: Mapping[str, Any]
+    opt_state: Any
+    recipe: Any
+    step: Int32[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A recipe, an optimiser and a plan, ready to update.
+
+    Attributes:
+      recipe: the algorithm.
+      apply: (params, rollouts) to log-probabilities and values.
+      optimizer: of {"policy": …, "critic": …}; see `lm_optimizer`.
+      plan: where parameters and data lie.
+    """
+
+    recipe: Recipe
+    apply: Apply
+    optimizer: optax.GradientTransformation
+    plan: Plan = field(default_factory=Plan.single_device)
+
+    def init(self, params: Mapping[str, Any], *, num_prompts: int) -> LearnerState:
+        """The state before the first update.
+
+        Args:
+          params: {"policy": …, "critic": …}; the critic only where the recipe has value heads.
+            Copied: updates donate the state, and the caller may still need its arrays.
+          num_prompts: prompts in the data set, for multipliers of each prompt.
+        """
+        wanted = {"policy", "critic"} if self.recipe.value_heads else {"policy"}
+        if set(params) != wanted:
+            raise ValueError(
+                f"recipe {self.recipe.name} trains {sorted(wanted)}, got {sorted(params)}"
+            )
+        params = jax.tree.map(jnp.copy, dict(params))
+        state = LearnerState(
+            params=params,
+            opt_state=self.optimizer.init(params),
+            recipe=self.recipe.init(num_prompts),
+            step=jnp.int32(0),
+        )
+        return self._bound.place(state) if self.plan.mesh else state
+
+    def update(self, state: LearnerState, rollouts: Rollouts) -> tuple[LearnerState, Metrics]:
+        """One step, jitted; `state` is donated. See `step`."""
+        if self.plan.mesh:
+            rollouts = self._bound.place_batch(rollouts)
+        return self._jitted(state, rollouts)
+
+    def step(self, state: LearnerState, rollouts: Rollouts) -> tuple[LearnerState, Metrics]:
+        """One step, not yet jitted: multipliers first, then `recipe.epochs` gradient steps.
+
+        A step whose loss or gradients are not finite leaves the state as it was and says so
+        in the metric "skipped".
+        """
+        recipe_state, metrics = self.recipe.update(state.recipe, rollouts)
+        params, opt_state = state.params, state.opt_state
+        targets = None
+        if self.recipe.epochs > 1:
+            targets = self._targets(recipe_state, rollouts, self.apply(params, rollouts))
+        for _ in range(self.recipe.epochs):
+            gradient = jax.value_and_grad(self._loss, has_aux=True)
+            (loss, seen), grads = gradient(params, recipe_state, rollouts, targets)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        norm = optax.tree.norm(grads)
+        proposed = LearnerState(
+            params=params, opt_state=opt_state, recipe=recipe_state, step=state.step + 1
+        )
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jax.tree.map(partial(jnp.where, finite), proposed, state)
+        metrics |= seen | {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
+        return kept, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+
+    def _loss(self, params, recipe_state, rollouts, targets):
+        output = self.apply(params, rollouts)
+        if targets is None:
+            # On the first pass the values of this very forward are the old values.
+            targets = self._targets(recipe_state, rollouts, jax.lax.stop_gradient(output))
+        loss, metrics = self.recipe.loss(recipe_state, rollouts, targets, output)
+        return loss, metrics | _observed(rollouts, output)
+
+    def _targets(self, recipe_state, rollouts, output):
+        targets = self.recipe.targets(recipe_state, rollouts, output.values)
+        return jax.lax.stop_gradient(targets)
+
+    @cached_property
+    def _bound(self):
+        return self.plan.bind()
+
+    @cached_property
+    def _jitted(self):
+        return jax.jit(self.step, donate_argnums=0)
+
+
+def _observed(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
+    """What a user watches: KL to the reference, entropy, and the sampler's honesty."""
+    own = rollouts.mask & (rollouts.policy_version >= 0)
+    count = jnp.maximum(jnp.sum(own), 1)
+    sequences = jnp.maximum(jnp.sum(jnp.any(own, axis=-1)), 1)
+    log_ratio = output.log_probs - rollouts.reference_log_probs
+    gap = jnp.abs(output.log_probs - rollouts.behaviour_log_probs)
+    return {
+        "kl": jnp.sum(jnp.where(own, log_ratio, 0.0)) / sequences,
+        "entropy": jnp.sum(jnp.where(own, output.entropy, 0.0)) / count,
+        "sampler_gap": jnp.max(jnp.where(own, gap, 0.0)),
+    }
+
+
+def lm_apply(
+    policy_def: nnx.GraphDef, critic_def: nnx.GraphDef | None, *, temperature: float
+) -> Apply:
+    """`Learner.apply` of a decoder and, where there is one, of its critic."""
+
+    def apply(params: Mapping[str, nnx.State], rollouts: Rollouts) -> PolicyOutput:
+        policy: Decoder = nnx.merge(policy_def, params["policy"])
+        prompts, tokens = rollouts.prompts, rollouts.tokens
+        output = policy_lib.evaluate(
+            policy, prompts, tokens, rollouts.mask, temperature=temperature
+        )
+        if critic_def is None:
+            return output
+        critic: ScalarModel = nnx.merge(critic_def, params["critic"])
+        return output.replace(values=critic.completion_values(prompts, tokens))
+
+    return apply
+
+
+def lm_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Policy and critic under optimisers, clips and rates of their own."""
+    parts = {"policy": config.build(), "critic": config.build(critic=True)}
+    return optax.partition(
+        parts, lambda params: {name: jax.tree.map(lambda _: name, params[name]) for name in params}
+    )

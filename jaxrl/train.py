@@ -1,0 +1,209 @@
+"""The training loop: prompts → rollouts → rewards, costs → update, one step after another."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.data.batches import PromptSet, shuffled
+from jaxrl.learner import Learner, LearnerState, Metrics
+from jaxrl.rollouts import Collector
+from jaxrl.tokenizers import Tokenizer
+from jaxrl.types import Completions, Rollouts
+
+Scores = Mapping[str, np.ndarray]
+Evaluator = Callable[..., Sequence[float] | np.ndarray]
+Span = Callable[[str], AbstractContextManager[None]]
+
+
+class NonFiniteScores(ValueError):
+    """A reward or cost is NaN or infinite; `rows` says for which prompts and completions."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+        self.rows = list(rows)
+        first = self.rows[0]
+        super().__init__(
+            f"rewards and costs must be finite: {len(self.rows)} of this step's are not, first "
+            f"{first['name']}={first['value']} for the completion {first['completion'][:60]!r} "
+            f"of the prompt {first['prompt'][:60]!r}; the step is refused and nothing has changed"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Reads completions and scores them.
+
+    Attributes:
+      tokenizer: turns tokens into the text that is scored.
+      prompts: the texts that prompt ids point to.
+      rewards, costs: plain functions `f(prompts, completions, **columns)` by name, at least
+        "reward" and "cost".
+    """
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    rewards: Mapping[str, Evaluator]
+    costs: Mapping[str, Evaluator]
+
+    def texts(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[list[str], list[str]]:
+        """Prompts and completions as text, row by row of [B, G]."""
+        groups = tokens.shape[1]
+        prompts = [self.prompts.texts[i] for i in ids for _ in range(groups)]
+        return prompts, self.tokenizer.decode_batch(tokens.reshape(-1, tokens.shape[-1]))
+
+    def score(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[Scores, Scores]:
+        """Rewards and costs, float32 [B, G] by name.
+
+        Raises:
+          NonFiniteScores: a score is NaN or infinite.
+        """
+        prompts, completions = self.texts(ids, tokens)
+        shape = tokens.shape[:2]
+        results, refused = [], []
+        for functions in (self.rewards, self.costs):
+            scores = {}
+            for name, function in functions.items():
+                flat = np.asarray(function(prompts, completions), np.float32)
+                refused += [
+                    {"name": name, "value": str(flat[i]), "prompt": prompts[i],
+                     "completion": completions[i], "prompt_id": int(ids[i // shape[1]])}
+                    for i in np.flatnonzero(~np.isfinite(flat))
+                ]  # fmt: skip
+                scores[name] = flat.reshape(shape)
+            results.append(scores)
+        if refused:
+            raise NonFiniteScores(refused)
+        return results[0], results[1]
+
+    def __call__(self, rollouts: Rollouts, greedy: Completions | None = None) -> Rollouts:
+        """The rollouts with their scores, and those of the greedy completions."""
+        ids = np.asarray(rollouts.prompts.ids)
+        rewards, costs = self.score(ids, np.asarray(rollouts.tokens))
+        baseline = None
+        if greedy is not None:
+            greedy_rewards, greedy_costs = self.score(ids, np.asarray(greedy.tokens))
+            scored = {"reward": greedy_rewards["reward"], "cost": greedy_costs["cost"]}
+            baseline = {name: jnp.asarray(value[:, 0]) for name, value in scored.items()}
+        arrays = jax.tree.map(jnp.asarray, (dict(rewards), dict(costs)))
+        return rollouts.replace(rewards=arrays[0], costs=arrays[1], greedy=baseline)
+
+
+def _no_span(_: str) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All parts of a synchronous run.
+
+    Attributes:
+      learner: updates the policy.
+      collector: writes rollouts.
+      scorer: rewards and costs.
+      prompts: the training set.
+      prompts_per_step: B.
+      reference: parameters of the frozen reference policy.
+      seed: of the order of the prompts and of all sampling.
+      sampler_tolerance: largest honest difference between the sampler's and the trainer's
+        log-probability of one token, in nats; beyond it the alarm is raised.
+      span: names the parts of a step for a timeline.
+    """
+
+    learner: Learner
+    collector: Collector
+    scorer: Scorer
+    prompts: PromptSet
+    prompts_per_step: int
+    reference: Any
+    seed: int
+    sampler_tolerance: float = 1e-2
+    max_refused: int = 3
+    span: Span = field(default=_no_span)
+
+    def rollout(self, state: LearnerState, step: int) -> Rollouts:
+        """Scored rollouts of step `step`; a function of the state, the seed and the step.
+
+        Raises:
+          NonFiniteScores: see `Scorer.score`.
+        """
+        rows = shuffled(len(self.prompts), self.prompts_per_step, seed=self.seed, step=step)
+        # One root for every run, folded with the step: no two rollouts share a key.
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        with self.span("rollout"):
+            rollouts, greedy = self.collector.collect(
+                state.params["policy"], self.reference, self.prompts.take(rows), key, state.step
+            )
+            jax.block_until_ready(rollouts.tokens)
+        with self.span("scoring"):
+            return self.scorer(rollouts, greedy)
+
+    def run(
+        self, state: LearnerState, *, start: int, steps: int
+    ) -> Iterator[tuple[int, LearnerState, dict[str, float], NonFiniteScores | None]]:
+        """Trains from step `start` up to `steps`.
+
+        Yields:
+          (steps done, state, metrics, refusal) after each step. A step whose scores are not
+          finite leaves the state alone and yields why. The yielded state is donated to the
+          next step: copy what must outlive it.
+
+        Raises:
+          NonFiniteScores: more than `max_refused` steps in a row were refused.
+        """
+        refused = 0
+        for step in range(start, steps):
+            try:
+                rollouts = self.rollout(state, step)
+            except NonFiniteScores as error:
+                refused += 1
+                if refused > self.max_refused:
+                    raise
+                yield step + 1, state, {"refused": 1.0}, error
+                continue
+            refused = 0
+            with self.span("update"):
+                state, metrics = self.learner.update(state, rollouts)
+                summary = summarise(rollouts, metrics)
+            self._check_sampler(summary, step)
+            yield step + 1, state, summary, None
+
+    def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
+        if metrics["sampler_gap"] > self.sampler_tolerance:
+            raise SamplerDrift(metrics["sampler_gap"], self.sampler_tolerance, step)
+
+
+class SamplerDrift(RuntimeError):
+    """The sampler's log-probabilities are not the trainer's: its weights differ."""
+
+    def __init__(self, gap: float, tolerance: float, step: int):
+        super().__init__(
+            "sampler and trainer must agree on the log-probability of every token: they differ "
+            f"by {gap:.3g} nats at step {step}, tolerated are {tolerance:.3g}; check that the "
+            "sampler has the newest weights, the same temperature and the same compute dtype, "
+            "or raise sampler_tolerance"
+        )
+
+
+def summarise(rollouts: Rollouts, metrics: Metrics) -> dict[str, float]:
+    """Metrics of one step as numbers; statistics of the policy's own completions.
+
+    Completions that the reference policy wrote are training data, not behaviour: they are
+    left out of the means.
+    """
+    own = np.asarray(rollouts.policy_version[:, :, 0] >= 0)
+    reward, cost = np.asarray(rollouts.reward), np.asarray(rollouts.cost)
+    lengths = np.asarray(rollouts.lengths)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not own.any():
+        return values
+    return values | {
+        "reward": float(reward[own].mean()),
+        "cost": float(cost[own].mean()),
+        "safety_rate": float((cost[own] <= 0).mean()),
+        "length": float(lengths[own].mean()),
+    }

@@ -1,0 +1,185 @@
+"""A plan: the shape of a mesh and where each array lies on it, without any device.
+
+A plan can be written down, compared and sent to another machine; `bind` turns it into JAX
+shardings on the devices that are there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Mesh shape and partition specs of a program.
+
+    Attributes:
+      mesh: axis name to size, outermost first.
+      specs: leaf path (as `leaf_path` writes it) to its spec. A leaf takes the spec of the
+        longest path that its own path ends with, so that the moments of an optimiser lie with
+        their parameters; a leaf without any is replicated.
+      batch: mesh axes over which the leading axis of the data is split.
+    """
+
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    specs: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    batch: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis, size in self.mesh.items():
+            if size < 1:
+                raise ValueError(f"a mesh axis needs at least one device: {axis}={size}")
+        named = {"batch": PartitionSpec(self.batch or None), **self.specs}
+        for path, spec in named.items():
+            unknown = _axes(spec) - set(self.mesh)
+            if unknown:
+                raise ValueError(
+                    f"spec of {path} names mesh axes {sorted(unknown)}; "
+                    f"the mesh has {list(self.mesh)}"
+                )
+
+    @classmethod
+    def single_device(cls) -> "Plan":
+        """The trivial plan: one device, everything whole."""
+        return cls()
+
+    @classmethod
+    def from_rules(
+        cls,
+        axes: Any,
+        *,
+        mesh: Mapping[str, int],
+        rules: Mapping[str, str | tuple[str, ...] | None],
+        batch: tuple[str, ...] = (),
+    ) -> "Plan":
+        """Maps logical axis names to mesh axes, as one rule for all arrays.
+
+        Args:
+          axes: pytree whose leaves are tuples of logical axis names (or None), one a dimension.
+          mesh: axis name to size.
+          rules: logical axis to the mesh axis or axes that split it; absent means whole. A mesh
+            axis serves the first dimension of an array that claims it.
+          batch: mesh axes that split the data.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)
+        specs = {leaf_path(path): _spec(names, rules) for path, names in leaves}
+        return cls(mesh=mesh, specs=specs, batch=batch)
+
+    def spec(self, path: str) -> PartitionSpec:
+        """The spec of one leaf; see the class for the rule."""
+        parts = path.split("/")
+        for start in range(len(parts)):
+            found = self.specs.get("/".join(parts[start:]))
+            if found is not None:
+                return found
+        return PartitionSpec()
+
+    def bind(self, devices: Sequence[jax.Device] | None = None) -> "BoundPlan":
+        """Lays the plan on devices.
+
+        Args:
+          devices: all of this process's backend when None.
+
+        Raises:
+          ValueError: fewer devices than the mesh needs.
+        """
+        sizes = tuple(self.mesh.values()) or (1,)
+        devices = list(jax.devices() if devices is None else devices)
+        needed = int(np.prod(sizes))
+        if len(devices) < needed:
+            raise ValueError(
+                f"the plan's mesh {dict(self.mesh)} needs {needed} devices, got {len(devices)}; "
+                "plan for the devices that are there, or pass more"
+            )
+        grid = np.asarray(devices[:needed]).reshape(sizes)
+        return BoundPlan(plan=self, mesh=Mesh(grid, tuple(self.mesh) or ("single",)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundPlan:
+    """A plan on devices.
+
+    Attributes:
+      plan: the plan.
+      mesh: its mesh.
+    """
+
+    plan: Plan
+    mesh: Mesh
+
+    def shardings(self, tree: Any) -> Any:
+        """NamedSharding of every leaf of a tree of parameters or optimiser state.
+
+        Raises:
+          ValueError: a dimension that its mesh axes do not divide.
+        """
+
+        def of(path, leaf):
+            name = leaf_path(path)
+            spec = self.plan.spec(name) if np.ndim(leaf) else PartitionSpec()
+            self._check(name, spec, np.shape(leaf))
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def place(self, tree: Any) -> Any:
+        """Moves a tree to where the plan wants it; dtypes and values stay."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of data: the leading axis over the plan's batch axes."""
+        return NamedSharding(self.mesh, PartitionSpec(self.plan.batch or None))
+
+    def place_batch(self, tree: Any) -> Any:
+        """Moves a batch to the mesh, split along its leading axis."""
+        return jax.device_put(tree, self.batch_sharding)
+
+    def _check(self, name: str, spec: PartitionSpec, shape: tuple[int, ...]) -> None:
+        for size, entry in zip(shape, spec, strict=False):
+            ways = int(np.prod([self.mesh.shape[axis] for axis in _entry(entry)]))
+            if size % ways:
+                raise ValueError(
+                    f"mesh axes {_entry(entry)} split a dimension of {name} {ways} ways, "
+                    f"which its size {size} does not allow; shape {shape}, spec {spec}"
+                )
+
+
+def leaf_path(path: Sequence[Any]) -> str:
+    """Path of a pytree leaf as text: keys joined by "/", wrappers of values left out.
+
+    >>> tree = {"layers": {"query": 0}}
+    >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    ['layers/query']
+    """
+    keys = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+    return keys.removesuffix("/value")
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(x is None or isinstance(x, str) for x in leaf)
+
+
+def _entry(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    return {axis for entry in spec for axis in _entry(entry)}
+
+
+def _spec(
+    names: Sequence[str | None], rules: Mapping[str, str | tuple[str, ...] | None]
+) -> PartitionSpec:
+    used: set[str] = set()
+    entries = []
+    for name in names:
+        wanted = _entry(rules.get(name) if name is not None else None)
+        free = tuple(axis for axis in wanted if axis not in used)
+        used.update(free)
+        entries.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*entries)
