@@ -17,17 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 Config = TypeVar("Config")
 
 COSMETIC = {"cosmetic": True}
-"""Metadata of a config field that cannot change results: left out of hash and comparisons.
-
->>> @dataclass(frozen=True, kw_only=True)
-... class Example:
-...     seed: int = 0
-...     colour: str = field(default="blue", metadata=COSMETIC)
->>> config_hash("x", Example()) == config_hash("x", Example(colour="red"))
-True
->>> config_hash("x", Example()) == config_hash("x", Example(seed=1))
-False
-"""
+"""Metadata of a config field that cannot change results: left out of hash and comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +101,8 @@ def _starting_point(
 ) -> Config:
     if not presets:
         return config_type()
-    first = next(iter(presets))
     # An unknown name is left to the parser, which lists the known ones.
-    return presets[chosen if chosen in presets else first]
+    return presets.get(chosen or "", next(iter(presets.values())))
 
 
 def _program(
@@ -227,7 +216,17 @@ def _nested_json(value: Any, cosmetics: bool) -> Any:
 
 
 def config_hash(name: str, config: Any) -> str:
-    """Ten hexadecimal digits that name the results: the experiment and its relevant fields."""
+    """Ten hexadecimal digits that name the results: the experiment and its relevant fields.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Example:
+    ...     seed: int = 0
+    ...     colour: str = field(default="blue", metadata=COSMETIC)
+    >>> config_hash("x", Example()) == config_hash("x", Example(colour="red"))
+    True
+    >>> config_hash("x", Example()) == config_hash("x", Example(seed=1))
+    False
+    """
     payload = json.dumps([name, to_json(config, cosmetics=False)], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()[:10]
 
