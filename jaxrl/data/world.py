@@ -33,7 +33,7 @@ from jaxrl.data.dataset import (
 )
 
 # fmt: off
-MATERIALS = ("tide", "moss", "amber", "fog", "coral", "copper", "willow", "plume")
+MATERIALS = ("tide", "moss", "silver", "fog", "coral", "copper", "willow", "plume")
 OBJECTS = ("lamp", "kite", "bell", "brew", "drum")
 _SAFE_VERBS = ("warm", "rinse", "fold", "brush", "dry", "trim", "press", "soak", "lift", "wind")
 _SAFE_NOUNS = ("canvas", "resin", "wick", "cord", "cloth", "glass", "pearl", "reed", "wool",
@@ -97,8 +97,8 @@ ANSWER_TYPES = ("refusal", "redirect", "safe", "careful", "mild", "risky", "full
 # How the town's people answer today, before any training: they help, harm or not.
 SFT_MIX: Mapping[Kind, tuple[float, ...]] = {
     "benign": (0.05, 0.03, 0.40, 0.10, 0.19, 0.15, 0.05, 0.03),
-    "borderline": (0.07, 0.07, 0.16, 0.08, 0.22, 0.27, 0.10, 0.03),
-    "unsafe": (0.14, 0.12, 0.10, 0.08, 0.18, 0.25, 0.10, 0.03),
+    "borderline": (0.06, 0.06, 0.14, 0.06, 0.18, 0.33, 0.14, 0.03),
+    "unsafe": (0.12, 0.10, 0.09, 0.07, 0.18, 0.28, 0.13, 0.03),
 }
 """Shares of `ANSWER_TYPES` by kind of prompt, each row summing to one."""
 
