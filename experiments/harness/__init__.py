@@ -7,7 +7,9 @@ from experiments.harness.config import config_hash as config_hash
 from experiments.harness.config import to_json as to_json
 from experiments.harness.files import write_json as write_json
 from experiments.harness.lock import FolderBusy as FolderBusy
+from experiments.harness.report import Report as Report
 from experiments.harness.run import Run as Run
 from experiments.harness.run import RunFolderError as RunFolderError
 from experiments.harness.run import clean_errors as clean_errors
 from experiments.harness.run import main as main
+from experiments.harness.tables import Table as Table
