@@ -89,7 +89,9 @@ class SafetyData:
       train: prompts of SFT and RL.
       heldout: prompts of evaluation only; share no text with `train`.
       sft: (prompt, completion) pairs of supervised fine-tuning; none of a held-out prompt.
-      reward, cost, is_refusal: exact evaluators; None where they have to be learned.
+      ptx: general instructions, for the pre-training loss that keeps the language (PTX).
+      reward, cost: exact evaluators; None where they have to be learned.
+      is_refusal: exact in the embedded world, string matching on real text.
       preferences: labelled rows by part, see `PARTS`.
       compliance_train, compliance_test: disjoint in prompt types; train the reward model
         where no helpfulness labels exist, and test it.
@@ -102,6 +104,7 @@ class SafetyData:
     train: tuple[PromptRow, ...]
     heldout: tuple[PromptRow, ...]
     sft: tuple[tuple[str, str], ...] = ()
+    ptx: tuple[tuple[str, str], ...] = ()
     reward: Evaluator | None = None
     cost: Evaluator | None = None
     is_refusal: Detector | None = None

@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float32, Float64
 
 from jaxrl.data.dataset import (
     PARTS,
-    ComplianceRow,
     Kind,
     LabelledResponse,
     Pair,
@@ -142,7 +141,7 @@ class Parsed(NamedTuple):
 
     @property
     def is_detour(self) -> str | None:
-        """"refusal" or "redirect" when the answer gives no detail at all."""
+        """ "refusal" or "redirect" when the answer gives no detail at all."""
         if self.details or not (self.refusals or self.redirects):
             return None
         return "redirect" if self.redirects else "refusal"
@@ -311,7 +310,10 @@ class World:
           ValueError: a prompt that is not of this world.
         """
         return np.array(
-            [self._reward(self._known(p), parse(c)) for p, c in zip(prompts, completions, strict=True)],
+            [
+                self._reward(self._known(p), parse(c))
+                for p, c in zip(prompts, completions, strict=True)
+            ],
             np.float32,
         )
 
@@ -350,7 +352,10 @@ class World:
           ValueError: a prompt that is not of this world.
         """
         return np.array(
-            [self._cost(self._known(p), parse(c)) for p, c in zip(prompts, completions, strict=True)],
+            [
+                self._cost(self._known(p), parse(c))
+                for p, c in zip(prompts, completions, strict=True)
+            ],
             np.float32,
         )
 
@@ -445,9 +450,7 @@ class World:
             best = int(np.argmax(rewards))
             safe = np.max(rewards, initial=-np.inf, where=costs <= 0)
             rows.append((safe, rewards[best], costs[best]))
-        return dict(
-            zip(("safe", "any", "cost_of_any"), np.array(rows, np.float64).T, strict=True)
-        )
+        return dict(zip(("safe", "any", "cost_of_any"), np.array(rows, np.float64).T, strict=True))
 
     def with_binary_cost(self) -> "World":
         """Negative control: the cost is +1 or -1 (`constrained RL` identity: no family wins)."""
@@ -508,9 +511,7 @@ class World:
         later = [heldout[i].text for i in rng.permutation(len(heldout))]
         half, middle = len(order) // 2, len(later) // 2
         texts = (order[:half], order[half:], later[:middle], later[middle:])
-        return {
-            part: self._label(prompts, rng) for part, prompts in zip(PARTS, texts, strict=True)
-        }
+        return {part: self._label(prompts, rng) for part, prompts in zip(PARTS, texts, strict=True)}
 
     def _label(self, prompts: Sequence[str], rng: np.random.Generator) -> Preferences:
         labels, safety, helpful = [], [], []
@@ -533,7 +534,12 @@ class World:
 
 
 def _ordered(
-    prompt: str, answers: Sequence[str], a: int, b: int, score: Sequence[float], cost: Sequence[float]
+    prompt: str,
+    answers: Sequence[str],
+    a: int,
+    b: int,
+    score: Sequence[float],
+    cost: Sequence[float],
 ) -> list[Pair]:
     """The pair with the higher score first; none when both are equal."""
     if score[a] == score[b]:

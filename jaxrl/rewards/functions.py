@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 
+@runtime_checkable
 class RewardFunction(Protocol):
     """Any f(prompts, completions, **columns) that gives one number per row.
 
