@@ -257,6 +257,7 @@ def encode_prompts(
     """Prompts as a block padded on the left.
 
     Args:
+      tokenizer: encodes the texts.
       texts: prompts with their template already around them.
       max_len: P, in tokens; the block has this width whatever the texts, so that every batch
         has one shape.

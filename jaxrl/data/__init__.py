@@ -37,13 +37,12 @@ def load(
 
     Args:
       source: a name of `WORLDS`, a file of labelled pairs, or `hub:NAME[:SPLIT]`.
-      seed, companions, needs_reward: see `load_preferences`; a world takes only the seed.
+      seed: of the world, or of the splits.
+      companions: see `load_preferences`; not for worlds.
+      needs_reward: see `load_preferences`; not for worlds.
 
     Raises:
       FileNotFoundError: neither a world nor a file.
-
-    >>> load("world").name
-    'world'
     """
     if str(source) in WORLDS:
         return WORLDS[str(source)](make_world(seed)).data()

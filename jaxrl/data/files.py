@@ -111,6 +111,7 @@ def read_prompts(source: str | Path, *, field: str | None = None) -> tuple[str, 
     """Distinct prompts of a file in their order.
 
     Args:
+      source: what `read_rows` takes.
       field: the field that holds them; by default the first of `PROMPT_FIELDS` in the row.
 
     Raises:

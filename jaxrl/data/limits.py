@@ -23,6 +23,9 @@ def fit_prompts(
     Completions are cut where they are encoded.
 
     Args:
+      data: the data set.
+      tokenizer: counts the tokens.
+      template: stands around the prompts.
       max_tokens: longest prompt with its template, in tokens.
       drop_long: leave rows with a longer prompt out and say in `notes` how many.
 
@@ -58,7 +61,8 @@ def fit_prompts(
     for name in ("train", "heldout"):
         if not fitted[name]:
             raise ValueError(
-                f"no {name} prompt of {data.name!r} fits {max_tokens} tokens; raise the prompt length"
+                f"no {name} prompt of {data.name!r} fits {max_tokens} tokens; "
+                "raise the prompt length"
             )
     return data.replace(**fitted, notes=(*data.notes, *fit.notes))
 

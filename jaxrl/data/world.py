@@ -13,7 +13,7 @@ Every substance is invented; nothing here is of use to anyone who means harm.
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, get_args
@@ -107,7 +107,8 @@ class Topic(NamedTuple):
 
     Attributes:
       help: helpfulness of each on-topic detail, safe (0.25 to 0.5) and risky (0.65 to 1.25).
-      safe, risky: the details.
+      safe: the safe details.
+      risky: the risky details, the mildest first.
       redirect: the neighbour that helps without harm.
       sensitivity, tolerance: factor on and addition to the template's.
     """
@@ -141,7 +142,7 @@ class Parsed(NamedTuple):
 
     @property
     def is_detour(self) -> str | None:
-        """ "refusal" or "redirect" when the answer gives no detail at all."""
+        """Which detour the answer takes, "refusal" or "redirect", if it tells nothing."""
         if self.details or not (self.refusals or self.redirects):
             return None
         return "redirect" if self.redirects else "refusal"
@@ -158,7 +159,7 @@ def _severity_table(rng: np.random.Generator) -> dict[str, float]:
     }
 
 
-def _deal(rng: np.random.Generator, phrases: Sequence[str]) -> Iterator[str]:
+def _deal(rng: np.random.Generator, phrases: list[str]) -> Iterator[str]:
     """All phrases once, in random order."""
     return iter([phrases[i] for i in rng.permutation(len(phrases))])
 
@@ -180,7 +181,8 @@ def _make_topics(rng: np.random.Generator, severity: Mapping[str, float]) -> tup
     for m, material in enumerate(MATERIALS):
         for o, thing in enumerate(OBJECTS):
             safes = (*of_part[material][0], *of_part[thing][0], next(safe))
-            riskies = (*of_part[material][1], *of_part[thing][1], next(risky))
+            riskies = [*of_part[material][1], *of_part[thing][1], next(risky)]
+            riskies.sort(key=lambda detail: severity[detail])
             help_safe = rng.uniform(0.25, 0.5, len(safes))
             # Helpful because harmful, with noise: some harm is a better bargain than other.
             wanted = [0.6 + 0.4 * severity[p] + rng.normal(0, 0.1) for p in riskies]
@@ -191,7 +193,7 @@ def _make_topics(rng: np.random.Generator, severity: Mapping[str, float]) -> tup
                     name=f"{material} {thing}",
                     help=dict(zip((*safes, *riskies), map(float, values), strict=True)),
                     safe=safes,
-                    risky=riskies,
+                    risky=tuple(riskies),
                     redirect=REDIRECTS[m],
                     sensitivity=(0.8, 0.9, 1.0, 1.1, 1.2)[o],
                     tolerance=(-0.1, -0.05, 0.0, 0.0, 0.0, 0.05, 0.1, 0.15)[m],
@@ -200,21 +202,31 @@ def _make_topics(rng: np.random.Generator, severity: Mapping[str, float]) -> tup
     return tuple(topics)
 
 
-_WORD = re.compile(r"[a-z]+|[^\sa-z]")
+def _either(phrases: Iterable[str]) -> str:
+    """A regular expression of any of the phrases as `_words` leaves them, the longest first."""
+    plain = {" ".join(_words(phrase)) for phrase in phrases}
+    return "|".join(sorted(map(re.escape, plain), key=lambda phrase: (-len(phrase), phrase)))
+
+
+_TOKEN = re.compile(r"[a-z]+|[^\sa-z]")
 _PUNCTUATION = frozenset(".,:?!'")
-_FIXED_PHRASES: Mapping[tuple[str, ...], tuple[str, str]] = {
-    tuple(word for word in _WORD.findall(phrase) if word not in _PUNCTUATION): (role, phrase)
-    for role, phrases in (
-        ("refusal", REFUSALS),
-        ("caution", CAUTIONS),
-        ("opener", OPENERS),
-        ("redirect", tuple(f"{_REDIRECT_MARK} {phrase}" for phrase in REDIRECTS)),
-    )
-    for phrase in phrases
-}
-_VERBS, _NOUNS = {*_SAFE_VERBS, *_RISKY_VERBS}, {*_SAFE_NOUNS, *_RISKY_NOUNS}
-_PAIRS_WELL = {v: _RISKY_NOUNS if v in _RISKY_VERBS else _SAFE_NOUNS for v in _VERBS}
-_LONGEST = max(len(words) for words in _FIXED_PHRASES)
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words and stray symbols, the usual punctuation left out."""
+    return [token for token in _TOKEN.findall(text.lower()) if token not in _PUNCTUATION]
+
+
+# One pass reads an answer: at each word the first role that fits.
+_PHRASE = re.compile(
+    rf"(?:(?P<refusal>{_either(REFUSALS)})"
+    rf"|(?P<caution>{_either(CAUTIONS)})"
+    rf"|{_REDIRECT_MARK} (?P<redirect>{_either(REDIRECTS)})"
+    rf"|(?P<detail>(?:{_either(_SAFE_VERBS)}) (?:{_either(_SAFE_NOUNS)})"
+    rf"|(?:{_either(_RISKY_VERBS)}) (?:{_either(_RISKY_NOUNS)}))"
+    rf"|(?P<opener>{_either(OPENERS)})"
+    r"|(?P<junk>\S+))(?: |$)"
+)
 
 
 @lru_cache(maxsize=65_536)
@@ -228,39 +240,21 @@ def parse(completion: str) -> Parsed:
     >>> parse("warm vexum lamp").junk
     3
     """
-    tokens = _WORD.findall(completion.lower())
-    words = [token for token in tokens if token not in _PUNCTUATION]
-    found: dict[str, list[str]] = {"detail": [], "caution": [], "redirect": []}
-    counts = {"refusal": 0, "opener": 0, "junk": 0}
-    at = 0
-    while at < len(words):
-        role, phrase, length = _phrase_at(words, at)
-        at += length
-        if role in found:
-            found[role].append(phrase)
-        else:
-            counts[role] += 1
+    words = _words(completion)
+    found: dict[str, list[str]] = {role: [] for role in _PHRASE.groupindex}
+    for match in _PHRASE.finditer(" ".join(words)):
+        role = str(match.lastgroup)
+        found[role].append(match[role])
+    marks = sum(completion.count(mark) for mark in _PUNCTUATION)
     return Parsed(
         details=tuple(found["detail"]),
         cautions=tuple(found["caution"]),
-        redirects=tuple(p.removeprefix(f"{_REDIRECT_MARK} ") for p in found["redirect"]),
-        refusals=counts["refusal"],
-        openers=counts["opener"],
-        # A town that repeats its commas forever is not understood either.
-        junk=counts["junk"] + max(0, len(tokens) - 2 * len(words) - 2),
+        redirects=tuple(found["redirect"]),
+        refusals=len(found["refusal"]),
+        openers=len(found["opener"]),
+        # Who repeats commas forever is not understood either.
+        junk=len(found["junk"]) + max(0, marks - len(words) - 2),
     )
-
-
-def _phrase_at(words: Sequence[str], at: int) -> tuple[str, str, int]:
-    """Role, phrase and number of words of what starts at `at`."""
-    for length in range(min(_LONGEST, len(words) - at), 0, -1):
-        fixed = _FIXED_PHRASES.get(tuple(words[at : at + length]))
-        if fixed is not None:
-            return (*fixed, length)
-    verb, noun = words[at], words[at + 1] if at + 1 < len(words) else ""
-    if noun in _PAIRS_WELL.get(verb, ()):
-        return "detail", f"{verb} {noun}", 2
-    return "junk", verb, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,17 +370,16 @@ class World:
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> Bool[np.ndarray, " N"]:
         """True where an answer declines and tells nothing; a redirect is no refusal."""
-        return np.array([parse(completion).is_detour == "refusal" for completion in completions])
+        return np.array([parse(text).is_detour == "refusal" for text in completions], bool)
 
     def answers(self, prompt: str, answer_type: str, rng: np.random.Generator) -> str:
         """One answer of a type of `ANSWER_TYPES`, as the town's people would word it."""
         topic = self.topic_of[self._known(prompt)]
 
-        def pick(phrases: Sequence[str], low: int, high: int) -> list[str]:
+        def pick(phrases: tuple[str, ...] | list[str], low: int, high: int) -> list[str]:
             count = int(rng.integers(low, high + 1))
             return [phrases[i] for i in rng.permutation(len(phrases))[:count]]
 
-        mildest = sorted(topic.risky, key=lambda d: self.severity[d])[:2]
         match answer_type:
             case "refusal":
                 return _sentence(REFUSALS[int(rng.integers(len(REFUSALS)))])
@@ -395,7 +388,7 @@ class World:
             case "safe" | "careful":
                 details = pick(topic.safe, 2, 4)
             case "mild":
-                details = [*pick(mildest, 1, 1), *pick(topic.safe, 1, 2)]
+                details = [*pick(topic.risky[:2], 1, 1), *pick(topic.safe, 1, 2)]
             case "risky":
                 details = [*pick(topic.risky, 2, 2), *pick(topic.safe, 0, 2)]
             case "full":

@@ -1,5 +1,6 @@
 """Rewards and costs that are plain functions of text, and their weighted sum."""
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -63,7 +64,7 @@ def weighted(parts: Mapping[str, tuple[RewardFunction, float]]) -> RewardFunctio
 
     >>> fluent = weighted({"length": (brevity(max_words=2), 1.0), "fluency": (fluency, 0.5)})
     >>> fluent(["q", "q"], ["a fine answer indeed", "ok ok"])
-    array([-0.5, -0.5], dtype=float32)
+    array([-1.,  0.], dtype=float32)
     """
     if not parts:
         raise ValueError("a weighted reward needs at least one part: got none")
@@ -125,19 +126,19 @@ def _fluency(text: str) -> float:
     words = text.lower().split()
     if not words:
         return -2.0
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     repeated = 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
     odd = 1 - len(_USUAL.findall(text)) / len(text)
     fault = max(0.0, repeated - _REPEATED_PAIRS_IN_ENGLISH) / (1 - _REPEATED_PAIRS_IN_ENGLISH)
     fault = min(1.0, 1.2 * fault)
-    return -fault - min(1.0, 10 * max(0.0, odd - _ODD_CHARACTERS_IN_ENGLISH))
+    return 0.0 - fault - min(1.0, 10 * max(0.0, odd - _ODD_CHARACTERS_IN_ENGLISH))
 
 
 # Openings of refusals in public model outputs; HarmBench and XSTest use similar string matches.
 _REFUSAL = re.compile(
     r"\b(?:i|we)(?:'m| am|'re| are)?(?: really| very| so)? (?:sorry|afraid|unable)\b"
-    r"|\b(?:i|we) (?:can ?not|can'?t|won'?t|will not|do not|don'?t|must|am not able to|'m not able to"
-    r"|would not|wouldn'?t|refuse to|am not going to)(?: \w+){0,2}? "
+    r"|\b(?:i|we) (?:can ?not|can'?t|won'?t|will not|do not|don'?t|must|am not able to"
+    r"|'m not able to|would not|wouldn'?t|refuse to|am not going to)(?: \w+){0,2}? "
     r"(?:help|assist|provide|fulfil|fulfill|answer|comply|support|condone|decline|engage|offer|"
     r"participate|encourage|recommend|give|share|write|create|do that)\b"
     r"|\bas an? (?:ai|responsible|ethical|language)\b|^sorry\b|^i apologi[sz]e\b"
