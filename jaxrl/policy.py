@@ -15,7 +15,7 @@ from jaxrl.types import PolicyOutput, Prompts
 def token_log_probs(
     logits: Float32[Array, "*batch V"], tokens: Int32[Array, "*batch"], *, temperature: float = 1.0
 ) -> Float32[Array, "*batch"]:
-    """log softmax(logits / temperature) at `tokens`.
+    """The log of softmax(logits / temperature) at `tokens`.
 
     >>> token_log_probs(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([0])).round(4)
     Array([-1.3863], dtype=float32)
@@ -52,17 +52,25 @@ def evaluate(
     mask: Bool[Array, "B G T"],
     *,
     temperature: float,
+    with_entropy: bool = True,
 ) -> PolicyOutput:
-    """Log-probabilities and entropies of completions under `model`, differentiable.
+    """Log-probabilities and entropies of completions under `model`.
+
+    Log-probabilities are differentiable; entropies are not.
 
     Args:
       model: the policy.
-      prompts, tokens, mask: as in `Rollouts`.
+      prompts: what was completed.
+      tokens: the completions, padded on the right.
+      mask: True on tokens that were chosen.
       temperature: the one at which the completions were sampled.
+      with_entropy: False saves a pass over the logits and leaves the entropies at 0.
     """
     logits = model.logits(model.completion_hidden(prompts, tokens))
     log_probs = token_log_probs(logits, tokens, temperature=temperature)
-    spread = entropy(jax.lax.stop_gradient(logits), temperature=temperature)
+    spread = jnp.zeros_like(log_probs)
+    if with_entropy:
+        spread = entropy(jax.lax.stop_gradient(logits), temperature=temperature)
     return PolicyOutput(
         log_probs=jnp.where(mask, log_probs, 0.0), entropy=jnp.where(mask, spread, 0.0)
     )

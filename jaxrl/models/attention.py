@@ -45,9 +45,8 @@ def causal(
       kv: rotated keys, and values, [N, S, K, d].
       segments: 0 marks padding; a token sees earlier tokens of its own segment only.
     """
-    steps = jnp.arange(query.shape[1])
     visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] != 0)
-    visible &= steps[:, None] >= steps[None, :]
+    visible &= jnp.tri(query.shape[1], dtype=bool)[None]
     grouped = _group(query, kv.key.shape[-2])
     scores = jnp.einsum("nskhd,ntkd->nkhst", grouped, kv.key, preferred_element_type=jnp.float32)
     weights = _softmax(scores, visible[:, None, None]).astype(query.dtype)
@@ -69,7 +68,6 @@ def after_prompt(
       own: keys and values of the completions, [B, G, T, K, d]. Padding stands on the right,
         where causality hides it from every real token.
     """
-    steps = jnp.arange(query.shape[2])
     grouped = _group(query, own.key.shape[-2])
     to_prompt = jnp.einsum(
         "bgtkhd,bpkd->bkghtp", grouped, prompt.key, preferred_element_type=jnp.float32
@@ -78,7 +76,7 @@ def after_prompt(
         "bgtkhd,bgskd->bkghts", grouped, own.key, preferred_element_type=jnp.float32
     )
     visible = jnp.broadcast_to(prompt_mask[:, None, None, None, None, :], to_prompt.shape)
-    causal_mask = jnp.broadcast_to(steps[:, None] >= steps[None, :], to_own.shape)
+    causal_mask = jnp.broadcast_to(jnp.tri(query.shape[2], dtype=bool), to_own.shape)
     weights = _softmax(
         jnp.concatenate([to_prompt, to_own], axis=-1),
         jnp.concatenate([visible, causal_mask], axis=-1),
@@ -123,6 +121,6 @@ def one_token(
 
 
 def _softmax(
-    scores: Float32[Array, "*batch S"], visible: Bool[Array, "*batch S"]
+    scores: Float32[Array, "*batch S"], visible: Bool[Array, "*#batch S"]
 ) -> Float32[Array, "*batch S"]:
     return jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)

@@ -119,7 +119,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "max_len")
-        for name in sizes:
+        for name in (*sizes, "scan_unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads:

@@ -40,28 +40,48 @@ def parameter(
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float32[Array, " D"], eps: float
 ) -> Float[Array, "*batch D"]:
-    """x / √(mean x² + ε) · scale, computed in float32 (arXiv:1910.07467)."""
+    """Root-mean-square norm x / √(mean x² + ε) · scale, in float32 (arXiv:1910.07467)."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale).astype(x.dtype)
+    return (wide * inverse * _as_rank(scale, x.ndim)).astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "*batch N d"],
-    positions: Int32[Array, "*batch"],
-    frequencies: Float32[Array, " half"],
-    scale: float,
-) -> Float[Array, "*batch N d"]:
-    """Rotary position embedding in Llama's half-split layout (arXiv:2104.09864).
+def _as_rank(x: Float[Array, "*tail"], rank: int) -> Float[Array, "..."]:
+    """Leading axes of size 1 until `x` has the rank of what it is to be broadcast with."""
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine by which rotary embeddings turn each pair at each position."""
+
+    cos: Float32[Array, "*batch 1 half"]
+    sin: Float32[Array, "*batch 1 half"]
+
+
+def rotation(
+    positions: Int32[Array, "*batch"], frequencies: Float32[Array, " half"], *, scale: float = 1.0
+) -> Rotation:
+    """The rotation at each position, the same for every layer and head.
 
     Args:
-      x: queries or keys; the pair (i, i + d/2) is rotated by position × frequency i.
       positions: of each token in its own sequence.
       frequencies: radians per position.
       scale: YaRN's attention factor, 1 elsewhere.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    angles = positions[..., None, None].astype(jnp.float32) * _as_rank(
+        frequencies, positions.ndim + 2
+    )
+    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+
+def rotate(x: Float[Array, "*batch N d"], by: Rotation) -> Float[Array, "*batch N d"]:
+    """Rotary position embedding in Llama's half-split layout (arXiv:2104.09864).
+
+    Args:
+      x: queries or keys; the pair (i, i + d/2) is rotated by position × frequency i.
+      by: see `rotation`.
+    """
+    cos, sin = by
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -167,7 +187,7 @@ class Decoder(nnx.Module):
         batch, prompt_len = prompts.tokens.shape
         own_tokens = tokens[:, :, :-1].reshape(batch, groups * steps)
         prompt_positions = _positions(prompts.mask.astype(jnp.int32))
-        own_positions = prompt_positions[:, -1:, None] + 1 + jnp.arange(steps)
+        own_positions = prompt_positions[:, -1:, None] + 1 + jnp.arange(steps)[None, None]
         own_positions = jnp.broadcast_to(own_positions, (batch, groups, steps))
 
         def split(x):  # [B, P + G·T', …] -> [B, P, …], [B, G, T', …]
@@ -226,7 +246,7 @@ class Decoder(nnx.Module):
           The hidden state that predicts token `step + 1`, and the new cache.
         """
         positions = jnp.broadcast_to(cache.next_position[:, None] + step, tokens.shape)
-        x, own = self._embed(tokens), cache.own
+        x, own, turn = self._embed(tokens), cache.own, self._rotation(positions)
         weights = self.layers.weights()
         # The loop over layers is unrolled: a token's products are too small to hide the copies
         # of the cache that a scan makes (measured on CPU: 2–3 times slower).
@@ -247,48 +267,53 @@ class Decoder(nnx.Module):
                 out = attention.one_token(query, prompt, cache.prompt_mask, layer_own, step)
                 return out, own
 
-            x, own = self._layer(layer, x, positions, attend, own)
+            x, own = self._layer(layer, x, turn, attend, own)
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
         return x, cache._replace(own=own)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits of the next token, always float32."""
         kernel = self.embedding[...].T if self.config.tie_embeddings else self.output[...]
-        return jnp.matmul(
-            hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def _embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return self.embedding[...][tokens].astype(self.config.compute_dtype)
 
     def _run(self, x, positions, attend: Attend, layer_state):
         """Scans the layers; `attend` maps (query, kv, layer_state) to (out, result per layer)."""
+        turn = self._rotation(positions)
 
         def body(x, layer):
             weights, state = layer
-            return self._layer(weights, x, positions, attend, state)
+            return self._layer(weights, x, turn, attend, state)
 
         x, results = jax.lax.scan(
             body, x, (self.layers.weights(), layer_state), unroll=self.config.scan_unroll
         )
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), results
 
-    def _layer(self, weights: Weights, x, positions, attend: Attend, state):
+    def _rotation(self, positions: Int32[Array, "*batch"]) -> Rotation:
+        c = self.config
+        frequencies = jnp.asarray(c.rope_scaling.frequencies(c.head_dim, c.rope_theta))
+        return rotation(positions, frequencies, scale=c.rope_scaling.attention_factor)
+
+    def _layer(self, weights: Weights, x, turn: Rotation, attend: Attend, state):
         c, dtype = self.config, x.dtype
         weights = {k: w if "norm" in k else w.astype(dtype) for k, w in weights.items()}
         normed = rms_norm(x, weights["attention_norm"], c.norm_eps)
         query, key, value = (
-            jnp.einsum("...d,dnh->...nh", normed, weights[name]) + weights.get(f"{name}_bias", 0)
+            jnp.einsum("...d,dnh->...nh", normed, weights[name])
             for name in ("query", "key", "value")
         )
+        if c.attention_bias:
+            query, key, value = (
+                out + _as_rank(weights[f"{name}_bias"], out.ndim)
+                for name, out in (("query", query), ("key", key), ("value", value))
+            )
         if c.qk_norm:
             query = rms_norm(query, weights["query_norm"], c.norm_eps)
             key = rms_norm(key, weights["key_norm"], c.norm_eps)
-        frequencies = jnp.asarray(c.rope_scaling.frequencies(c.head_dim, c.rope_theta))
-        factor = c.rope_scaling.attention_factor
-        query = rotate(query, positions, frequencies, factor)
-        key = rotate(key, positions, frequencies, factor)
-        out, state = attend(query, KeyValue(key, value), state)
+        out, state = attend(rotate(query, turn), KeyValue(rotate(key, turn), value), state)
         x = x + jnp.einsum("...nh,nhd->...d", out, weights["attention_out"])
         normed = rms_norm(x, weights["mlp_norm"], c.norm_eps)
         gated = jax.nn.silu(normed @ weights["gate"]) * (normed @ weights["up"])
@@ -297,9 +322,7 @@ class Decoder(nnx.Module):
 
 def _positions(segments: Int32[Array, "N S"]) -> Int32[Array, "N S"]:
     """Index of each token within its segment; 0 on padding before the first."""
-    steps = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.concatenate(
-        [jnp.ones_like(segments[:, :1]), jnp.diff(segments, axis=1)], axis=1
-    )
+    steps = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments, axis=1)], axis=1)
     first = jax.lax.cummax(jnp.where(starts != 0, steps, 0), axis=1)
     return steps - first

@@ -37,9 +37,10 @@ class ScalarModel(nnx.Module):
     ) -> Float32[Array, "N H"]:
         """Scores of whole sequences, read at the last token that is not padding."""
         hidden = self.trunk.hidden(tokens, segments)
-        steps = jnp.arange(tokens.shape[1])
+        steps = jnp.arange(tokens.shape[1])[None]
         last = jnp.max(jnp.where(segments != 0, steps, 0), axis=1)
         return self._read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def _read(self, hidden):
-        return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+        scores = hidden.astype(jnp.float32) @ self.kernel[...]
+        return scores + jnp.expand_dims(self.bias[...], range(scores.ndim - 1))

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from jaxrl.models import Cache, Decoder
 from jaxrl.rollouts.sampling import Sampling, draw
@@ -20,7 +20,7 @@ class _Loop:
 
     step: Int32[Array, ""]
     active: Bool[Array, "B G"]
-    hidden: Float32[Array, "B G D"]
+    hidden: Float[Array, "B G D"]
     cache: Cache
     tokens: Int32[Array, "T B G"]
     mask: Bool[Array, "T B G"]
@@ -68,7 +68,8 @@ def generate_from_state(
     """Writes `group_size` completions of every prompt; stops when every row has ended.
 
     Args:
-      params, graphdef: the policy, as `nnx.split` gives it.
+      params: the policy's state, as `nnx.split` gives it.
+      graphdef: the policy's structure.
       prompts: each passes through the network once, whatever the group size.
       key: consumed; give every call a fresh one.
       sampling: how tokens are drawn, and the longest completion.
@@ -76,8 +77,17 @@ def generate_from_state(
 
     Returns:
       Completions whose log-probabilities are those of a fresh forward pass.
+
+    Raises:
+      ValueError: prompt and completion together are longer than the model's `max_len`.
     """
     model = nnx.merge(graphdef, params)
+    prompt_len, max_len = prompts.tokens.shape[1], model.config.max_len
+    if prompt_len + sampling.max_new_tokens > max_len:
+        raise ValueError(
+            f"prompt and completion must fit the model's context: {max_len=}, {prompt_len=}, "
+            f"{sampling.max_new_tokens=}; shorten one or raise DecoderConfig.max_len"
+        )
     hidden, cache = model.prefill(
         prompts, group_size=group_size, max_new_tokens=sampling.max_new_tokens
     )

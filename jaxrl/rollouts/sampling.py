@@ -53,8 +53,9 @@ def truncate(
 
     Args:
       scaled: logits divided by the temperature.
-      top_k: 0 keeps all.
-      top_p: 1 keeps all. The token that crosses p is kept (arXiv:1904.09751).
+      top_k: 0 keeps all. Tokens that tie with the k-th are kept.
+      top_p: 1 keeps all. The token that crosses p is kept (arXiv:1904.09751), and so are those
+        that tie with it.
     """
     vocab = scaled.shape[-1]
     if 0 < top_k < vocab:
