@@ -1,7 +1,6 @@
 """Losses of learned rewards and costs. One scalar score a sequence; nothing is reduced."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _RIDGE = 1e-3  # safe-rlhf's regularisation of reward and cost models
@@ -18,9 +17,11 @@ def reward_loss(
     are learned: a constant may be added to the rewards, and the ridge alone picks it.
 
     Args:
-      better, worse: scores of the preferred and of the other response.
+      better: scores of the preferred responses.
+      worse: scores of the other responses.
       ridge: weight of the squared scores.
 
+    >>> import jax.numpy as jnp
     >>> reward_loss(jnp.array([0.0]), jnp.array([0.0]), ridge=0.0).round(4)
     Array([0.6931], dtype=float32)
     """
@@ -46,8 +47,10 @@ def cost_loss(
     shifted.
 
     Args:
-      safer, unsafer: costs of the two responses.
-      safer_sign, unsafer_sign: +1 unsafe, -1 safe, 0 unknown (a constant: no gradient).
+      safer: costs of the safer responses.
+      unsafer: costs of the other responses.
+      safer_sign: +1 unsafe, -1 safe, 0 unknown (a constant: no gradient).
+      unsafer_sign: likewise.
       ridge: weight of the squared costs.
     """
     ranking = jax.nn.softplus(safer - unsafer)
@@ -69,6 +72,7 @@ def label_loss(
       target: t in [0, 1].
       ridge: weight of the squared scores.
 
+    >>> import jax.numpy as jnp
     >>> label_loss(jnp.array([0.0, 0.0]), jnp.array([1.0, 0.5]), ridge=0.0).round(4)
     Array([0.6931, 0.6931], dtype=float32)
     """
