@@ -76,7 +76,10 @@ class Metrics:
             from tensorboardX import SummaryWriter  # imports protobuf: not for every `--help`
 
             self._writers[stage] = SummaryWriter(
-                str(self._events / stage), purge_step=self._purge.get(stage)
+                str(self._events / stage),
+                purge_step=self._purge.get(stage),
+                # Files are named by the second: a quick resume would overwrite the one before.
+                filename_suffix=f".{time.time_ns()}",
             )
         return self._writers[stage]
 

@@ -19,7 +19,7 @@ SERIES = ("#010101", "#010102", "#010104", "#010105", "#010106", "#010107", "#01
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = "osD^vPX*"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.0,
     "svg.fonttype": "none",
@@ -64,7 +64,7 @@ def draw(
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
         paint(*axes)
         _legend(figure, axes)
     return figure
@@ -256,9 +256,7 @@ def training(
     return curves(panels, smooth=smooth, order=order) if panels else None
 
 
-def _series(
-    rows: Sequence[Mapping[str, Any]], stage: str, metric: str
-) -> tuple[list[float], list[float]]:
+def _series(rows: Sequence[Mapping[str, Any]], stage: str, metric: str) -> Curve:
     chosen = [row for row in rows if row["stage"] == stage and metric in row]
     values = [float("nan") if row[metric] is None else float(row[metric]) for row in chosen]
     return [float(row["step"]) for row in chosen], values

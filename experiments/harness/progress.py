@@ -77,6 +77,7 @@ class Progress:
         self._warned: set[str] = set()
         self._bar: Any = None
         self._task: Any = None
+        self._live: Any = None
 
     def __enter__(self) -> Self:
         if self._stream.isatty():
@@ -85,22 +86,30 @@ class Progress:
 
     def _open_bar(self) -> None:
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (
+        self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[line]}"),
-            TextColumn("[dim]left {task.fields[left]}"),
+            TextColumn("left {task.fields[left]}"),
+        )
+        self._task = self._bar.add_task(
+            self.stage, total=self.total, completed=self.start, left="–"
         )
         console = Console(file=self._stream)
-        self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
-        self._task = self._bar.add_task(
-            self.stage, total=self.total, completed=self.start, line="", left="–"
-        )
-        self._bar.start()
+        self._live = Live(self._bar, console=console, refresh_per_second=4)
+        self._live.start()
+
+    def _show_bar(self, line: str) -> None:
+        from rich.console import Group
+        from rich.text import Text
+
+        self._bar.update(self._task, completed=self.step, left=clock(self.left_s))
+        # Two lines: on one, 80 columns have no room for the metrics.
+        self._live.update(Group(self._bar, Text(f"  {line}")))
 
     @property
     def left_s(self) -> float:
@@ -118,7 +127,7 @@ class Progress:
         self._warn()
         line = summary_line(self._values)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, line=line, left=clock(self.left_s))
+            self._show_bar(line)
             return
         now = time.monotonic()
         if now - self._last_line >= self._interval_s or step >= self.total:
@@ -136,7 +145,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Writes a line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._live.console.print(text, highlight=False, markup=False)
         else:
             self._write(text)
 
@@ -146,7 +155,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._live.stop()
             self._bar = None
 
 

@@ -4,7 +4,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -157,7 +157,7 @@ def _sample(row: Mapping[str, Any]) -> str:
 
 
 def _css() -> str:
-    def palette(colours: list[str]) -> str:
+    def palette(colours: Sequence[str]) -> str:
         return "".join(f"--series-{i}:{colour};" for i, colour in enumerate(colours))
 
     return _STYLE.replace("/*light*/", palette(_LIGHT)).replace("/*dark*/", palette(_DARK))
