@@ -363,7 +363,7 @@ _ALL = (
     Recipe(name="ppo_lagrangian", summary="PPO-Lagrangian on the mean cost, as safe-rlhf has it",
            advantage=adv.GAE(), constraint=Lagrangian(), kl=_SAFE_RLHF_KL),
     Recipe(name="repo", summary="plain RePO: rectified cost, switched on each unsafe sample",
-           advantage=adv.GAE(), constraint=Rectified(), kl=_SAFE_RLHF_KL),
+           advantage=adv.GAE(), constraint=Rectified(), kl=KL(coef=0.01, placement="reward")),
     Recipe(name="grpo", summary="GRPO: rewards standardised within the group", **_GRPO),
     Recipe(name="dr_grpo", summary="GRPO without division by the standard deviation", **_DR_GRPO),
     Recipe(name="rloo", summary="REINFORCE with the leave-one-out baseline", **_TRL_RLOO),
@@ -381,7 +381,7 @@ _ALL = (
                    "written by the reference",
            advantage=adv.GroupMean(), objective=obj.TrajectoryBalance(), kl=KL(coef=0.05),
            constraint=dataclasses.replace(
-               _RECTIFIED_REWARD, init_value=10.0, max_value=None, bound=10.0),
+               _RECTIFIED_REWARD, rate=20.0, max_value=None, bound=10.0),
            group_size=8, reference_share=0.5),
 )
 
