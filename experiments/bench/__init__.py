@@ -1,0 +1,1 @@
+"""Parts of `experiments.bench_rl`: the workload, one worker per contestant, their rounds."""
