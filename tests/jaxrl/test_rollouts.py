@@ -234,8 +234,9 @@ def test_no_truncation_is_the_identity():
 
 
 @pytest.mark.parametrize(
+    "changes",
     [{}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 2.0, "top_k": 4, "top_p": 0.8}],
-)  # fmt: skip
+)
 def test_draws_follow_the_truncated_softmax(changes):
     sampling = Sampling(max_new_tokens=1, eos_id=NEVER, pad_id=PAD, **changes)
     logits = np.asarray([1.3, 0.2, -0.7, 2.0, 0.9, -1.5], np.float32)
