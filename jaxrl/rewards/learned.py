@@ -6,7 +6,7 @@ answers the n-grams carry most of what can be learned; the transformer adds what
 order and on the prompt. Either part may be left out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,15 +17,17 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, UInt32
-from sklearn.metrics import roc_auc_score
 
 from jaxrl.models import DecoderConfig, ScalarModel
 from jaxrl.models.decoder import parameter
+from jaxrl.rewards.examples import Examples, auc
 from jaxrl.tokenizers import ChatTemplate, Tokenizer, encode_completions
 from jaxrl.types import Prompts
 
 Loss = Callable[[Float32[Array, "N K"], Float32[Array, "N K"]], Float32[Array, " N"]]
 """f(scores, targets) -> loss of each example, of K sequences compared with one another."""
+Measure = Callable[[Float32[np.ndarray, "N K"], Float32[np.ndarray, "N K"]], float]
+"""f(scores, targets) -> how good the scores are, more is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +179,10 @@ class TextEncoder:
             mask[row, -len(kept) :] = True
         return Prompts(tokens=tokens, mask=mask, ids=np.arange(len(texts), dtype=np.int32))  # type: ignore[arg-type]
 
-    def completions(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask, [N, 1, T]."""
+    def completions(
+        self, texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "N 1 T"], Bool[np.ndarray, "N 1 T"]]:
+        """Tokens and mask, one completion a prompt."""
         tokens, mask = encode_completions(self.tokenizer, texts, max_len=self.completion_len)
         return tokens[:, None], mask[:, None]
 
@@ -261,53 +265,6 @@ def _apply(graphdef, params, prompts, tokens, mask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
-    """What a scorer learns from: sequences, and which of them are compared.
-
-    Attributes:
-      prompts: of each sequence, E.
-      completions: of each sequence, E.
-      groups: sequences that one example compares; K = 2 for pairs, 1 for single labels.
-      targets: what the loss is told of each sequence of an example.
-    """
-
-    prompts: tuple[str, ...]
-    completions: tuple[str, ...]
-    groups: Int32[np.ndarray, "M K"]
-    targets: Float32[np.ndarray, "M K"]
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> "Examples":
-        """From (prompt, completions, targets) rows, K completions and targets in each.
-
-        Raises:
-          ValueError: no rows, or rows of different K.
-
-        >>> Examples.of([("p", ("a", "b"), (-1, 1)), ("p", ("c", "b"), (-1, 1))]).groups
-        array([[0, 1],
-               [2, 1]], dtype=int32)
-        """
-        index: dict[tuple[str, str], int] = {}
-        groups, targets = [], []
-        for prompt, completions, labels in rows:
-            groups.append([index.setdefault((prompt, c), len(index)) for c in completions])
-            targets.append(list(labels))
-        sizes = {len(row) for row in (*groups, *targets)}
-        if len(sizes) != 1:
-            raise ValueError(
-                "examples need rows of one size, with a target for each completion: got "
-                f"{len(groups)} rows of sizes {sorted(sizes)}; is a part of the data empty?"
-            )
-        prompts, completions = zip(*index, strict=True)
-        return cls(
-            prompts=prompts,
-            completions=completions,
-            groups=np.asarray(groups, np.int32),
-            targets=np.asarray(targets, np.float32),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a scorer is trained.
 
@@ -318,8 +275,8 @@ class TrainingConfig:
       ngram_learning_rate: likewise for n-gram weights and bias.
       weight_decay: of AdamW.
       dropout: see `ScorerModel`.
-      evaluate_every: steps between two looks at the validation rows.
-      patience: looks without a better AUC after which training stops.
+      evaluate_every: steps between two looks at the validation examples.
+      patience: looks without a better validation after which training stops.
     """
 
     steps: int = 400
@@ -358,13 +315,13 @@ class TrainedScorer:
     """What training found.
 
     Attributes:
-      scorer: with the parameters of the best look at the validation rows.
-      validation_auc: of these parameters.
-      history: a row for each look: step, loss (mean since the last look), auc.
+      scorer: with the parameters of the best look at the validation examples.
+      quality: of these parameters, as the measure has it.
+      history: a row for each look: step, loss (mean since the last look), quality.
     """
 
     scorer: LearnedScorer
-    validation_auc: float
+    quality: float
     history: tuple[Mapping[str, float], ...] = field(default=())
 
 
@@ -397,11 +354,12 @@ def train_scorer(
     loss: Loss,
     config: TrainingConfig,
     *,
-    validation: Sequence[tuple[str, str, bool]],
+    validation: Examples,
     seed: int,
+    measure: Measure = auc,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> TrainedScorer:
-    """Trains a scorer, and keeps what ranked the validation rows best.
+    """Trains a scorer, and keeps what did best on the validation examples.
 
     A function of its arguments: the same seed gives the same parameters. `loss` is one of
     `jaxrl.objectives.preference`, e.g. `lambda s, t: cost_loss(*s.T, *t.T)`.
@@ -411,19 +369,15 @@ def train_scorer(
       examples: to learn from.
       loss: of scores and targets, per example.
       config: of the optimisation.
-      validation: (prompt, completion, positive?) rows of other prompts, both classes among them.
+      validation: examples of other prompts.
       seed: of order and dropout.
+      measure: of the scores of the validation examples, `auc` or `pair_accuracy`.
       progress: called with the step and the newest row of the history.
 
     Raises:
-      ValueError: the validation rows are of one class.
+      ValueError: validation examples of one class, which have no AUC.
     """
-    if len({positive for *_, positive in validation}) != 2:
-        raise ValueError(
-            "early stopping needs validation rows of both classes: got "
-            f"{len(validation)} rows; use another split"
-        )
-    asked, answers, labels = zip(*validation, strict=True)
+    scorer = scorer.replace(scale=1.0, shift=0.0, limit=np.inf)
     state = (scorer.params, config.optimizer().init(scorer.params))
     data = (
         scorer.encoder.prompts(examples.prompts),
@@ -431,28 +385,27 @@ def train_scorer(
     )
     data = jax.tree.map(jnp.asarray, data)
     run = _steps(scorer.graphdef, loss, config)
-    root, best, history = jax.random.key(seed), (-np.inf, scorer.params), []
+    root, best, since, history = jax.random.key(seed), (-np.inf, scorer.params), 0, []
     for look, rows in enumerate(_order(len(examples.groups), config, seed)):
         keys = jax.random.split(jax.random.fold_in(root, look), len(rows))
-        batches = (examples.groups[rows], examples.targets[rows], keys)
-        state, losses = run(state, data, batches)
-        auc = float(roc_auc_score(labels, scorer.replace(params=state[0])(asked, answers)))
+        state, losses = run(state, data, (examples.groups[rows], examples.targets[rows], keys))
+        scores = scorer.replace(params=state[0])(validation.prompts, validation.completions)
+        quality = measure(scores[validation.groups], validation.targets)
         step = min((look + 1) * config.evaluate_every, config.steps)
-        history.append({"step": step, "loss": float(losses.mean()), "auc": auc})
+        history.append({"step": step, "loss": float(losses.mean()), "quality": quality})
         if progress is not None:
             progress(step, history[-1])
-        if auc > best[0]:
-            best, since = (auc, state[0]), 0
-        else:
-            since += 1
+        since += 1
+        if quality > best[0]:
+            best, since = (quality, state[0]), 0
         if since >= config.patience:
             break
     return TrainedScorer(
-        scorer=scorer.replace(params=best[1]), validation_auc=best[0], history=tuple(history)
+        scorer=scorer.replace(params=best[1]), quality=best[0], history=tuple(history)
     )
 
 
-def _order(rows: int, config: TrainingConfig, seed: int) -> Iterable[Int32[np.ndarray, "S B"]]:
+def _order(rows: int, config: TrainingConfig, seed: int) -> Iterator[Int32[np.ndarray, "S B"]]:
     """Shuffled epochs one after another, cut into looks of S steps of B rows."""
     rng = np.random.default_rng(seed)
     need = config.steps * config.batch
