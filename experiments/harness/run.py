@@ -252,7 +252,16 @@ def main(experiment: Callable[[Run], None], name: str, config: Any, **options: A
             run.note(f"{run.folder} is finished; choose another --out to run it again")
         else:
             run.note(f"{'resuming' if run.resumed else 'writing to'} {run.folder}")
-            experiment(run)
+            _run_to_the_end(experiment, run)
         print(run.table(), end="")
-        print(f"\nReport: {run.folder / 'report.html'}")
+        if (run.folder / "report.html").exists():
+            print(f"\nReport: {run.folder / 'report.html'}")
     return run
+
+
+def _run_to_the_end(experiment: Callable[[Run], None], run: Run) -> None:
+    try:
+        experiment(run)
+    except KeyboardInterrupt:
+        run.note(f"interrupted; the same command with --out {run.folder} continues")
+        raise SystemExit(130) from None  # what a shell expects after Ctrl-C

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ import pytest
 from experiments.harness import FolderBusy, Run, RunFolderError, RunOptions, clean_errors, main
 from experiments.harness.files import read_json_lines, write_atomically, write_json
 from experiments.harness.metrics import Metrics, start_wandb
+
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,79 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAXRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="line 3"), clean_errors():
         fails(None)
+
+
+def test_interrupting_says_how_to_go_on(tmp_path):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    stream = io.StringIO()
+    with pytest.raises(SystemExit) as stopped:
+        main(interrupted, "demo", Config(), out=tmp_path, stream=stream)
+    assert stopped.value.code == 130
+    assert f"--out {tmp_path} continues" in stream.getvalue()
+
+
+# A run that counts its steps and adds up random numbers, slowly enough to be killed in between.
+SLOW_EXPERIMENT = """
+    import sys, time
+    from dataclasses import dataclass, field
+    import jax, jax.numpy as jnp
+    from experiments import harness
+    from jaxrl.checkpoint import Checkpointer
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(harness.RunOptions):
+        steps: int = 12
+        pause_s: float = field(default=0.0, metadata=harness.COSMETIC)
+
+    def experiment(run):
+        state = {"key": jax.random.key(run.config.seed), "total": jnp.float32(0)}
+        with Checkpointer(run.checkpoints / "walk") as checkpoints:
+            found = checkpoints.restore_latest(state)
+            start, state = (found.step, found.tree) if found else (0, state)
+            run.rewind("walk", start)
+            for step in range(start + 1, run.config.steps + 1):
+                key, use = jax.random.split(state["key"])
+                state = {"key": key, "total": state["total"] + jax.random.normal(use)}
+                run.log("walk", step, {"total": state["total"]})
+                if step % 3 == 0:
+                    checkpoints.save(step, state)
+                print(step, flush=True)
+                time.sleep(run.config.pause_s)
+        run.finish({"total": state["total"]}, "done")
+
+    harness.main(experiment, "walk", harness.cli(Config))
+"""
+
+
+def test_killed_and_started_again_gives_the_same_numbers(tmp_path):
+    program = tmp_path / "walk.py"
+    program.write_text(textwrap.dedent(SLOW_EXPERIMENT))
+
+    def start(out, *argv):
+        command = [sys.executable, str(program), "--out", str(tmp_path / out), *argv]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    with start("whole") as whole, start("killed", "--pause-s", "0.3") as killed:
+        while killed.stdout.readline() != "8\n":
+            assert killed.poll() is None
+        killed.send_signal(signal.SIGKILL)
+        whole.communicate(timeout=60)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    with start("killed") as again:
+        shown, _ = again.communicate(timeout=60)
+    steps = [int(line) for line in shown.split() if line.isdigit()]
+    assert steps in (list(range(7, 13)), list(range(4, 13)))  # step 6 may not have been sealed
+    for name in ("summary.json", "table.txt"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    rows = [
+        [(r["step"], r["total"]) for r in read_json_lines(tmp_path / out / "metrics.jsonl")]
+        for out in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == list(range(1, 13))
 
 
 def test_rows_survive_and_are_rewound_to_the_checkpoint(tmp_path):
