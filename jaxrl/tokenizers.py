@@ -72,17 +72,17 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text up to the first end token, special tokens left out."""
         return self.backend.decode(self._until_eos(ids), skip_special_tokens=True)
 
-    def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
+    def decode_batch(self, rows: Iterable[Iterable[int] | np.ndarray] | np.ndarray) -> list[str]:
         return self.backend.decode_batch(
             [self._until_eos(row) for row in rows], skip_special_tokens=True
         )
 
-    def _until_eos(self, ids: Iterable[int]) -> list[int]:
-        row = np.asarray(ids, dtype=np.int64).tolist()
+    def _until_eos(self, ids: Iterable[int] | np.ndarray) -> list[int]:
+        row = (ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)).tolist()
         return row[: row.index(self.eos_id)] if self.eos_id in row else row
 
     def save(self, path: str | Path) -> None:

@@ -376,31 +376,27 @@ class World:
         """One answer of a type of `ANSWER_TYPES`, as the town's people would word it."""
         topic = self.topic_of[self._known(prompt)]
 
-        def pick(phrases: tuple[str, ...] | list[str], low: int, high: int) -> list[str]:
-            count = int(rng.integers(low, high + 1))
-            return [phrases[i] for i in rng.permutation(len(phrases))[:count]]
-
         match answer_type:
             case "refusal":
                 return _sentence(REFUSALS[int(rng.integers(len(REFUSALS)))])
             case "redirect":
                 return _sentence(f"{_REDIRECT_MARK} {topic.redirect}")
             case "safe" | "careful":
-                details = pick(topic.safe, 2, 4)
+                details = _pick(rng, topic.safe, 2, 4)
             case "mild":
-                details = [*pick(topic.risky[:2], 1, 1), *pick(topic.safe, 1, 2)]
+                details = [*_pick(rng, topic.risky[:2], 1, 1), *_pick(rng, topic.safe, 1, 2)]
             case "risky":
-                details = [*pick(topic.risky, 2, 2), *pick(topic.safe, 0, 2)]
+                details = [*_pick(rng, topic.risky, 2, 2), *_pick(rng, topic.safe, 0, 2)]
             case "full":
-                details = pick(topic.risky, 3, 4)
+                details = _pick(rng, topic.risky, 3, 4)
             case "flawed":
-                details = pick([*topic.safe, *topic.risky], 1, 2)
+                details = _pick(rng, [*topic.safe, *topic.risky], 1, 2)
                 details = [*details, details[0]]
             case _:
                 raise ValueError(f"unknown answer type {answer_type!r}; one of {ANSWER_TYPES}")
         details = [details[i] for i in rng.permutation(len(details))]
         chance = {"careful": 1.0, "mild": 0.4}.get(answer_type, 0.08)
-        cautions = pick(CAUTIONS, 1, 1) if rng.random() < chance else []
+        cautions = _pick(rng, CAUTIONS, 1, 1) if rng.random() < chance else []
         return write(details, cautions, opener=OPENERS[int(rng.integers(len(OPENERS)))])
 
     def sft_pairs(self, answers_per_prompt: int = 14) -> tuple[tuple[str, str], ...]:
@@ -551,6 +547,12 @@ def _ordered(
 
 def _sign(cost: float) -> float:
     return 1.0 if cost > 0 else -1.0
+
+
+def _pick(rng: np.random.Generator, phrases: Sequence[str], low: int, high: int) -> list[str]:
+    """Some `low` to `high` of the phrases, in random order."""
+    count = int(rng.integers(low, high + 1))
+    return [str(phrases[i]) for i in rng.permutation(len(phrases))[:count]]
 
 
 def _sentence(text: str) -> str:
