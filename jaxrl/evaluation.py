@@ -217,6 +217,16 @@ def critical_growth(rewards: Samples, costs: Samples, *, kl_coef: float) -> dict
     return grown
 
 
+def regret(objective: PerPrompt, optimum: PerPrompt) -> float:
+    """J*_crit − J, the mean over prompts; negative where a policy gains by being unsafe.
+
+    Args:
+      objective: J of the policy on each prompt.
+      optimum: of each prompt, from `critical_optimum` or a closed form.
+    """
+    return float((optimum - objective).mean())
+
+
 def best_of_n(
     rewards: Samples, costs: Samples, *, n: int
 ) -> tuple[Float[np.ndarray, "N M"], Float[np.ndarray, "N M"]]:
@@ -362,6 +372,25 @@ def at_least(x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"], target: flo
         share = (target - x_short) / (x[enough] - x_short)
         best = max(best, ((1 - share) * y_short + share * y[enough]).max())
     return float(best)
+
+
+def distance_to_frontier(
+    point: tuple[float, float], x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"]
+) -> float:
+    """How far a policy lies above (+) or below (−) a frontier, in units of y; see `at_least`.
+
+    Args:
+      point: x and y of the policy, such as safety rate and J.
+      x: of the frontier's points; for the physical limit, those of the indicator penalty.
+      y: of the frontier's points.
+
+    Returns:
+      NaN where the frontier does not reach the policy's x.
+
+    >>> distance_to_frontier((0.5, 2.5), np.array([0.0, 1.0]), np.array([4.0, 2.0]))
+    -0.5
+    """
+    return point[1] - at_least(x, y, point[0])
 
 
 def matched_difference(

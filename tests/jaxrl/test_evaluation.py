@@ -141,6 +141,16 @@ def test_growth_never_falls_where_everything_is_safe():
     assert (np.diff(growth) > 0).all()
 
 
+def test_regret_of_the_reference_itself():
+    # Sampling uniformly from the support has no KL from it, so its J is the mean reward; where
+    # all is safe, the optimum is the log-mean-exp of the rewards.
+    rewards, costs = rng().normal(size=(4, 8)), -np.ones((4, 8))
+    optimum = ev.critical_optimum(rewards, costs, kl_coef=0.5)
+    expected = 0.5 * np.log(np.exp(rewards / 0.5).mean(axis=1)).mean() - rewards.mean()
+    assert ev.regret(rewards.mean(axis=1), optimum) == pytest.approx(expected)
+    assert ev.regret(rewards.max(axis=1), optimum) < 0  # what ignores the KL seems better
+
+
 @given(samples, st.integers(1, 8))
 def test_best_of_n_against_a_loop(costs, n):
     rewards = rng().normal(size=costs.shape)

@@ -18,7 +18,6 @@ from experiments.harness import FolderBusy, Run, RunFolderError, RunOptions, cle
 from experiments.harness.files import read_json_lines, write_atomically, write_json
 from experiments.harness.metrics import Metrics, start_wandb
 
-
 ROOT = Path(__file__).resolve().parents[3]
 
 
