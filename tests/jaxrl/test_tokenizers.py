@@ -90,7 +90,7 @@ def test_a_foreign_tokenizer_loads(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer file at .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer file at .*absent"):
         Tokenizer.load(tmp_path / "absent.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json is not a tokenizer\.json"):
