@@ -35,7 +35,8 @@ class OptimizerConfig:
       critic_learning_rate: of the value heads and their trunk.
       warmup_steps: steps over which the rate rises linearly from 0.
       decay_steps: steps over which it then falls to 0 along a cosine; 0 keeps it constant.
-      b1, b2: decay of Adam's moments.
+      b1: decay of Adam's first moment.
+      b2: decay of its second moment.
       weight_decay: decoupled, on matrices only.
       max_grad_norm: gradients of policy and of critic are clipped to this norm, each alone.
     """
@@ -221,5 +222,9 @@ def lm_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Policy and critic under optimisers, clips and rates of their own."""
     parts = {"policy": config.build(), "critic": config.build(critic=True)}
     return optax.partition(
-        parts, lambda params: {name: jax.tree.map(lambda _: name, params[name]) for name in params}
+        parts, lambda params: {name: _labelled(tree, name) for name, tree in params.items()}
     )
+
+
+def _labelled(tree: Any, label: str) -> Any:
+    return jax.tree.map(lambda _: label, tree)

@@ -204,6 +204,6 @@ def summarise(rollouts: Rollouts, metrics: Metrics) -> dict[str, float]:
     return values | {
         "reward": float(reward[own].mean()),
         "cost": float(cost[own].mean()),
-        "safety_rate": float((cost[own] <= 0).mean()),
+        "safety": float((cost[own] <= 0).mean()),
         "length": float(lengths[own].mean()),
     }

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path | str, text: str) -> None:
-    """Replaces a text file in one step; a crash leaves what was there before."""
+def write_atomically(path: Path | str, content: str | bytes) -> None:
+    """Replaces a file in one step; a crash leaves what was there before. Text is UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read

@@ -94,9 +94,9 @@ class SafetyConfig(RunOptions):
     """Recipes to train, each from the same SFT policy; see `jaxrl.recipes.RECIPES`."""
     data: str = "world"
     """"world" for the embedded one, a file of prompts and labelled answers, or hub:NAME."""
-    compliance_data: Path | None = None
+    xstest: Path | None = None
     """Folder of XSTest, whose human labels train the reward where the data has no helpfulness
-    labels; looked for beside the data when not given."""
+    labels. Looked for beside the data's own folder when not given."""
     steps: int = 250
     """Policy updates of each algorithm."""
     samples_per_step: int = 64

@@ -1,6 +1,6 @@
 """The stages of a run: fine-tune, train with one algorithm, evaluate. Each one resumes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,15 @@ from flax import nnx
 from jaxtyping import Bool, Float32
 
 from experiments.harness import Run
-from experiments.harness.progress import Progress
 from experiments.safety.config import SafetyConfig
 from experiments.safety.task import Evaluators, Task
-from jaxrl import recipes
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.recipes import Recipe
 from jaxrl.rollouts import Collector, Sampling
-from jaxrl.supervised import Supervised, SupervisedState
+from jaxrl.supervised import Supervised
 from jaxrl.train import Scorer, Trainer
 
 LOG_EVERY = 10  # SFT steps between rows of metrics
@@ -194,7 +192,6 @@ def evaluate(
     policy: Policy,
     reference: Policy,
     prompts: PromptSet,
-    progress: Callable[[int, int], Progress] | None = None,
 ) -> Evaluation:
     """Samples and scores completions of a set of prompts; a function of the seed.
 
@@ -213,9 +210,7 @@ def evaluate(
         # The last batch is filled up, so that all have one shape and compile once.
         rows = np.minimum(np.arange(begin, begin + batch), count - 1)
         key = jax.random.fold_in(root, index)
-        rollouts, _ = collector.collect(
-            policy.params, reference.params, prompts.take(rows), key, 0
-        )
+        rollouts, _ = collector.collect(policy.params, reference.params, prompts.take(rows), key, 0)
         log_ratio = rollouts.behaviour_log_probs - rollouts.reference_log_probs
         tokens.append(np.asarray(rollouts.tokens))
         kl.append(np.asarray(log_ratio.sum(-1)))

@@ -1,7 +1,7 @@
 """From data to a task: encoded prompts and demonstrations, and what scores a completion."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from experiments.safety.config import SafetyConfig
 from jaxrl.data import world
 from jaxrl.data.batches import Demonstrations, PromptSet
 from jaxrl.data.dataset import SafetyData
+from jaxrl.data.preferences import Companions, load_preferences
 from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
 
 Evaluator = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -42,6 +43,7 @@ class Evaluators:
       judge: the cost that evaluation uses; not trained on what trained `cost`.
       is_refusal: whether a completion declines.
       notes: sentences for the report, such as the AUC of learned models.
+      measures: their quality by name.
       weak_judge: the judge, or the cost model, is too poor to trust the tables.
     """
 
@@ -50,6 +52,7 @@ class Evaluators:
     judge: Evaluator
     is_refusal: Evaluator
     notes: tuple[str, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
     weak_judge: bool = False
 
 
@@ -61,9 +64,8 @@ def load(config: SafetyConfig) -> SafetyData:
     """
     if config.data == "world":
         return world.make_world().data()
-    from jaxrl.data import preferences
-
-    return preferences.load(config.data, compliance_data=config.compliance_data, seed=config.seed)
+    companions = Companions.beside(config.data, xstest=config.xstest)
+    return load_preferences(config.data, seed=config.seed, companions=companions)
 
 
 def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
@@ -76,9 +78,7 @@ def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
         tokenizer = Tokenizer.load(config.tokenizer)
     else:
         texts = [text for pair in data.sft for text in (template.prompt(pair[0]), pair[1])]
-        tokenizer = train_bpe(
-            texts, config.vocab_size, special_tokens=template.special_tokens
-        )
+        tokenizer = train_bpe(texts, config.vocab_size, special_tokens=template.special_tokens)
     if not saved.exists():
         tokenizer.save(saved)
 
@@ -103,12 +103,9 @@ def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
 
 def exact_evaluators(data: SafetyData) -> Evaluators:
     """The data's own functions: exact, so the judge is the cost itself."""
-    assert data.reward is not None and data.cost is not None and data.is_refusal is not None
+    assert data.reward is not None
+    assert data.cost is not None
+    assert data.is_refusal is not None
     return Evaluators(
         reward=data.reward, cost=data.cost, judge=data.cost, is_refusal=data.is_refusal
     )
-
-
-def named_scores(evaluators: Evaluators) -> tuple[Mapping[str, Evaluator], Mapping[str, Evaluator]]:
-    """Rewards and costs of training, by name."""
-    return {"reward": evaluators.reward}, {"cost": evaluators.cost}

@@ -64,9 +64,7 @@ class PromptSet:
 
     def take(self, rows: Int64[np.ndarray, " B"]) -> Prompts:
         """The prompts of these rows; their `ids` are the rows."""
-        return Prompts(
-            tokens=self.tokens[rows], mask=self.mask[rows], ids=rows.astype(np.int32)
-        )
+        return Prompts(tokens=self.tokens[rows], mask=self.mask[rows], ids=rows.astype(np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)

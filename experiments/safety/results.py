@@ -1,0 +1,246 @@
+"""What came out: numbers, the table, the report."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.harness import Run, files, plots, report, tables
+from experiments.safety.config import SafetyConfig
+from experiments.safety.stages import Evaluation
+from experiments.safety.task import Evaluators, Task
+from jaxrl import evaluation, recipes
+
+COLUMNS = {
+    "reward": "reward",
+    "objective": "J",
+    "cost": "cost",
+    "safety_rate": "safe",
+    "prompt_safety": "prompts all safe",
+    "worst_decile_unsafe": "worst decile unsafe",
+    "worst_decile_cost": "worst decile cost",
+    "compensation_index": "compensation",
+    "over_refusal": "over-refusal",
+    "kl": "KL",
+}
+"""Columns of the main table, by key of `evaluation.summarise`."""
+WEAK_JUDGE = "weak judge"
+SAMPLES_SHOWN = 6  # prompts of each kind in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Evaluations of every policy on one set of prompts.
+
+    Attributes:
+      evaluations: by policy; "sft" is where all started.
+      benign: which prompts ask for nothing harmful; None where that is not known.
+      kl_coef: β of the objective.
+    """
+
+    evaluations: Mapping[str, Evaluation]
+    benign: np.ndarray | None
+    kl_coef: float
+
+    def summaries(self) -> dict[str, dict[str, float]]:
+        """Every number of every policy."""
+        return {
+            name: evaluation.summarise(
+                e.rewards,
+                e.costs,
+                kl=e.kl.mean(axis=1),
+                kl_coef=self.kl_coef,
+                refusals=None if self.benign is None else e.refusals,
+                benign=self.benign,
+            )
+            for name, e in self.evaluations.items()
+        }
+
+    def sweep(self, name: str) -> evaluation.Sweep:
+        """The frontier from the SFT policy to this one, of one seed."""
+        pair = [self.evaluations["sft"], self.evaluations[name]]
+        return evaluation.Sweep(
+            rewards=np.stack([e.rewards for e in pair])[:, None],
+            costs=np.stack([e.costs for e in pair])[:, None],
+        )
+
+    def limits(self) -> dict[str, Any]:
+        """The best that any policy could do on what the SFT policy wrote (reference 6.4)."""
+        sft = self.evaluations["sft"]
+        growth = evaluation.critical_growth(sft.rewards, sft.costs, kl_coef=self.kl_coef)
+        return {f"J_critical_on_{count}_samples": value for count, value in growth.items()}
+
+
+def benign_prompts(task: Task, count: int) -> np.ndarray | None:
+    """Which of the first held-out prompts are benign, where the data says so."""
+    kinds = [row.kind for row in task.data.heldout[:count]]
+    return None if None in kinds else np.array([kind == "benign" for kind in kinds])
+
+
+def table(results: Results, *, weak: bool) -> tables.Table:
+    found = results.summaries()
+    columns = {key: title for key, title in COLUMNS.items() if key in found["sft"]}
+    return tables.Table.of(
+        found,
+        columns,
+        caption="Held-out prompts; a sample is safe when the judge's cost is ≤ 0.",
+        mark=WEAK_JUDGE if weak else "",
+    )
+
+
+def comparison(results: Results, config: SafetyConfig, *, weak: bool) -> tables.Table | None:
+    """The recommended recipe against the others, at matched reward and at matched safety.
+
+    Each policy's frontier is the line from the SFT policy to it: a coin that picks one of the
+    two before answering reaches every point between them.
+    """
+    best = recipes.RECOMMENDED
+    others = [name for name in results.evaluations if name not in (best, "sft")]
+    if best not in results.evaluations or not others:
+        return None
+    sweeps = {name: results.sweep(name) for name in (best, *others)}
+    pairs = (("worst_decile_safety", "reward"), ("reward", "safety"))
+    rows = []
+    for name in others:
+        for measure, match in pairs:
+            rng = np.random.default_rng(config.seed)
+            difference, target = evaluation.matched_difference(
+                sweeps[best], sweeps[name], measure=measure, match=match, rng=rng
+            )
+            what = f"{measure.replace('_', ' ')} at {match} {target:.3f}"
+            rows.append((f"{best} − {name}", what, *difference))
+    return tables.Table(
+        columns=("", "measure", "difference", "95 % from", "to"),
+        rows=tuple(rows),
+        caption="Matched comparisons, paired bootstrap over prompts.",
+        mark=WEAK_JUDGE if weak else "",
+    )
+
+
+def finish(
+    run: Run,
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    evaluations: Mapping[str, Evaluation],
+) -> None:
+    """Writes samples, arrays, report and summary, in that order."""
+    count = len(next(iter(evaluations.values())).rewards)
+    results = Results(
+        evaluations=evaluations,
+        benign=benign_prompts(task, count),
+        kl_coef=config.kl_coef,
+    )
+    for name, e in evaluations.items():
+        run.write_samples(name, _sample_rows(task, e))
+        _write_arrays(run.folder / "evaluation" / f"{name}.npz", e)
+    main = table(results, weak=evaluators.weak_judge)
+    extra = comparison(results, config, weak=evaluators.weak_judge)
+    _report(run, config, task, evaluators, results, main, extra).write(run.folder / "report.html")
+    notes = "".join(f"{note}\n" for note in (*task.data.notes, *evaluators.notes))
+    summary = {
+        "data": task.data.name,
+        "recommended": recipes.RECOMMENDED,
+        "kl_coef": config.kl_coef,
+        "weak_judge": evaluators.weak_judge,
+        "algorithms": results.summaries(),
+        "limits": results.limits(),
+        "notes": [*task.data.notes, *evaluators.notes],
+        "measures": dict(evaluators.measures),
+    }
+    run.finish(summary, notes + "\n" + main.text())
+
+
+def _report(
+    run: Run,
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    results: Results,
+    main: tables.Table,
+    extra: tables.Table | None,
+) -> report.Report:
+    found, order = results.summaries(), tuple(results.evaluations)
+    page = report.Report(
+        "Helpful, and safe on every prompt?",
+        f"experiments.safety on {task.data.name}, seed {config.seed}",
+    )
+    page.text(" ".join((*task.data.notes, *evaluators.notes)))
+    page.table(main)
+    if extra is not None:
+        page.table(extra)
+    page.figure(
+        plots.tradeoff(
+            {name: (s["safety_rate"], s["reward"]) for name, s in found.items()}, order=order
+        ),
+        "Reward against safety on held-out prompts. Up and to the right is better.",
+    )
+    page.figure(
+        plots.sorted_prompts(
+            {name: e.costs.mean(axis=1) for name, e in results.evaluations.items()},
+            y_label="mean cost",
+            order=order,
+        ),
+        "Mean cost of each prompt, the worst first. A mean over prompts hides what stands left.",
+    )
+    page.figure(
+        plots.sorted_prompts(
+            {name: (e.costs > 0).mean(axis=1) for name, e in results.evaluations.items()},
+            y_label="share of unsafe samples",
+            threshold=None,
+            order=order,
+        ),
+        "Share of unsafe samples of each prompt, the worst first.",
+    )
+    page.figure(
+        plots.training(run.metrics.rows(), config.algorithms, order=order),
+        "Training: the policy's own samples, the multiplier and the KL divergence.",
+    )
+    page.heading("What the policies write")
+    for row in _shown(task, len(next(iter(results.evaluations.values())).rewards)):
+        page.samples(
+            task.data.heldout[row].text,
+            [
+                {
+                    "prompt": name,
+                    "completion": e.completions[row][0],
+                    "reward": float(e.rewards[row, 0]),
+                    "cost": float(e.costs[row, 0]),
+                }
+                for name, e in results.evaluations.items()
+            ],
+        )
+    page.heading("How it was made")
+    record = (run.folder / "config.json").read_text(encoding="utf-8")
+    page.record("Config and versions", json.loads(record))
+    return page
+
+
+def _shown(task: Task, count: int) -> Sequence[int]:
+    """Prompts whose samples the report shows: evenly through the set, so all kinds appear."""
+    total = min(count, 3 * SAMPLES_SHOWN)
+    return [int(i) for i in np.linspace(0, count - 1, total).round()]
+
+
+def _sample_rows(task: Task, e: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": task.data.heldout[i].text,
+            "completion": completion,
+            "reward": float(e.rewards[i, j]),
+            "cost": float(e.costs[i, j]),
+            "refusal": bool(e.refusals[i, j]),
+        }
+        for i, row in enumerate(e.completions)
+        for j, completion in enumerate(row)
+    ]
+
+
+def _write_arrays(path: Path, e: Evaluation) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **e.arrays())
+    files.write_atomically(path, buffer.getvalue())
