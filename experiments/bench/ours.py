@@ -98,10 +98,10 @@ class Loop:
         self.state = self.learner.init({"policy": params}, num_prompts=w.prompts)
         self.steps = 0
 
-    def logits(self, tokens: Any) -> list[Any]:
+    def logits(self, tokens: list[list[int]]) -> dict[str, list]:
         """Logits of whole sequences without padding, as nested lists."""
         model: Decoder = nnx.merge(self.graphdef, self.reference)
-        return model(jnp.asarray(tokens, jnp.int32)).tolist()
+        return {"logits": model(jnp.asarray(tokens, jnp.int32)).tolist()}
 
     def scored(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts with rewards; nothing costs anything here."""
@@ -148,15 +148,13 @@ def timed_writing(watch: protocol.Stopwatch) -> Iterator[None]:
 def main() -> None:
     """The worker."""
     channel, compilations = protocol.Channel(), protocol.Compilations()
-    loop = Loop(Workload())
-
-    def step() -> dict[str, float]:
-        before = compilations.count
-        measured = loop.step()
-        return measured | {"compilations": compilations.count - before}
-
+    loop = Loop(Workload.from_argv())
     channel.ready(jax=jax.__version__)
-    protocol.serve(channel, loop.logits, step)
+    protocol.serve(
+        channel,
+        logits=loop.logits,
+        step=protocol.counting(compilations, loop.step),
+    )
 
 
 if __name__ == "__main__":

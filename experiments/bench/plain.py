@@ -161,10 +161,10 @@ class Loop:
         self.prompts, self.mask = map(jnp.asarray, workload.prompt_tokens())
         self.steps = 0
 
-    def logits(self, tokens) -> list:
+    def logits(self, tokens: list[list[int]]) -> dict[str, list]:
         """Logits of whole sequences without padding, as nested lists."""
-        tokens = jnp.asarray(tokens, jnp.int32)
-        return forward(self.workload, self.params, tokens, tokens >= 0)[0].tolist()
+        ids = jnp.asarray(tokens, jnp.int32)
+        return {"logits": forward(self.workload, self.params, ids, ids >= 0)[0].tolist()}
 
     def step(self) -> dict[str, float]:
         """One RL step, measured."""
@@ -184,8 +184,8 @@ class Loop:
         return watch.result(loss=float(loss), reward=float(rewards.mean()))
 
 
-def matmul_rate(rows: int, inner: int, columns: int, *, seconds: float = 0.2) -> float:
-    """Measured float32 matrix-multiply rate of this machine at one shape, in flops a second."""
+def matmul_rate(rows: int, inner: int, columns: int, *, seconds: float = 0.2) -> dict[str, float]:
+    """Measured float32 rate of [rows, inner] × [inner, columns] on this machine."""
     a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
     flops = 2 * rows * inner * columns
     count = max(1, int(2e9 / flops))
@@ -205,21 +205,20 @@ def matmul_rate(rows: int, inner: int, columns: int, *, seconds: float = 0.2) ->
     while watch.result()["step_s"] < seconds:
         multiply(a, b).block_until_ready()
         times += 1
-    return times * count * flops / watch.result()["step_s"]
+    return {"flops_per_s": times * count * flops / watch.result()["step_s"]}
 
 
 def main() -> None:
     """The worker."""
     channel, compilations = protocol.Channel(), protocol.Compilations()
-    loop = Loop(Workload())
-
-    def step() -> dict[str, float]:
-        before = compilations.count
-        measured = loop.step()
-        return measured | {"compilations": compilations.count - before}
-
+    loop = Loop(Workload.from_argv())
     channel.ready(jax=jax.__version__)
-    protocol.serve(channel, loop.logits, step)
+    protocol.serve(
+        channel,
+        logits=loop.logits,
+        step=protocol.counting(compilations, loop.step),
+        matmul=matmul_rate,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STARTED = time.perf_counter()
@@ -99,13 +99,18 @@ class Compilations:
         self.count += event == self.EVENT
 
 
-def serve(channel: Channel, logits: Any, step: Any) -> None:
-    """Answers the parent with two functions: tokens → nested list, () → measurements."""
-    while (message := channel.receive())["op"] != "close":
-        if message["op"] == "logits":
-            channel.send(logits=logits(message["tokens"]))
-        elif message["op"] == "step":
-            channel.send(**step())
-        else:
-            channel.send(error=f"unknown operation {message['op']!r}")
+def serve(channel: Channel, **operations: Callable[..., dict[str, Any]]) -> None:
+    """Answers the parent until it says "close"; an operation gets the rest of its message."""
+    while (operation := (message := channel.receive()).pop("op")) != "close":
+        channel.send(**operations[operation](**message))
     channel.close()
+
+
+def counting(compilations: Compilations, step: Callable[[], dict[str, float]]) -> Any:
+    """`step` that also says how many programs were compiled meanwhile."""
+
+    def counted() -> dict[str, float]:
+        before = compilations.count
+        return step() | {"compilations": compilations.count - before}
+
+    return counted

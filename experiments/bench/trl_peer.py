@@ -64,7 +64,8 @@ def build_model(w: Workload, folder: Path) -> Any:
     model = Qwen3ForCausalLM(config)
     state = {name: torch.from_numpy(array) for name, array in w.weights().items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
     model.tie_weights()
     model.save_pretrained(folder)
     return Qwen3ForCausalLM.from_pretrained(folder)
@@ -153,7 +154,7 @@ def main() -> None:
     channel = protocol.Channel()
     import importlib.metadata as metadata
 
-    workload = Workload()
+    workload = Workload.from_argv()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(workload, Path(folder))
         trainer.add_callback(connect(trainer, channel, workload))

@@ -181,7 +181,7 @@ def main() -> None:
 
     import jax
 
-    workload = Workload()
+    workload = Workload.from_argv()
     # Tunix leaves the layout of intermediate results to the compiler.
     automatic = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=automatic)

@@ -3,6 +3,8 @@
 Peers import this module in environments that have no JAX.
 """
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +49,11 @@ class Workload:
     learning_rate: float = 1e-5
     seed: int = 0
 
+    @classmethod
+    def from_argv(cls) -> "Workload":
+        """The workload that the parent gave as JSON in the first argument; else the default."""
+        return cls(**json.loads(sys.argv[1])) if len(sys.argv) > 1 else cls()
+
     @property
     def completions(self) -> int:
         """Completions in one step, B · G."""
@@ -57,24 +64,18 @@ class Workload:
         """Tokens written in one step."""
         return self.completions * self.new_tokens
 
-    @property
-    def sequence_tokens(self) -> int:
-        """Tokens of all prompt-completion pairs, the prompt counted with each."""
-        return self.completions * (self.prompt_len + self.new_tokens)
-
     def parameters(self) -> int:
         """N, all parameters; with tied embeddings each takes part in one multiply-add a token."""
         return sum(weight.size for _, weight in self._arrays())
 
     def flops(self) -> dict[str, float]:
-        """Arithmetic of one step without any sharing of prompts: 2·N a token forward, 6·N with
-        the backward pass. Attention's own products are left out (2 % here)."""
-        forward = 2.0 * self.parameters()
-        return {
-            "rollout": forward * self.sequence_tokens,
-            "scoring": forward * self.sequence_tokens,
-            "update": 3 * forward * self.sequence_tokens,
-        }
+        """Arithmetic of one step: 2·N a token forward, 6·N with the backward pass.
+
+        Each prompt is counted once, as it has to be computed; contestants that repeat it for
+        every completion do more. Attention's own products are left out (2 % here).
+        """
+        forward = 2.0 * self.parameters() * (self.generated_tokens + self.prompts * self.prompt_len)
+        return {"rollout": forward, "scoring": forward, "update": 3 * forward}
 
     def weights(self) -> dict[str, np.ndarray]:
         """Random float32 weights under the names and in the layout of Hugging Face's Qwen3."""
