@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl import evaluation
+
 Table = Float[np.ndarray, "M K"]
 
 
@@ -200,9 +202,14 @@ def kl(policy: Table, reference: Table) -> Float[np.ndarray, " M"]:
     return terms.sum(axis=1)
 
 
+def objective_per_prompt(cmdp: CMDP, policy: Table) -> Float[np.ndarray, " M"]:
+    """E_π R − β·KL of each prompt."""
+    return (policy * cmdp.reward).sum(axis=1) - cmdp.kl_coef * kl(policy, cmdp.reference)
+
+
 def objective(cmdp: CMDP, policy: Table) -> float:
     """J(π) = E R − β·KL."""
-    return mean(policy * cmdp.reward) - cmdp.kl_coef * float(kl(policy, cmdp.reference).mean())
+    return float(objective_per_prompt(cmdp, policy).mean())
 
 
 def unsafe_mass(cmdp: CMDP, policy: Table) -> Float[np.ndarray, " M"]:
@@ -229,21 +236,15 @@ def measures(cmdp: CMDP, policy: Table) -> dict[str, float]:
     return {
         "objective": objective(cmdp, policy),
         "safety_rate": 1.0 - float(unsafe.mean()),
-        "safe_prompt_share": float((unsafe <= 0.01).mean()),
-        "worst_decile_unsafe": worst_decile(unsafe),
-        "worst_decile_cost": worst_decile(cost),
+        "safe_prompt_share": evaluation.safe_prompt_share(unsafe),
+        "worst_decile_unsafe": evaluation.worst_decile(unsafe),
+        "worst_decile_cost": evaluation.worst_decile(cost),
         "reward": mean(policy * cmdp.reward),
         "kl": float(kl(policy, cmdp.reference).mean()),
         "cost": float(cost.mean()),
         "rectified_cost": rectified_cost,
         "compensation": rectified_cost - max(float(cost.mean()), 0.0),
     }
-
-
-def worst_decile(per_prompt: Float[np.ndarray, " M"]) -> float:
-    """Mean of the largest tenth, at least one prompt."""
-    count = max(1, round(0.1 * len(per_prompt)))
-    return float(np.sort(per_prompt)[-count:].mean())
 
 
 def closed_forms(cmdp: CMDP) -> dict[str, Table]:
@@ -263,20 +264,26 @@ def closed_forms(cmdp: CMDP) -> dict[str, Table]:
 # ---------------------------------------------------------------------- scaling laws
 
 
-def rectified_ascent(cmdp: CMDP, times: Float[np.ndarray, " n"], *, rate: float = 0.1) -> dict:
+def rectified_ascent(
+    cmdp: CMDP, times: Float[np.ndarray, " n"], *, rate: float = 0.1
+) -> dict[str, Float[np.ndarray, " n"]]:
     """λ̇ = η·E{C}⁺ along RePO's exact fixed points: λ, E{C}⁺ and P(unsafe) at the given times.
 
     With a cost density that is continuous at 0⁺: λ ∝ t^⅓, E{C}⁺ ∝ t^−⅔, P(unsafe) ∝ t^−⅓.
-    Integrated in s = log λ, along which t(λ) = ∫ dλ/(η·E{C}⁺) is smooth.
+    Integrated as t(λ) = ∫ dλ/(η·E{C}⁺) on a grid of λ.
     """
-    grid = np.geomspace(1e-3, 1e5, 800)
-    policies = [rectified(cmdp, value) for value in grid]
-    violation = np.array([mean(p * np.maximum(cmdp.cost, 0.0)) for p in policies])
-    unsafe = np.array([1.0 - safety_rate(cmdp, p) for p in policies])
-    steps = np.diff(grid) / (rate * np.sqrt(violation[1:] * violation[:-1]))
-    elapsed = np.concatenate([[0.0], np.cumsum(steps)])
+    grid = np.geomspace(1e-2, 1e4, 300)
+    policies = (rectified(cmdp, value) for value in grid)
+    pairs = [(mean(p * np.maximum(cmdp.cost, 0.0)), 1.0 - safety_rate(cmdp, p)) for p in policies]
+    # Single responses, no density, lie below the cost scale β/λ of the end: masses vanish there.
+    violation, unsafe = np.maximum(np.array(pairs).T, 1e-300)
+    pace = np.sqrt(violation[1:] * violation[:-1])
+    elapsed = np.concatenate([[0.0], np.cumsum(np.diff(grid) / (rate * pace))])
     multiplier = np.interp(times, elapsed, grid)
-    at = lambda values: np.exp(np.interp(np.log(multiplier), np.log(grid), np.log(values)))  # noqa: E731
+
+    def at(values: Float[np.ndarray, " g"]) -> Float[np.ndarray, " n"]:
+        return np.exp(np.interp(np.log(multiplier), np.log(grid), np.log(values)))
+
     return {"multiplier": multiplier, "rectified_cost": at(violation), "unsafe": at(unsafe)}
 
 

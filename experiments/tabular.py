@@ -4,8 +4,8 @@ The recipe sees what it would see of a language model: prompts, sampled response
 log-probabilities, rewards and costs. It never sees the table.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,21 +31,17 @@ class Schedule:
       steps: updates.
       samples: completions per update, the reference policy's included.
       rate: change of a logit per sample and unit of advantage.
-      decay: share of `steps`, at the end, over which the rate falls linearly to 0.
       critic_rate: share of its error that a value loses per sample.
     """
 
     steps: int = 6000
     samples: int = 64
-    rate: float = 0.5
-    decay: float = 0.5
+    rate: float = 1.0
     critic_rate: float = 0.1
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.samples < 1:
             raise ValueError(f"steps and samples must be at least 1: {self.steps=}, {self.samples=}")
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"decay is a share of the steps, in [0, 1]: {self.decay}")
         if self.rate <= 0.0 or self.critic_rate <= 0.0:
             raise ValueError(f"rates must be positive: {self.rate=}, {self.critic_rate=}")
 
@@ -79,17 +75,7 @@ def start(recipe: Recipe, schedule: Schedule, world: World, key: PRNGKeyArray) -
 
 def _optimiser(recipe: Recipe, schedule: Schedule) -> optax.GradientTransformation:
     """SGD; rates are per sample, losses are means over samples."""
-    constant = round(schedule.steps * (1.0 - schedule.decay))
-    rate = optax.join_schedules(
-        [
-            optax.constant_schedule(schedule.rate * schedule.samples),
-            optax.linear_schedule(
-                schedule.rate * schedule.samples, 0.0, max(1, schedule.steps - constant)
-            ),
-        ],
-        [constant],
-    )
-    transforms = {"logits": optax.sgd(rate)}
+    transforms = {"logits": optax.sgd(schedule.rate * schedule.samples)}
     if recipe.value_heads:
         transforms["values"] = optax.sgd(schedule.critic_rate * schedule.samples)
     return optax.multi_transform(transforms, lambda params: {name: name for name in params})
@@ -207,6 +193,8 @@ def train(
 ) -> Iterator[tuple[int, Learner]]:
     """Trains one table for each CMDP, all at once, and yields (step, state) `chunks` times.
 
+    The instance's β takes the place of the recipe's.
+
     Raises:
       ValueError: the instances do not share β, or one seed is not given for each.
     """
@@ -227,8 +215,6 @@ def train(
 
 def at_kl(recipe: Recipe, cmdps: Sequence[CMDP]) -> Recipe:
     """The recipe with the instance's β in place of its own."""
-    from dataclasses import replace
-
     coefs = {c.kl_coef for c in cmdps}
     if len(coefs) != 1:
         raise ValueError(f"the instances of one run must share β: {sorted(coefs)}")
@@ -249,4 +235,8 @@ def policies(learners: Learner) -> Float[np.ndarray, "S M K"]:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-Evaluate = Callable[[CMDP, np.ndarray], dict[str, float]]
+def multipliers(recipe: Recipe, learner: Learner) -> Float[np.ndarray, " S"]:
+    """λ of each seed; the mean over prompts where each has its own."""
+    del recipe
+    value = np.asarray(learner.multipliers.value, np.float64)
+    return value.reshape(value.shape[0], -1).mean(axis=1)
