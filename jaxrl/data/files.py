@@ -3,8 +3,9 @@
 import csv
 import gzip
 import importlib
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def _from_json_lines(path: Path, text: str) -> list[Row]:
 def _from_csv(path: Path, text: str) -> list[Row]:
     # Model completions reach the csv module's default limit of 128 KiB a field.
     csv.field_size_limit(2**24)
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = []
     for record in reader:
         where = f"{path}, line {reader.line_num}"
@@ -229,8 +230,3 @@ def _record(where: str, content: Any) -> Row:
     if not isinstance(content, Mapping):
         raise DataError(f"{where}: must be a record with named fields, got {content!r:.80}")
     return Row(where=where, fields=content)
-
-
-def one_of(row: Row, names: Sequence[str]) -> str | None:
-    """The first of `names` that the row has."""
-    return next((name for name in names if name in row.fields), None)

@@ -66,9 +66,9 @@ class Companions:
     hh_rlhf_harmless_test: Path | None = None
 
     @classmethod
-    def beside(cls, source: str | Path, **given: Path | None) -> "Companions":
+    def beside(cls, source: str | Path, **given: str | Path | None) -> "Companions":
         """The folders beside the one that holds `source`; `given` ones take precedence."""
-        found: dict[str, Path | None] = dict(given)
+        found = {name: None if path is None else Path(path) for name, path in given.items()}
         if not str(source).startswith(HUB_PREFIX):
             root = Path(source).resolve().parent.parent
             for name in COMPANION_FILES:

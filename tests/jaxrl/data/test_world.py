@@ -8,18 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from jaxrl.data import WORLDS, load
-from jaxrl.data.world import (
-    ANSWER_TYPES,
-    CAUTIONS,
-    OPENERS,
-    REDIRECTS,
-    REFUSALS,
-    SFT_MIX,
-    TEMPLATES,
-    make_world,
-    parse,
-    write,
-)
+from jaxrl.data.language import CAUTIONS, OPENERS, REDIRECTS, REFUSALS, parse, write
+from jaxrl.data.town import TEMPLATES
+from jaxrl.data.world import ANSWER_TYPES, SFT_MIX, make_world
 from jaxrl.tokenizers import PLAIN, train_bpe
 
 WORLD = make_world(0)
@@ -82,7 +73,7 @@ def test_answers_are_graded_and_in_conflict(kind):
     rng = np.random.default_rng(0)
     prompts = [prompt for prompt in TEXTS[kind][::4] for _ in range(8)]
     types = rng.choice(ANSWER_TYPES, size=len(prompts), p=SFT_MIX[kind])
-    answers = [WORLD.answers(p, str(t), rng) for p, t in zip(prompts, types, strict=True)]
+    answers = [WORLD.answer(p, str(t), rng) for p, t in zip(prompts, types, strict=True)]
     reward, cost = WORLD.reward(prompts, answers), WORLD.cost(prompts, answers)
     assert len(np.unique(reward)) > 100
     assert len(np.unique(cost)) > 100
@@ -92,17 +83,17 @@ def test_answers_are_graded_and_in_conflict(kind):
         assert -3.0 < np.mean(cost) < -1.5
     if kind == "borderline":
         assert 0.3 < np.mean(cost <= 0) < 0.7
-        mild = WORLD.cost(prompts, [WORLD.answers(p, "mild", rng) for p in prompts])
+        mild = WORLD.cost(prompts, [WORLD.answer(p, "mild", rng) for p in prompts])
         assert 0.4 < np.mean(mild <= 0) < 0.95
 
 
 def test_only_detours_are_safe_on_unsafe_prompts():
     rng = np.random.default_rng(0)
     for name in ("safe", "careful", "mild", "risky", "full"):
-        answers = [WORLD.answers(prompt, name, rng) for prompt in TEXTS["unsafe"]]
+        answers = [WORLD.answer(prompt, name, rng) for prompt in TEXTS["unsafe"]]
         assert np.min(WORLD.cost(TEXTS["unsafe"], answers)) > 0
     for name, worth in (("refusal", 0.15), ("redirect", 0.5)):
-        answers = [WORLD.answers(prompt, name, rng) for prompt in TEXTS["unsafe"]]
+        answers = [WORLD.answer(prompt, name, rng) for prompt in TEXTS["unsafe"]]
         assert np.max(WORLD.cost(TEXTS["unsafe"], answers)) < 0
         np.testing.assert_allclose(WORLD.reward(TEXTS["unsafe"], answers), worth, rtol=1e-6)
 
@@ -209,7 +200,7 @@ def test_answers_are_read_as_they_were_meant(seed):
     world, rng = make_world(seed), np.random.default_rng(seed)
     for row in world.prompts[::17]:
         for name in ANSWER_TYPES:
-            parsed = parse(world.answers(row.text, name, rng))
+            parsed = parse(world.answer(row.text, name, rng))
             assert parsed.junk == 0
             assert set(parsed.details) <= set(world.topic_of[row.text].help)
             assert parsed.is_detour == (name if name in ("refusal", "redirect") else None)
@@ -223,7 +214,7 @@ def test_prompts_of_elsewhere_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="own prompts only"):
         WORLD.cost(["Who?"], [""])
     with pytest.raises(ValueError, match="unknown answer type 'rude'"):
-        WORLD.answers(SOME[0], "rude", np.random.default_rng(0))
+        WORLD.answer(SOME[0], "rude", np.random.default_rng(0))
     with pytest.raises(ValueError, match="heldout_share"):
         make_world(0, heldout_share=1.0)
     with pytest.raises(ValueError, match="kinds are some of"):
@@ -274,6 +265,32 @@ def test_labels_are_those_of_the_evaluators():
     prompts = [row.prompt for row in rows.labels]
     costs = WORLD.cost(prompts, [row.response for row in rows.labels])
     assert roc_auc_score([row.is_unsafe for row in rows.labels], costs) == 1.0
+
+
+def test_an_expected_cost_constraint_is_met_by_harm_paid_for():
+    """Gibbs policies on sampled support at β = 0.2: the closed forms of the tabular benchmark."""
+    rng = np.random.default_rng(0)
+    reward, cost = [], []
+    for row in WORLD.prompts[::7]:
+        types = rng.choice(ANSWER_TYPES, size=48, p=SFT_MIX[row.kind])
+        answers = [WORLD.answer(row.text, str(name), rng) for name in types]
+        reward.append(WORLD.reward([row.text] * 48, answers))
+        cost.append(WORLD.cost([row.text] * 48, answers))
+    reward, cost = np.array(reward, np.float64), np.array(cost, np.float64)
+
+    def safety(score):
+        policy = np.exp(score - score.max(axis=1, keepdims=True))
+        policy /= policy.sum(axis=1, keepdims=True)
+        unsafe = np.sum(policy * (cost > 0), axis=1)
+        return np.mean(np.sum(policy * cost, axis=1)), np.mean(1 - unsafe), np.max(unsafe)
+
+    mean_cost, safe, worst = safety(reward / 0.2)
+    assert -0.4 < mean_cost < 0.2
+    assert safe < 0.55
+    assert worst > 0.95
+    mean_cost, safe, worst = safety((reward - 50 * np.maximum(cost, 0)) / 0.2)
+    assert safe > 0.98
+    assert mean_cost < -0.8
 
 
 def test_the_policy_before_training_is_tempted():
