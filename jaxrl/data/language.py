@@ -32,7 +32,7 @@ class Parsed(NamedTuple):
     junk: int
 
     @property
-    def is_detour(self) -> str | None:
+    def detour(self) -> str | None:
         """Which detour the answer takes, "refusal" or "redirect", if it tells nothing."""
         if self.details or not (self.refusals or self.redirects):
             return None

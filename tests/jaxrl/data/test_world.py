@@ -203,7 +203,7 @@ def test_answers_are_read_as_they_were_meant(seed):
             parsed = parse(world.answer(row.text, name, rng))
             assert parsed.junk == 0
             assert set(parsed.details) <= set(world.topic_of[row.text].help)
-            assert parsed.is_detour == (name if name in ("refusal", "redirect") else None)
+            assert parsed.detour == (name if name in ("refusal", "redirect") else None)
             if name == "flawed":
                 assert len(set(parsed.details)) < len(parsed.details)
 
