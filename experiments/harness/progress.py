@@ -71,7 +71,8 @@ class Progress:
         self.stage, self.total, self.start, self.step = stage, total, start, start
         self._stream = stream or sys.stderr
         self._interval_s = interval_s
-        self._began = time.monotonic()
+        # Where the pace is measured from: the first step compiles and says nothing of the rest.
+        self._first: tuple[int, float] | None = None
         self._last_line = -math.inf
         self._values: dict[str, Any] = {}
         self._warned: set[str] = set()
@@ -113,15 +114,19 @@ class Progress:
 
     @property
     def left_s(self) -> float:
-        """Seconds left at the pace so far; NaN before the first step."""
-        done = self.step - self.start
-        if done <= 0:
+        """Seconds left at the pace so far; NaN while there is none to go by."""
+        if self._first is None or self.step >= self.total:
+            return 0.0 if self.step >= self.total else math.nan
+        step, at = self._first
+        if self.step == step:
             return math.nan
-        return (time.monotonic() - self._began) / done * (self.total - self.step)
+        return (time.monotonic() - at) / (self.step - step) * (self.total - self.step)
 
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
         """Shows that `step` steps are done, and the metrics of the last of them."""
         self.step = step
+        if self._first is None:
+            self._first = step, time.monotonic()
         # An evaluation comes more rarely than a step: what it measured stays on show.
         self._values.update({n: float(v) for n, v in (values or {}).items() if _is_number(v)})
         self._warn()

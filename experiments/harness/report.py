@@ -172,24 +172,24 @@ _STYLE = """
   --line:#363b43; --panel:#1d2026; --warn-bg:#42300c; --warn:#ffd68a; /*dark*/ } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 var(--sans); }
-main { max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 58rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.015em; }
 .subtitle { color: var(--soft); margin: 0 0 2rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; letter-spacing: -.01em; }
 .prose { max-width: 42rem; } .prose p { margin: .6rem 0; }
 code, pre { font-family: var(--mono); font-size: .85em; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0 1.4rem; font-size: .92rem;
+table { border-collapse: collapse; margin: 1rem 0 1.4rem; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: 0 0 .5rem; font-size: .92rem; }
 th { font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
-th, td { padding: .38rem .85rem .38rem 0; text-align: left; }
+th, td { padding: .36rem 0 .36rem 1rem; text-align: left; }
 td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; } th.number { min-width: 4.2rem; }
-td.name { white-space: nowrap; }
+.number { text-align: right; } th:first-child, td:first-child { padding-left: 0; }
+td { white-space: nowrap; }
 .mark { background: var(--warn-bg); color: var(--warn); border-radius: .3rem;
   padding: .1rem .5rem; margin-left: .4rem; font-weight: 600; white-space: nowrap; }
-figure { margin: 1.2rem 0 1.8rem; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1.2rem 0 1.8rem; max-width: 48rem; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width: 42rem; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; }
 summary { cursor: pointer; padding: .6rem .9rem; font-weight: 600; }

@@ -120,8 +120,8 @@ def _html_row(tag: str, row: Sequence[str], classes: Sequence[str]) -> str:
 def cell(value: Any) -> str:
     """A value as a table shows it.
 
-    >>> [cell(v) for v in (0.5, 12345.678, 1e-6, 7, None, float("nan"), "x", True)]
-    ['0.500', '12,346', '1.0e-06', '7', '–', 'NaN', 'x', 'yes']
+    >>> [cell(v) for v in (0.5, 12345.678, 1e-5, -1e-8, 7, None, float("nan"), "x", True)]
+    ['0.500', '12,346', '1.0e-05', '0.000', '7', '–', 'NaN', 'x', 'yes']
     """
     if value is None:
         return "–"
@@ -137,4 +137,6 @@ def cell(value: Any) -> str:
     size = abs(number)
     if size >= 1000:
         return f"{number:,.0f}"
-    return f"{number:.1e}" if 0 < size < 0.0005 else f"{number:.3f}"
+    if size < 1e-6:  # rounding of float32
+        return "0.000"
+    return f"{number:.1e}" if size < 0.0005 else f"{number:.3f}"

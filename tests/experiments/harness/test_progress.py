@@ -47,14 +47,18 @@ def test_nan_is_never_silent_and_reported_once():
     assert shown.count("KL NaN!") == 3
 
 
-def test_time_left_counts_only_the_steps_of_this_process(monkeypatch):
+def test_time_left_counts_neither_earlier_processes_nor_the_first_step(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("experiments.harness.progress.time.monotonic", lambda: now[0])
     bar = Progress("repo", 100, start=50, stream=io.StringIO())
+    now[0] += 500.0  # compilation
+    bar.update(51)
     assert math.isnan(bar.left_s)
-    now[0] += 20.0
-    bar.update(60)  # ten steps in 20 s: the forty left take 80 s
+    now[0] += 18.0
+    bar.update(60)  # nine steps in 18 s: the forty left take 80 s
     assert bar.left_s == 80.0
+    bar.update(100)
+    assert bar.left_s == 0.0
 
 
 def test_terminal_gets_a_bar_with_the_metrics():
