@@ -189,7 +189,8 @@ td { border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
 .mark { background: var(--warn-bg); color: var(--warn); border-radius: .3rem;
   padding: .1rem .5rem; margin-left: .4rem; font-weight: 600; white-space: nowrap; }
-figure { margin: 1.2rem 0 1.8rem; max-width: 48rem; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1.2rem 0 1.8rem; max-width: 48rem; }
+figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width: 42rem; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; }
 summary { cursor: pointer; padding: .6rem .9rem; font-weight: 600; }
