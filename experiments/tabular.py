@@ -4,7 +4,7 @@ The recipe sees what it would see of a language model: prompts, sampled response
 log-probabilities, rewards and costs. It never sees the table.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from experiments.cmdp import CMDP
 from jaxrl.recipes import Recipe, State
 from jaxrl.types import REFERENCE_VERSION, PolicyOutput, Prompts, Rollouts
 
-Params = dict[str, jax.Array]
+Params = Any  # {"logits": [M, K], "values": [M, H] where there is a critic}
 World = dict[str, jax.Array]
 
 
@@ -41,7 +41,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.samples < 1:
-            raise ValueError(f"steps and samples must be at least 1: {self.steps=}, {self.samples=}")
+            raise ValueError(
+                f"steps and samples must be at least 1: {self.steps=}, {self.samples=}")
         if self.rate <= 0.0 or self.critic_rate <= 0.0:
             raise ValueError(f"rates must be positive: {self.rate=}, {self.critic_rate=}")
 
@@ -75,7 +76,7 @@ def start(recipe: Recipe, schedule: Schedule, world: World, key: PRNGKeyArray) -
 
 def _optimiser(recipe: Recipe, schedule: Schedule) -> optax.GradientTransformation:
     """SGD; rates are per sample, losses are means over samples."""
-    transforms = {"logits": optax.sgd(schedule.rate * schedule.samples)}
+    transforms: dict[Hashable, Any] = {"logits": optax.sgd(schedule.rate * schedule.samples)}
     if recipe.value_heads:
         transforms["values"] = optax.sgd(schedule.critic_rate * schedule.samples)
     return optax.multi_transform(transforms, lambda params: {name: name for name in params})
@@ -235,8 +236,7 @@ def policies(learners: Learner) -> Float[np.ndarray, "S M K"]:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def multipliers(recipe: Recipe, learner: Learner) -> Float[np.ndarray, " S"]:
+def multipliers(learner: Learner) -> Float[np.ndarray, " S"]:
     """λ of each seed; the mean over prompts where each has its own."""
-    del recipe
     value = np.asarray(learner.multipliers.value, np.float64)
     return value.reshape(value.shape[0], -1).mean(axis=1)

@@ -21,9 +21,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from jaxrl.types import REFERENCE_VERSION, Rollouts
+from jaxrl.types import REFERENCE_VERSION, MultiplierState, Rollouts
 
 Rectify = Literal["sample", "prompt"]
 
@@ -110,33 +110,26 @@ _SQUASH = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
 
 
 def push_window(
-    window: Float[Array, " W"], values: Float[Array, " n"], valid: Bool[Array, " n"]
-) -> Float[Array, " W"]:
-    """Appends the valid values at the end of a first-in-first-out window; NaN marks empty."""
-    joined = jnp.concatenate([window, jnp.where(valid, values, jnp.nan)])
-    order = jnp.argsort(~jnp.isnan(joined), stable=True)  # the empty places go first
-    return joined[order][-window.shape[0]:]
+    window: Float[Array, " W"],
+    count: Int32[Array, ""],
+    values: Float[Array, " n"],
+    valid: Bool[Array, " n"],
+) -> tuple[Float[Array, " W"], Int32[Array, ""]]:
+    """Appends the valid values to a first-in-first-out window that fills from its end.
 
+    Returns:
+      The window, newest last, and how many of its places are taken.
 
-# ---------------------------------------------------------------------------------- state
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class MultiplierState:
-    """What a constraint remembers between steps.
-
-    Attributes:
-      value: λ (the raw u for `Bounded`): one number, or one for each prompt.
-      momentum: of the raw multiplier's SGD; `Bounded` only.
-      window: the latest episode statistics, newest last, NaN where there is none yet.
-      step: updates made so far.
+    >>> push_window(jnp.zeros(3), jnp.int32(0), jnp.array([1.0, 9.0, 2.0]),
+    ...             jnp.array([True, False, True]))[0].tolist()
+    [0.0, 1.0, 2.0]
     """
-
-    value: Float32[Array, "*N"]
-    momentum: Float32[Array, "*N"]
-    window: Float32[Array, " W"]
-    step: Int32[Array, ""]
+    size = window.shape[0]
+    joined = jnp.concatenate([window, jnp.where(valid, values, 0.0)])
+    taken = jnp.concatenate([jnp.arange(size) >= size - count, valid])
+    order = jnp.argsort(taken, stable=True)  # the empty places go first
+    kept = jnp.where(taken, joined, 0.0)[order][-size:]
+    return kept, jnp.minimum(count + jnp.sum(valid, dtype=jnp.int32), size)
 
 
 def written_by_policy(rollouts: Rollouts) -> Bool[Array, "B G"]:
@@ -209,7 +202,8 @@ def _state(value: float, shape: tuple[int, ...], window: int) -> MultiplierState
     return MultiplierState(
         value=jnp.full(shape, value, jnp.float32),
         momentum=jnp.zeros(shape, jnp.float32),
-        window=jnp.full((window,), jnp.nan, jnp.float32),
+        window=jnp.zeros((window,), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
 
@@ -304,18 +298,18 @@ class _Dual(AbstractConstraint):
     ) -> tuple[MultiplierState, Mapping[str, jax.Array]]:
         statistic = self.statistic(rollouts.cost)
         own = written_by_policy(rollouts)
-        window = push_window(state.window, statistic.reshape(-1), own.reshape(-1))
+        window, count = push_window(
+            state.window, state.count, statistic.reshape(-1), own.reshape(-1))
         if self.per_prompt:
             violation = jnp.zeros_like(state.value).at[rollouts.prompts.ids].add(
                 _masked_mean(statistic, own, axis=-1))
         elif self.rule == "log_sgd":
-            violation = _masked_mean(jnp.nan_to_num(window), ~jnp.isnan(window))
+            violation = jnp.sum(window) / jnp.maximum(count, 1)
         else:
             violation = _masked_mean(statistic, own)
         moved = self._step(state.value, violation)
         value = jnp.where(state.step >= self.delay, moved, state.value)
-        new = MultiplierState(
-            value=value, momentum=state.momentum, window=window, step=state.step + 1)
+        new = state.replace(value=value, window=window, count=count, step=state.step + 1)
         return new, {"multiplier": jnp.mean(value), "violation": jnp.mean(violation)}
 
     def _step(self, value: jax.Array, violation: jax.Array) -> jax.Array:
@@ -411,11 +405,12 @@ class Rectified(_Dual):
     ) -> Float[Array, "B G"]:
         """R − λ·{C + δ}⁺, bounded if asked for, divided by `normalise`."""
         violation = self.statistic(cost)
-        if self.bound is None:
+        bound = self.bound
+        if bound is None:
             penalty = multiplier * violation
         else:
             penalty = jax.vmap(
-                lambda r, v, m: bounded_penalty(r, v, m, kl_coef=kl_coef, bound=self.bound)
+                lambda r, v, m: bounded_penalty(r, v, m, kl_coef=kl_coef, bound=bound)
             )(reward, violation, multiplier[:, 0])
         return (reward - penalty) / self._divisor(multiplier, self.unsafe(cost))
 
@@ -520,8 +515,7 @@ class Bounded(AbstractConstraint):
         gradient = jnp.clip(gradient, -self.grad_clip, self.grad_clip)
         momentum = self.momentum * state.momentum + gradient
         value = state.value - self.rate * momentum
-        new = MultiplierState(
-            value=value, momentum=momentum, window=state.window, step=state.step + 1)
+        new = state.replace(value=value, momentum=momentum, step=state.step + 1)
         return new, {"multiplier": _SQUASH[self.squash](value), "violation": mean_cost}
 
 

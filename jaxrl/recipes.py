@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from jaxrl import advantages as adv
 from jaxrl import objectives as obj
@@ -26,11 +26,10 @@ from jaxrl.constraints import (
     Constraint,
     FixedPenalty,
     Lagrangian,
-    MultiplierState,
     Rectified,
     Unconstrained,
 )
-from jaxrl.types import PolicyOutput, Rollouts
+from jaxrl.types import MultiplierState, PolicyOutput, Rollouts, Targets
 
 State = MultiplierState
 Metrics = dict[str, jax.Array]
@@ -65,24 +64,6 @@ class KL:
                              f"{self.placement!r}")
         if self.estimator not in ("k1", "k3"):
             raise ValueError(f"KL estimator must be k1 or k3: {self.estimator!r}")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """What a recipe makes of rollouts before any gradient.
-
-    Attributes:
-      advantages: of each token, KL and penalty applied; 0 on padding.
-      scores: the effective reward of each completion, penalty applied, KL not.
-      returns: what the value heads regress on; None without critic.
-      old_values: the value heads' output when the rollouts came in; None without critic.
-    """
-
-    advantages: Float32[Array, "B G T"]
-    scores: Float32[Array, "B G"]
-    returns: Float32[Array, "B G T H"] | None = None
-    old_values: Float32[Array, "B G T H"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,14 +287,12 @@ class Recipe:
         return reduce(losses, mask)
 
 
-def _baselined(
-    config: adv.LeaveOneOut | adv.GroupMean | adv.GroupNormalised, rewards: Float[Array, "B G"]
-) -> Float[Array, "B G"]:
+def _baselined(config: adv.Advantage, rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
     if isinstance(config, adv.LeaveOneOut):
         return jax.vmap(adv.leave_one_out)(rewards)
-    if isinstance(config, adv.GroupMean):
-        return jax.vmap(adv.group_mean)(rewards)
-    return jax.vmap(lambda r: adv.group_normalised(r, std_eps=config.std_eps))(rewards)
+    if isinstance(config, adv.GroupNormalised):
+        return jax.vmap(lambda r: adv.group_normalised(r, std_eps=config.std_eps))(rewards)
+    return jax.vmap(adv.group_mean)(rewards)
 
 
 def _token_kl(rollouts: Rollouts) -> Float[Array, "B G T"]:

@@ -112,5 +112,43 @@ class PolicyOutput(_Record):
     values: Float32[Array, "B G T H"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Targets(_Record):
+    """What a recipe makes of rollouts before any gradient.
+
+    Attributes:
+      advantages: of each token, KL and penalty applied; 0 on padding.
+      scores: the effective reward of each completion, penalty applied, KL not.
+      returns: what the value heads regress on; None without critic.
+      old_values: the value heads' output when the rollouts came in; None without critic.
+    """
+
+    advantages: Float32[Array, "B G T"]
+    scores: Float32[Array, "B G"]
+    returns: Float32[Array, "B G T H"] | None = None
+    old_values: Float32[Array, "B G T H"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MultiplierState(_Record):
+    """What a constraint remembers between steps.
+
+    Attributes:
+      value: λ (the raw u for `Bounded`): one number, or one for each prompt.
+      momentum: of the raw multiplier's SGD; `Bounded` only.
+      window: the latest episode statistics, newest last; the first W − count places are empty.
+      count: episodes in the window.
+      step: updates made so far.
+    """
+
+    value: Float32[Array, "*N"]
+    momentum: Float32[Array, "*N"]
+    window: Float32[Array, " W"]
+    count: Int32[Array, ""]
+    step: Int32[Array, ""]
+
+
 REFERENCE_VERSION = -1
 """`Rollouts.policy_version` of tokens that the reference policy wrote."""
