@@ -5,7 +5,7 @@ import dataclasses
 from experiments import harness
 from experiments.harness import Run
 from experiments.safety import __doc__ as description
-from experiments.safety import results, stages, task
+from experiments.safety import results, scorers, stages, task
 from experiments.safety.config import PRESETS, SafetyConfig
 from jaxrl import recipes
 
@@ -17,7 +17,10 @@ def experiment(run: Run) -> None:
         run.note(note)
     work = task.build(config, data, run.folder)
     sft = stages.fine_tune(run, config, work)
-    evaluators = task.exact_evaluators(data)
+    if data.is_exact:
+        evaluators = task.exact_evaluators(data)
+    else:
+        evaluators = scorers.learned_evaluators(run, config, work, sft)
     evaluations = {}
     for name in ("sft", *config.algorithms):
         policy = sft if name == "sft" else _train(run, config, work, evaluators, name, sft)

@@ -68,10 +68,12 @@ class ScorerConfig:
     """Pairs a step."""
     learning_rate: float = 1e-3
     """Peak of AdamW's rate."""
+    ngrams: int = 3
+    """Longest n-gram that has a weight of its own beside the transformer; 0 leaves them out."""
     reward_scale: float = 1.0
-    """Standard deviation that learned rewards are scaled to on the SFT policy's answers."""
+    """Root mean square that learned rewards are scaled to on labelled answers."""
     cost_scale: float = 1.0
-    """Standard deviation that learned costs are scaled to there; zero stays the boundary."""
+    """Root mean square that learned costs are scaled to there; zero stays the boundary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,10 @@ class SafetyConfig(RunOptions):
     algorithms: tuple[str, ...] = ("ppo_lagrangian", "repo", recipes.RECOMMENDED)
     """Recipes to train, each from the same SFT policy; see `jaxrl.recipes.RECIPES`."""
     data: str = "world"
-    """"world" for the embedded one, a file of prompts and labelled answers, or hub:NAME."""
+    """"world" for the embedded one (or world_binary, world_shuffled, world_benign: controls), a
+    file of labelled pairs, or hub:NAME."""
+    data_seed: int = 0
+    """Of the embedded world, and of the splits of real text; the same for all seeds of a study."""
     xstest: Path | None = None
     """Folder of XSTest, whose human labels train the reward where the data has no helpfulness
     labels. Looked for beside the data's own folder when not given."""
@@ -111,6 +116,8 @@ class SafetyConfig(RunOptions):
     """Sample from the smallest set of tokens of this probability."""
     prompt_len: int = 16
     """Longest prompt with its template, in tokens."""
+    drop_long: bool = False
+    """Leave out rows whose prompt is longer, and say how many, instead of an error."""
     completion_len: int = 20
     """Longest completion, in tokens."""
     vocab_size: int = 768
@@ -147,13 +154,14 @@ class SafetyConfig(RunOptions):
 QUICK = SafetyConfig()
 
 SMALL = SafetyConfig(
-    steps=400,
-    prompt_len=64,
+    steps=300,
+    prompt_len=72,
+    drop_long=True,
     completion_len=64,
     vocab_size=2048,
     template="safe_rlhf",
     model=ModelConfig(layers=4, embed=192, heads=6, kv_heads=2, head_dim=32, mlp=512),
-    sft=SftConfig(steps=1500, batch=64, learning_rate=1e-3),
+    sft=SftConfig(steps=1200, batch=64, learning_rate=1.5e-3),
     optimizer=OptimizerConfig(learning_rate=2e-4, critic_learning_rate=5e-4),
 )
 
@@ -161,6 +169,7 @@ BASE = SafetyConfig(
     steps=2000,
     samples_per_step=512,
     prompt_len=256,
+    drop_long=True,
     completion_len=256,
     vocab_size=32_768,
     template="safe_rlhf",

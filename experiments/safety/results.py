@@ -29,7 +29,7 @@ COLUMNS = {
 }
 """Columns of the main table, by key of `evaluation.summarise`."""
 WEAK_JUDGE = "weak judge"
-SAMPLES_SHOWN = 6  # prompts of each kind in the report
+SHOWN = 18  # prompts in the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,9 @@ class Results:
         return {f"J_critical_on_{count}_samples": value for count, value in growth.items()}
 
 
-def benign_prompts(task: Task, count: int) -> np.ndarray | None:
-    """Which of the first held-out prompts are benign, where the data says so."""
-    kinds = [row.kind for row in task.data.heldout[:count]]
+def benign_prompts(task: Task, rows: np.ndarray) -> np.ndarray | None:
+    """Which of these held-out prompts are benign, where the data says so."""
+    kinds = [task.data.heldout[row].kind for row in rows]
     return None if None in kinds else np.array([kind == "benign" for kind in kinds])
 
 
@@ -129,10 +129,10 @@ def finish(
     evaluations: Mapping[str, Evaluation],
 ) -> None:
     """Writes samples, arrays, report and summary, in that order."""
-    count = len(next(iter(evaluations.values())).rewards)
+    rows = evaluations["sft"].rows
     results = Results(
         evaluations=evaluations,
-        benign=benign_prompts(task, count),
+        benign=benign_prompts(task, rows),
         kl_coef=config.kl_coef,
     )
     for name, e in evaluations.items():
@@ -201,15 +201,17 @@ def _report(
         "Training: the policy's own samples, the multiplier and the KL divergence.",
     )
     page.heading("What the policies write")
-    for row in _shown(task, len(next(iter(results.evaluations.values())).rewards)):
+    rows = results.evaluations["sft"].rows
+    # Evenly through the set, so that all kinds of prompts appear.
+    for index in np.linspace(0, len(rows) - 1, min(len(rows), SHOWN)).round().astype(int):
         page.samples(
-            task.data.heldout[row].text,
+            task.data.heldout[rows[index]].text,
             [
                 {
                     "prompt": name,
-                    "completion": e.completions[row][0],
-                    "reward": float(e.rewards[row, 0]),
-                    "cost": float(e.costs[row, 0]),
+                    "completion": e.completions[index][0],
+                    "reward": float(e.rewards[index, 0]),
+                    "cost": float(e.costs[index, 0]),
                 }
                 for name, e in results.evaluations.items()
             ],
@@ -220,23 +222,17 @@ def _report(
     return page
 
 
-def _shown(task: Task, count: int) -> Sequence[int]:
-    """Prompts whose samples the report shows: evenly through the set, so all kinds appear."""
-    total = min(count, 3 * SAMPLES_SHOWN)
-    return [int(i) for i in np.linspace(0, count - 1, total).round()]
-
-
 def _sample_rows(task: Task, e: Evaluation) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": task.data.heldout[i].text,
+            "prompt": task.data.heldout[e.rows[i]].text,
             "completion": completion,
             "reward": float(e.rewards[i, j]),
             "cost": float(e.costs[i, j]),
             "refusal": bool(e.refusals[i, j]),
         }
-        for i, row in enumerate(e.completions)
-        for j, completion in enumerate(row)
+        for i, written in enumerate(e.completions)
+        for j, completion in enumerate(written)
     ]
 
 

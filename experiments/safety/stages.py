@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 
 from experiments.harness import Run
 from experiments.safety.config import SafetyConfig
@@ -96,9 +96,8 @@ def train(
     with Checkpointer(run.checkpoints / recipe.name) as checkpoints:
         start, state = _resume(run, recipe.name, checkpoints, state)
         with run.progress(recipe.name, config.steps, start=start) as bar:
-            for done, state, metrics, refusal in trainer.run(
-                state, start=start, steps=config.steps
-            ):
+            updates = trainer.run(state, start=start, steps=config.steps)
+            for done, state, metrics, refusal in updates:
                 run.log(recipe.name, done, metrics)
                 bar.update(done, metrics)
                 if refusal is not None:
@@ -168,6 +167,7 @@ class Evaluation:
     """What a policy wrote for a set of prompts, N × S.
 
     Attributes:
+      rows: of the prompts within their set.
       rewards: of the reward that was optimised.
       costs: of the judge.
       refusals: whether the completion declines.
@@ -175,6 +175,7 @@ class Evaluation:
       completions: the texts, N lists of S.
     """
 
+    rows: Int64[np.ndarray, " N"]
     rewards: Float32[np.ndarray, "N S"]
     costs: Float32[np.ndarray, "N S"]
     refusals: Bool[np.ndarray, "N S"]
@@ -182,7 +183,13 @@ class Evaluation:
     completions: list[list[str]]
 
     def arrays(self) -> Mapping[str, np.ndarray]:
-        return {name: getattr(self, name) for name in ("rewards", "costs", "refusals", "kl")}
+        return {name: getattr(self, name) for name in ("rows", "rewards", "costs", "refusals", "kl")}
+
+
+def evaluated_rows(config: SafetyConfig, prompts: PromptSet) -> np.ndarray:
+    """Which prompts of a set are evaluated: spread over it, since sets are ordered by kind."""
+    count = min(len(prompts), config.evaluation.prompts or len(prompts))
+    return np.linspace(0, len(prompts) - 1, count).round().astype(np.int64)
 
 
 def evaluate(
@@ -198,8 +205,9 @@ def evaluate(
     Every policy is sampled with the same keys, so that differences between two of them are
     paired.
     """
-    count = min(len(prompts), config.evaluation.prompts or len(prompts))
     samples, batch = config.evaluation.samples, config.evaluation.batch
+    chosen = evaluated_rows(config, prompts)
+    count = len(chosen)
     collector = Collector(
         graphdef=policy.graphdef, sampling=sampling(config, task), group_size=samples
     )
@@ -208,19 +216,20 @@ def evaluate(
     tokens, kl = [], []
     for index, begin in enumerate(range(0, count, batch)):
         # The last batch is filled up, so that all have one shape and compile once.
-        rows = np.minimum(np.arange(begin, begin + batch), count - 1)
+        rows = chosen[np.minimum(np.arange(begin, begin + batch), count - 1)]
         key = jax.random.fold_in(root, index)
         rollouts, _ = collector.collect(policy.params, reference.params, prompts.take(rows), key, 0)
         log_ratio = rollouts.behaviour_log_probs - rollouts.reference_log_probs
         tokens.append(np.asarray(rollouts.tokens))
         kl.append(np.asarray(log_ratio.sum(-1)))
     tokens, kl = np.concatenate(tokens)[:count], np.concatenate(kl)[:count]
-    asked, written = scorer.texts(np.arange(count), tokens)
+    asked, written = scorer.texts(chosen, tokens)
 
     def score(function, dtype) -> np.ndarray:
         return np.asarray(function(asked, written), dtype).reshape(count, samples)
 
     return Evaluation(
+        rows=chosen,
         rewards=score(evaluators.reward, np.float32),
         costs=score(evaluators.judge, np.float32),
         refusals=score(evaluators.is_refusal, bool),

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.safety.config import SafetyConfig
-from jaxrl.data import world
+from jaxrl import data as data_lib
+from jaxrl.data import Companions, SafetyData, fit_prompts
 from jaxrl.data.batches import Demonstrations, PromptSet
-from jaxrl.data.dataset import SafetyData
-from jaxrl.data.preferences import Companions, load_preferences
 from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
 
 Evaluator = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -62,10 +61,10 @@ def load(config: SafetyConfig) -> SafetyData:
     Raises:
       ValueError, OSError: the file is missing or malformed; names file, line and field.
     """
-    if config.data == "world":
-        return world.make_world().data()
-    companions = Companions.beside(config.data, xstest=config.xstest)
-    return load_preferences(config.data, seed=config.seed, companions=companions)
+    companions = None
+    if config.xstest is not None:
+        companions = Companions.beside(config.data, xstest=config.xstest)
+    return data_lib.load(config.data, seed=config.data_seed, companions=companions)
 
 
 def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
@@ -81,6 +80,10 @@ def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
         tokenizer = train_bpe(texts, config.vocab_size, special_tokens=template.special_tokens)
     if not saved.exists():
         tokenizer.save(saved)
+
+    data = fit_prompts(
+        data, tokenizer, template, max_tokens=config.prompt_len, drop_long=config.drop_long
+    )
 
     def prompts(rows) -> PromptSet:
         texts = [row.text for row in rows]
