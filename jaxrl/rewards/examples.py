@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 from sklearn.metrics import roc_auc_score
 
 
+@runtime_checkable
 class PairRow(Protocol):
     """Two responses to one prompt; see `jaxrl.data.Pair`."""
 
@@ -24,6 +25,7 @@ class PairRow(Protocol):
     def worse_is_unsafe(self) -> bool | None: ...
 
 
+@runtime_checkable
 class SafetyRow(Protocol):
     """A response with its safety label; see `jaxrl.data.LabelledResponse`."""
 
@@ -35,6 +37,7 @@ class SafetyRow(Protocol):
     def is_unsafe(self) -> bool: ...
 
 
+@runtime_checkable
 class GradedRow(Protocol):
     """A response with its compliance label; see `jaxrl.data.ComplianceRow`."""
 
@@ -73,7 +76,7 @@ class Examples:
         Raises:
           ValueError: no rows, or rows of different K.
 
-        >>> Examples.of([("p", ("a", "b"), (-1, 1)), ("p", ("c", "b"), (-1, 1))]).groups
+        >>> Examples.of([("p", ("a", "b"), (-1.0, 1.0)), ("p", ("c", "b"), (0.0, 1.0))]).groups
         array([[0, 1],
                [2, 1]], dtype=int32)
         """
@@ -127,7 +130,7 @@ def compliance_examples(rows: Iterable[GradedRow]) -> Examples:
     return Examples.of((row.prompt, (row.response,), (COMPLIANCE[row.label],)) for row in rows)
 
 
-def auc(scores: Float32[np.ndarray, "M K"], targets: Float32[np.ndarray, "M K"]) -> float:
+def auc(scores: Float[np.ndarray, "M K"], targets: Float[np.ndarray, "M K"]) -> float:
     """Area under the ROC curve of all scores; positive are targets above 0.
 
     Raises:
@@ -145,7 +148,7 @@ def auc(scores: Float32[np.ndarray, "M K"], targets: Float32[np.ndarray, "M K"])
     return float(roc_auc_score(positive, scores.ravel()))
 
 
-def pair_accuracy(scores: Float32[np.ndarray, "M 2"], targets: Float32[np.ndarray, "M 2"]) -> float:
+def pair_accuracy(scores: Float[np.ndarray, "M 2"], targets: Float[np.ndarray, "M 2"]) -> float:
     """Share of pairs whose first sequence scores higher; a tie counts ½.
 
     >>> pair_accuracy(np.array([[2.0, 1.0], [1.0, 1.0]]), np.zeros((2, 2)))

@@ -132,7 +132,7 @@ def platt(scores: Float[np.ndarray, " N"], labels: np.ndarray) -> tuple[float, f
     """Slope and intercept of logistic regression on one score (Platt 1999).
 
     >>> slope, intercept = platt(np.array([0.0, 1.0, 2.0, 3.0]), np.array([0, 1, 0, 1]))
-    >>> round(-intercept / slope, 3)  # the boundary stands in the middle
+    >>> print(round(-intercept / slope, 3))  # the boundary stands in the middle
     1.5
     """
     spread = scores.std() or 1.0  # a unit-free ridge

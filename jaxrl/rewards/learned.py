@@ -144,7 +144,7 @@ def distinct_ngrams(
     return jnp.where(found, bucket, 0).astype(jnp.int32), found
 
 
-def _mix(code: UInt32[Array, "*n"], value: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
+def _mix(code: UInt32[Array, "*n"], value: UInt32[Array, "*#n"]) -> UInt32[Array, "*n"]:
     """One round of MurmurHash3's finaliser (Appleby, public domain) on their combination."""
     x = code * jnp.uint32(31) + value + jnp.uint32(0x9E3779B9)
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -276,22 +276,28 @@ class TrainingConfig:
       weight_decay: of AdamW.
       dropout: see `ScorerModel`.
       evaluate_every: steps between two looks at the validation examples.
-      patience: looks without a better validation after which training stops.
+      tolerance: looks whose validation is within this of the best are equally good, and the
+        last of them is kept: differences of the validation AUC on a few hundred rows are
+        noise, and the first look has hardly a scale.
+      patience: looks in a row that are worse than that, after which training stops.
     """
 
-    steps: int = 400
+    steps: int = 200
     batch: int = 64
     learning_rate: float = 3e-4
     ngram_learning_rate: float = 1e-2
     weight_decay: float = 0.1
     dropout: float = 0.2
     evaluate_every: int = 25
+    tolerance: float = 0.01
     patience: int = 4
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share: 0 ≤ dropout < 1, got {self.dropout}")
 
@@ -315,14 +321,14 @@ class TrainedScorer:
     """What training found.
 
     Attributes:
-      scorer: with the parameters of the best look at the validation examples.
+      scorer: with the parameters of the last look that was as good as the best.
       quality: of these parameters, as the measure has it.
       history: a row for each look: step, loss (mean since the last look), quality.
     """
 
     scorer: LearnedScorer
     quality: float
-    history: tuple[Mapping[str, float], ...] = field(default=())
+    history: tuple[Mapping[str, int | float], ...] = field(default=())
 
 
 def untrained(
@@ -357,9 +363,9 @@ def train_scorer(
     validation: Examples,
     seed: int,
     measure: Measure = auc,
-    progress: Callable[[int, Mapping[str, float]], None] | None = None,
+    progress: Callable[[int, Mapping[str, int | float]], None] | None = None,
 ) -> TrainedScorer:
-    """Trains a scorer, and keeps what did best on the validation examples.
+    """Trains a scorer until the validation examples say that it gets worse.
 
     A function of its arguments: the same seed gives the same parameters. `loss` is one of
     `jaxrl.objectives.preference`, e.g. `lambda s, t: cost_loss(*s.T, *t.T)`.
@@ -385,7 +391,8 @@ def train_scorer(
     )
     data = jax.tree.map(jnp.asarray, data)
     run = _steps(scorer.graphdef, loss, config)
-    root, best, since, history = jax.random.key(seed), (-np.inf, scorer.params), 0, []
+    root, history = jax.random.key(seed), []
+    top, kept, since = -np.inf, (-np.inf, scorer.params), 0
     for look, rows in enumerate(_order(len(examples.groups), config, seed)):
         keys = jax.random.split(jax.random.fold_in(root, look), len(rows))
         state, losses = run(state, data, (examples.groups[rows], examples.targets[rows], keys))
@@ -395,13 +402,13 @@ def train_scorer(
         history.append({"step": step, "loss": float(losses.mean()), "quality": quality})
         if progress is not None:
             progress(step, history[-1])
-        since += 1
-        if quality > best[0]:
-            best, since = (quality, state[0]), 0
+        top, since = max(top, quality), since + 1
+        if quality >= top - config.tolerance:
+            kept, since = (quality, state[0]), 0
         if since >= config.patience:
             break
     return TrainedScorer(
-        scorer=scorer.replace(params=best[1]), quality=best[0], history=tuple(history)
+        scorer=scorer.replace(params=kept[1]), quality=kept[0], history=tuple(history)
     )
 
 
