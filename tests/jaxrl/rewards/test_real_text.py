@@ -1,7 +1,7 @@
 """On real text, where it is at hand: learned models find what people labelled.
 
 The bounds are far below what the models reach (0.60 to 0.67 for safety, 0.93 to 0.96 for
-compliance, on five splits) and far above chance (0.50 ± 0.03).
+compliance, on four splits) and far above chance (0.50 ± 0.03).
 """
 
 from pathlib import Path
