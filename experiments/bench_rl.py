@@ -176,7 +176,7 @@ def first_steps(start: Any, contestant: Contestant, result: dict[str, Any]) -> W
 
 
 def compare_logits(workers: Mapping[str, Worker], results: dict[str, dict[str, Any]]) -> None:
-    """Checks that everyone computes the same function, while weights differ by one small step.
+    """Checks that everyone computes the same function, by its frozen reference policy.
 
     Raises:
       WorkerFailed: a contestant's logits differ.

@@ -1,5 +1,6 @@
 """The parent's end: workers as processes, and the environments that peers need."""
 
+import contextlib
 import json
 import os
 import queue
@@ -81,7 +82,8 @@ class Worker:
                 stderr=stderr,
                 text=True,
             )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
             self.hello = self._answer("start")
         except BaseException:
@@ -101,11 +103,10 @@ class Worker:
           WorkerFailed: no answer within `timeout_s`, or the worker ended.
         """
         assert self._process.stdin is not None
-        try:
+        # Where the pipe is broken the reader has seen the end too, and `_answer` tells of it.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"op": operation} | details) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the reader has seen the end too, and `_answer` tells of it
         return self._answer(operation)
 
     def _answer(self, operation: str) -> dict[str, Any]:
@@ -127,14 +128,26 @@ class Worker:
     def close(self) -> dict[str, Any]:
         """Asks the worker to end and gives its last words."""
         last = self.ask("close")
-        self._process.wait(timeout=self.timeout_s)
+        try:
+            self._process.wait(timeout=self.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise WorkerFailed(
+                f"{self.name} said goodbye and did not end within {self.timeout_s:g} s"
+            ) from None
+        finally:
+            self.kill()
         return last
 
     def kill(self) -> None:
         """Ends the process at once, if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait(timeout=self.timeout_s)
+            self._process.wait(timeout=30)
+        self._reader.join(timeout=30)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def __enter__(self) -> Self:
         return self

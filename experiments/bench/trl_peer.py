@@ -133,7 +133,7 @@ def connect(trainer: Any, channel: protocol.Channel, w: Workload) -> Any:
 
     def logits(tokens: list[list[int]]) -> list[Any]:
         with torch.no_grad():
-            return trainer.model(torch.tensor(tokens)).logits.tolist()
+            return trainer.ref_model(torch.tensor(tokens)).logits.tolist()
 
     class AtTheParentsWord(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

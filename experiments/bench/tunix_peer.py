@@ -82,7 +82,7 @@ def _converted(weights: dict[str, Any], mapping: dict[str, Any]) -> dict[str, An
     return converted
 
 
-def build_learner(w: Workload, actor: Any, mesh: Any) -> Any:
+def build_learner(w: Workload, mesh: Any) -> Any:
     """The GRPO learner with one mini-batch a step."""
     import optax
     from tunix.rl import rl_cluster
@@ -91,7 +91,7 @@ def build_learner(w: Workload, actor: Any, mesh: Any) -> Any:
 
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
     cluster = rl_cluster.RLCluster(
-        actor=actor,
+        actor=build_model(w),
         reference=build_model(w),
         tokenizer=Bytes(),
         cluster_config=rl_cluster.ClusterConfig(
@@ -128,8 +128,12 @@ def build_learner(w: Workload, actor: Any, mesh: Any) -> Any:
 class Batches:
     """The iterator that the learner pulls from: one batch for every "step" of the parent."""
 
-    def __init__(self, channel: protocol.Channel, workload: Workload, actor: Any):
-        self.channel, self.workload, self.actor = channel, workload, actor
+    def __init__(self, channel: protocol.Channel, workload: Workload, cluster: Any):
+        self.channel, self.workload = channel, workload
+        self.actor, self.reference = (
+            cluster.actor_trainer.model,
+            cluster.inference_worker.get_model("reference"),
+        )
         self.compilations = protocol.Compilations()
         self.watch: protocol.Stopwatch | None = None
         self.rewards: list[float] = []
@@ -158,7 +162,7 @@ class Batches:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
             causal = jnp.tril(jnp.ones((length, length), bool))
             mask = jnp.broadcast_to(causal, (batch, length, length))
-            logits, _ = self.actor(tokens, positions, None, mask)
+            logits, _ = self.reference(tokens, positions, None, mask)
             self.channel.send(logits=logits.tolist())
         return message["op"] == "step"
 
@@ -186,11 +190,9 @@ def main() -> None:
     automatic = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=automatic)
     with mesh:
-        actor = build_model(workload)
-        learner = build_learner(workload, actor, mesh)
+        learner = build_learner(workload, mesh)
         cluster = learner.rl_cluster
-        actor = cluster.actor_trainer.model
-        batches = Batches(channel, workload, actor)
+        batches = Batches(channel, workload, cluster)
         cluster.generate = batches.timed("rollout", cluster.generate)
         cluster.get_ref_per_token_logps = batches.timed("scoring", cluster.get_ref_per_token_logps)
         channel.ready(**{p: metadata.version(p) for p in ("google-tunix", "jax")})
