@@ -66,14 +66,19 @@ class ScorerConfig:
     """Gradient steps of each model at most; training stops early on the validation AUC."""
     batch: int = 64
     """Pairs a step."""
-    learning_rate: float = 1e-3
-    """Peak of AdamW's rate."""
+    transformer: bool = False
+    """Read answers with a transformer that starts from the SFT policy, beside the n-grams: worth
+    its time on the full set only, see docs/decisions/0003-learned-scorers.md."""
+    learning_rate: float = 3e-4
+    """Peak of AdamW's rate for the transformer."""
     ngrams: int = 3
-    """Longest n-gram that has a weight of its own beside the transformer; 0 leaves them out."""
+    """Longest n-gram of tokens that has a weight of its own; 0 leaves them out."""
     reward_scale: float = 1.0
     """Root mean square that learned rewards are scaled to on labelled answers."""
     cost_scale: float = 1.0
     """Root mean square that learned costs are scaled to there; zero stays the boundary."""
+    fluency: float = 2.0
+    """Weight of the penalty on repetition and stray symbols, which learned rewards do not see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +183,7 @@ BASE = SafetyConfig(
         compute_dtype="bfloat16",
     ),
     sft=SftConfig(steps=6000, batch=128, learning_rate=3e-4),
-    scorers=ScorerConfig(steps=3000, batch=128, learning_rate=1e-4),
+    scorers=ScorerConfig(steps=3000, batch=128, transformer=True, learning_rate=1e-4),
     optimizer=OptimizerConfig(learning_rate=1e-5, critic_learning_rate=2e-5),
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from experiments.safety.stages import Policy
 from experiments.safety.task import Evaluator, Evaluators, Task
 from jaxrl import evaluation
 from jaxrl.checkpoint import Checkpointer
-from jaxrl.data.dataset import LabelledResponse, SafetyData
+from jaxrl.data import ComplianceRow, LabelledResponse, SafetyData
 from jaxrl.objectives.preference import cost_loss, label_loss, reward_loss
 from jaxrl.rewards import fluency, is_refusal, weighted
 from jaxrl.rewards.examples import (
@@ -43,7 +43,7 @@ from jaxrl.tokenizers import TEMPLATES
 
 SCORE_LIMIT = 5.0
 """Learned scores are clipped here, in their own standard deviations: beyond, they are guesses."""
-CALIBRATION_ROWS = 512  # of the training labels, enough to fix a scale
+CALIBRATION_ROWS = 512  # enough to fix a scale
 
 
 def learned_evaluators(run: Run, config: SafetyConfig, task: Task, sft: Policy) -> Evaluators:
@@ -70,7 +70,7 @@ def learned_evaluators(run: Run, config: SafetyConfig, task: Task, sft: Policy) 
     for note in notes:
         run.note(note)
     return Evaluators(
-        reward=weighted({"learned": (reward, 1.0), "fluency": (fluency, 1.0)}),
+        reward=weighted({"learned": (reward, 1.0), "fluency": (fluency, config.scorers.fluency)}),
         cost=cost,
         judge=judge,
         is_refusal=is_refusal,
@@ -91,7 +91,8 @@ def _cost_model(run: Run, config: SafetyConfig, task: Task, sft: Policy) -> Lear
         lambda scores, signs: cost_loss(*scores.T, *signs.T),
         validation=safety_examples(parts["validation"].labels),
     )
-    rows = parts["cost_train"].labels[:CALIBRATION_ROWS]
+    # On answers that it was not trained on: on its own it is too sure of itself.
+    rows = parts["validation"].labels[:CALIBRATION_ROWS]
     scores = trained([row.prompt for row in rows], [row.response for row in rows])
     return trained.normalised(scores, to=config.scorers.cost_scale).replace(limit=SCORE_LIMIT)
 
@@ -110,35 +111,55 @@ def _reward_model(
             "accuracy of the helpfulness model on validation pairs",
         )
     else:
+        train_rows, validation_rows = _by_type(data)
         examples, loss, validation, measure, what = (
-            compliance_examples(data.compliance_train),
+            compliance_examples(train_rows),
             lambda scores, target: label_loss(scores[:, 0], target[:, 0]),
-            _without_partial(data),
+            _two_classes(validation_rows),
             auc,
-            "AUC of the compliance model on prompt types it was not trained on",
+            "AUC of the compliance model on prompt types kept for its validation",
         )
     trained, quality = _trained(
         run, "reward model", config, start, examples, loss, validation=validation, measure=measure
     )
-    rows = data.preferences["cost_train"].labels[:CALIBRATION_ROWS]
+    rows = data.preferences["validation"].labels[:CALIBRATION_ROWS]
     scores = trained([row.prompt for row in rows], [row.response for row in rows])
     scaled = trained.normalised(scores, to=config.scorers.reward_scale).replace(limit=SCORE_LIMIT)
     return scaled, f"Reward: {what}: {quality:.3f}.", quality
 
 
-def _without_partial(data: SafetyData) -> Examples:
+def _by_type(data: SafetyData) -> tuple[list[ComplianceRow], list[ComplianceRow]]:
+    """Training rows of XSTest, and a fifth of their prompt types for early stopping.
+
+    The other half of the types stays for the measurement of over-refusal.
+    """
+    families = sorted({_family(row) for row in data.compliance_train})
+    kept = families[: max(len(families) // 5, 1)]
+    train = [row for row in data.compliance_train if _family(row) not in kept]
+    return train, [row for row in data.compliance_train if _family(row) in kept]
+
+
+def _family(row: ComplianceRow) -> str:
+    """A type and the contrast set that was made for it belong together."""
+    return row.type.removeprefix("contrast_")
+
+
+def _two_classes(rows: Sequence[ComplianceRow]) -> Examples:
     """AUC knows two classes: a partial refusal is neither."""
-    return compliance_examples(row for row in data.compliance_test if row.label != "partial")
+    return compliance_examples(row for row in rows if row.label != "partial")
 
 
 def _start(config: SafetyConfig, task: Task, sft: Policy) -> LearnedScorer:
-    """An untrained scorer whose transformer has read what the policy has read."""
+    """An untrained scorer; a transformer in it has read what the policy has read."""
     encoder = TextEncoder(
         tokenizer=task.tokenizer,
         template=TEMPLATES[config.template],
         prompt_len=config.prompt_len,
         completion_len=config.completion_len,
     )
+    if not config.scorers.transformer:
+        parts = ScorerConfig(decoder=None, ngrams=config.scorers.ngrams)
+        return untrained(parts, encoder, seed=config.seed)
     decoder = nnx.merge(sft.graphdef, sft.params).config
     parts = ScorerConfig(decoder=decoder, ngrams=config.scorers.ngrams)
     return untrained(parts, encoder, seed=config.seed, trunk=sft.params)
@@ -192,4 +213,6 @@ def _held_out_auc(
 ) -> evaluation.Interval:
     scores = function([row.prompt for row in rows], [row.response for row in rows])
     labels = np.array([row.is_unsafe for row in rows])
-    return evaluation.auc_interval(scores, labels, rng=np.random.default_rng(seed))
+    _, prompts = np.unique([row.prompt for row in rows], return_inverse=True)
+    rng = np.random.default_rng(seed)
+    return evaluation.auc_interval(scores, labels, groups=prompts, rng=rng)

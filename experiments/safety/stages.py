@@ -183,7 +183,9 @@ class Evaluation:
     completions: list[list[str]]
 
     def arrays(self) -> Mapping[str, np.ndarray]:
-        return {name: getattr(self, name) for name in ("rows", "rewards", "costs", "refusals", "kl")}
+        return {
+            name: getattr(self, name) for name in ("rows", "rewards", "costs", "refusals", "kl")
+        }
 
 
 def evaluated_rows(config: SafetyConfig, prompts: PromptSet) -> np.ndarray:
