@@ -96,8 +96,9 @@ class DecoderConfig:
       tie_embeddings: the output projection is the transposed embedding.
       norm_eps: ε of RMSNorm.
       compute_dtype: dtype of the matrix products; parameters are always float32.
-      scan_unroll: layers that one iteration of the scan holds; more compile longer and, on
-        CPU, run faster.
+      remat: what the backward pass computes again instead of reading it from memory: all but
+        the products with weights ("projections"), the whole layer ("full") or nothing ("none").
+      scan_unroll: layers that one iteration of the scan holds; more compile longer.
     """
 
     vocab_size: int
@@ -115,6 +116,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "projections", "full"] = "projections"
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class DecoderConfig:
         for name in (*sizes, "scan_unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}")
+        if self.remat not in ("none", "projections", "full"):
+            raise ValueError(f"remat must be none, projections or full, got {self.remat!r}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads must divide heads: {self.heads=}, {self.kv_heads=}; "

@@ -6,7 +6,7 @@ axes (see `LOGICAL_AXES`); the names are metadata and shard nothing by themselve
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,13 @@ from jaxrl.types import Prompts
 LOGICAL_AXES = ("layer", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "expert")
 """Every name that may stand in a parameter's `out_sharding`; None marks an unnamed axis."""
 
-Weights = dict[str, Float32[Array, "..."]]
-Attend = Callable[[Float[Array, "..."], KeyValue, object], tuple[Float[Array, "..."], object]]
+_REMAT = {
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+Weights = dict[str, Float[Array, "..."]]
+Attend = Callable[[Float[Array, "..."], KeyValue, Any], tuple[Float[Array, "..."], Any]]
 
 
 def parameter(
@@ -44,6 +49,16 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * inverse * _as_rank(scale, x.ndim)).astype(x.dtype)
+
+
+def project(x: Float[Array, "*batch D"], kernel: Float[Array, "D *out"]) -> Float[Array, "..."]:
+    """Contracts the last axis of `x` with the first of `kernel`: [*batch, *out].
+
+    As one product of two matrices: the gradient of a product with more axes first transposes
+    the whole gradient of the result on CPU, which cost half of the backward pass.
+    """
+    flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+    return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def _as_rank(x: Float[Array, "*tail"], rank: int) -> Float[Array, "..."]:
@@ -88,19 +103,22 @@ def rotate(x: Float[Array, "*batch N d"], by: Rotation) -> Float[Array, "*batch 
 
 
 class Cache(NamedTuple):
-    """Keys and values of a batch that is being generated.
+    """Keys and values of a batch that is being generated, one entry for each layer.
+
+    Layers stand apart, not stacked, so that a step writes to them in place: it would copy every
+    slice that it took from a stack.
 
     Attributes:
-      prompt: of the prompts, [layer, B, kv_heads, P, head_dim].
+      prompt: of the prompts, [B, kv_heads, P, head_dim].
       prompt_mask: True on real prompt tokens.
       next_position: position of each prompt's first completion token.
-      own: of the completions, [layer, B, G, kv_heads, T, head_dim].
+      own: of the completions, [B, G, kv_heads, T, head_dim].
     """
 
-    prompt: KeyValue
+    prompt: tuple[KeyValue, ...]
     prompt_mask: Bool[Array, "B P"]
     next_position: Int32[Array, " B"]
-    own: KeyValue
+    own: tuple[KeyValue, ...]
 
 
 class Layers(nnx.Module):
@@ -226,18 +244,31 @@ class Decoder(nnx.Module):
             by_head = KeyValue(*(jnp.swapaxes(x, 1, 2) for x in kv))
             return attention.causal(query, kv, segments), by_head
 
-        x, prompt_kv = self._run(self._embed(prompts.tokens), positions, attend, None)
-        shape = (c.layers, batch, group_size, c.kv_heads, max_new_tokens, c.head_dim)
-        empty = jnp.zeros(shape, x.dtype)
-        cache = Cache(prompt_kv, prompts.mask, positions[:, -1] + 1, KeyValue(empty, empty))
-        return x[:, -1], cache
+        x, stacked = self._run(self._embed(prompts.tokens), positions, attend, None)
+        prompt = tuple(KeyValue(*(kv[i] for kv in stacked)) for i in range(c.layers))
+        empty = jnp.zeros((batch, group_size, c.kv_heads, max_new_tokens, c.head_dim), x.dtype)
+        own = (KeyValue(empty, empty),) * c.layers
+        return x[:, -1], Cache(prompt, prompts.mask, positions[:, -1] + 1, own)
+
+    def layer_weights(self) -> tuple[Weights, ...]:
+        """Weights of each layer apart, in the compute dtype: what `decode` reads.
+
+        Taken once before a loop of `decode`; inside it every step would copy all of them.
+        """
+        stacked = self._cast(self.layers.weights())
+        return tuple({k: w[i] for k, w in stacked.items()} for i in range(self.config.layers))
 
     def decode(
-        self, cache: Cache, tokens: Int32[Array, "B G"], step: Int32[Array, ""]
+        self,
+        weights: tuple[Weights, ...],
+        cache: Cache,
+        tokens: Int32[Array, "B G"],
+        step: Int32[Array, ""],
     ) -> tuple[Float[Array, "B G D"], Cache]:
         """Feeds one token of every completion.
 
         Args:
+          weights: from `layer_weights`.
           cache: from `prefill` or the previous call; its completions' part is replaced.
           tokens: the token chosen at `step` (0 for the first completion token).
           step: index at which the cache is written.
@@ -246,30 +277,17 @@ class Decoder(nnx.Module):
           The hidden state that predicts token `step + 1`, and the new cache.
         """
         positions = jnp.broadcast_to(cache.next_position[:, None] + step, tokens.shape)
-        x, own, turn = self._embed(tokens), cache.own, self._rotation(positions)
-        weights = self.layers.weights()
-        # The loop over layers is unrolled: a token's products are too small to hide the copies
-        # of the cache that a scan makes (measured on CPU: 2–3 times slower).
-        for index in range(self.config.layers):
-            layer = {name: w[index] for name, w in weights.items()}
-            prompt = KeyValue(*(c[index] for c in cache.prompt))
+        x, turn, written = self._embed(tokens), self._rotation(positions), []
+        for layer, prompt, own in zip(weights, cache.prompt, cache.own, strict=True):
 
-            def attend(query, kv, own, index=index, prompt=prompt):
-                own = KeyValue(
-                    *(
-                        jax.lax.dynamic_update_slice(
-                            c, new[None, :, :, :, None], (index, 0, 0, 0, step, 0)
-                        )
-                        for c, new in zip(own, kv, strict=True)
-                    )
-                )
-                layer_own = KeyValue(*(c[index] for c in own))
-                out = attention.one_token(query, prompt, cache.prompt_mask, layer_own, step)
-                return out, own
+            def attend(query, kv, own, prompt=prompt):
+                own = KeyValue(*(_write(old, new, step) for old, new in zip(own, kv, strict=True)))
+                return attention.one_token(query, prompt, cache.prompt_mask, own, step), own
 
             x, own = self._layer(layer, x, turn, attend, own)
+            written.append(own)
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-        return x, cache._replace(own=own)
+        return x, cache._replace(own=tuple(written))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits of the next token, always float32."""
@@ -287,10 +305,17 @@ class Decoder(nnx.Module):
             weights, state = layer
             return self._layer(weights, x, turn, attend, state)
 
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT[self.config.remat], prevent_cse=False)
         x, results = jax.lax.scan(
             body, x, (self.layers.weights(), layer_state), unroll=self.config.scan_unroll
         )
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), results
+
+    def _cast(self, weights: Weights) -> Weights:
+        """Norms stay float32, as their arithmetic does."""
+        dtype = self.config.compute_dtype
+        return {k: w if "norm" in k else w.astype(dtype) for k, w in weights.items()}
 
     def _rotation(self, positions: Int32[Array, "*batch"]) -> Rotation:
         c = self.config
@@ -298,13 +323,9 @@ class Decoder(nnx.Module):
         return rotation(positions, frequencies, scale=c.rope_scaling.attention_factor)
 
     def _layer(self, weights: Weights, x, turn: Rotation, attend: Attend, state):
-        c, dtype = self.config, x.dtype
-        weights = {k: w if "norm" in k else w.astype(dtype) for k, w in weights.items()}
+        c, weights = self.config, self._cast(weights)
         normed = rms_norm(x, weights["attention_norm"], c.norm_eps)
-        query, key, value = (
-            jnp.einsum("...d,dnh->...nh", normed, weights[name])
-            for name in ("query", "key", "value")
-        )
+        query, key, value = (project(normed, weights[name]) for name in ("query", "key", "value"))
         if c.attention_bias:
             query, key, value = (
                 out + _as_rank(weights[f"{name}_bias"], out.ndim)
@@ -314,10 +335,18 @@ class Decoder(nnx.Module):
             query = rms_norm(query, weights["query_norm"], c.norm_eps)
             key = rms_norm(key, weights["key_norm"], c.norm_eps)
         out, state = attend(rotate(query, turn), KeyValue(rotate(key, turn), value), state)
-        x = x + jnp.einsum("...nh,nhd->...d", out, weights["attention_out"])
+        x = x + project(
+            out.reshape(*x.shape[:-1], -1), weights["attention_out"].reshape(-1, c.embed)
+        )
         normed = rms_norm(x, weights["mlp_norm"], c.norm_eps)
-        gated = jax.nn.silu(normed @ weights["gate"]) * (normed @ weights["up"])
-        return x + gated @ weights["down"], state
+        gated = jax.nn.silu(project(normed, weights["gate"])) * project(normed, weights["up"])
+        return x + project(gated, weights["down"]), state
+
+
+def _write(
+    cache: Float[Array, "B G K T d"], new: Float[Array, "B G K d"], step: Int32[Array, ""]
+) -> Float[Array, "B G K T d"]:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, :, None], step, axis=3)
 
 
 def _positions(segments: Int32[Array, "N S"]) -> Int32[Array, "N S"]:

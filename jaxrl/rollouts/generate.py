@@ -26,10 +26,10 @@ class _Loop:
     mask: Bool[Array, "T B G"]
     log_probs: Float32[Array, "T B G"]
 
-    def advance(self, model: Decoder, key: PRNGKeyArray, sampling: Sampling) -> "_Loop":
+    def advance(self, model: Decoder, weights, key: PRNGKeyArray, sampling: Sampling) -> "_Loop":
         drawn, log_probs = draw(key, model.logits(self.hidden), sampling)
         tokens = jnp.where(self.active, drawn, sampling.pad_id)
-        hidden, cache = model.decode(self.cache, tokens, self.step)
+        hidden, cache = model.decode(weights, self.cache, tokens, self.step)
 
         def write(buffer, row):
             return jax.lax.dynamic_update_index_in_dim(buffer, row, self.step, 0)
@@ -91,7 +91,7 @@ def generate_from_state(
     hidden, cache = model.prefill(
         prompts, group_size=group_size, max_new_tokens=sampling.max_new_tokens
     )
-    batch = prompts.tokens.shape[0]
+    batch, weights = prompts.tokens.shape[0], model.layer_weights()
     first = jnp.broadcast_to(hidden[:, None], (batch, group_size, hidden.shape[-1]))
     buffer = jnp.zeros((sampling.max_new_tokens, batch, group_size))
     # Step-major: a step writes one contiguous block.
@@ -109,7 +109,7 @@ def generate_from_state(
         return (loop.step < sampling.max_new_tokens) & jnp.any(loop.active)
 
     def advance(loop: _Loop) -> _Loop:
-        return loop.advance(model, jax.random.fold_in(key, loop.step), sampling)
+        return loop.advance(model, weights, jax.random.fold_in(key, loop.step), sampling)
 
     end = jax.lax.while_loop(unfinished, advance, start)
     tokens, mask, log_probs = (

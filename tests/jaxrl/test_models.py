@@ -406,6 +406,25 @@ def test_unrolling_the_scan_changes_nothing(unroll):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_rematerialisation_changes_no_gradient():
+    tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
+    params = nnx.state(case("qwen3"))
+
+    def grads(remat):
+        config = dataclasses.replace(case("qwen3").config, remat=remat)
+        graphdef = nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0)))
+
+        def loss(params):
+            return jnp.sum(jax.nn.log_softmax(nnx.merge(graphdef, params)(tokens))[..., 0])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = jax.tree.leaves(grads("none"))
+    for remat in ("projections", "full"):
+        for a, b in zip(jax.tree.leaves(grads(remat)), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
 def test_bfloat16_is_near_float32():
     exact, params = nnx.split(case("qwen3"))
     rough, _ = nnx.split(
