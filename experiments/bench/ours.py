@@ -100,8 +100,8 @@ class Loop:
 
     def logits(self, tokens: list[list[int]]) -> dict[str, list]:
         """Logits of whole sequences without padding, as nested lists."""
-        model: Decoder = nnx.merge(self.graphdef, self.reference)
-        return {"logits": model(jnp.asarray(tokens, jnp.int32)).tolist()}
+        whole = jax.jit(lambda params, ids: nnx.merge(self.graphdef, params)(ids))
+        return {"logits": whole(self.reference, jnp.asarray(tokens, jnp.int32)).tolist()}
 
     def scored(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts with rewards; nothing costs anything here."""

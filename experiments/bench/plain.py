@@ -164,7 +164,8 @@ class Loop:
     def logits(self, tokens: list[list[int]]) -> dict[str, list]:
         """Logits of whole sequences without padding, as nested lists."""
         ids = jnp.asarray(tokens, jnp.int32)
-        return {"logits": forward(self.workload, self.reference, ids, ids >= 0)[0].tolist()}
+        whole = jax.jit(forward, static_argnums=0)
+        return {"logits": whole(self.workload, self.reference, ids, ids >= 0)[0].tolist()}
 
     def step(self) -> dict[str, float]:
         """One RL step, measured."""
