@@ -47,7 +47,9 @@ class KL:
         "reward_and_cost": in the reward as −β·kl_t and in the cost as +β·kl_t, so that its
           weight in (A_R − λ·A_C)/(1 + λ) is β at any λ (safe-rlhf); needs a cost critic;
         "token": added to each token's own advantage, not accumulated (ReMax's code);
-        "loss": β·estimate in the loss (GRPO).
+        "loss": β·estimate in the loss (GRPO). On-policy, the gradient of k3 there is that of
+          KL(π_ref‖π), not of KL(π‖π_ref), and that of k1 is zero in expectation: the fixed
+          point is another one, with a weaker anchor.
       estimator: "k1" or "k3", of the placement "loss"; the others use k1.
     """
 

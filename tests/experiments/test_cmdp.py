@@ -143,7 +143,8 @@ def test_scaling_laws_of_the_multiplier():
     instance = cmdp.draw(0, benign_share=0.0, prompts=1000, responses=64)
     times = np.geomspace(1e3, 1e6, 30)
     path = cmdp.rectified_ascent(instance, times)
-    slopes = [cmdp.log_slope(times, path[key]) for key in ("multiplier", "rectified_cost", "unsafe")]
+    keys = ("multiplier", "rectified_cost", "unsafe")
+    slopes = [cmdp.log_slope(times, path[key]) for key in keys]
     np.testing.assert_allclose(slopes, [1 / 3, -2 / 3, -1 / 3], atol=0.025)
 
 
@@ -158,8 +159,8 @@ def test_scaling_laws_in_the_multiplier():
     assert cmdp.log_slope(grid, violation) == pytest.approx(-2.0, abs=0.1)
     margin = [1.0 - cmdp.safety_rate(instance, cmdp.rectified(instance, value, margin=0.05))
               for value in grid]
-    # From λ = 16 to 32: e^{−16·.05/.2} = .018 times the ½ of the plain family.
-    assert margin[2] / margin[1] == pytest.approx(0.018 * 0.5, rel=0.5)
+    # From λ = 16 to 32 by e^{−16·.05/.2} = .018.
+    assert margin[2] / margin[1] == pytest.approx(0.018, rel=0.3)
     assert unsafe[2] / unsafe[1] == pytest.approx(0.5, rel=0.2)
 
 

@@ -89,6 +89,20 @@ def test_kl_estimates_are_unbiased_and_k3_never_negative(estimator):
         assert bool((found >= 0).all())
 
 
+def test_k3_in_the_loss_has_the_gradient_of_the_other_divergence():
+    """E_π ∇k3 = ∇KL(π_ref‖π) and E_π ∇k1 = 0: neither is ∇KL(π‖π_ref)."""
+    logits, reference = jnp.array([0.1, 1.0, -0.5]), jnp.array([0.7, 0.0, 0.2])
+    log_q = jax.nn.log_softmax(reference)
+    policy = jax.nn.softmax(logits)
+
+    def in_loss(z, estimator):
+        return policy @ obj.kl_estimate(jax.nn.log_softmax(z), log_q, estimator=estimator)
+
+    other = jax.grad(lambda z: jnp.exp(log_q) @ (log_q - jax.nn.log_softmax(z)))(logits)
+    np.testing.assert_allclose(jax.grad(in_loss)(logits, "k3"), other, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(in_loss)(logits, "k1"), 0.0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("config", "field", "value", "message"),
     [
