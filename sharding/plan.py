@@ -120,7 +120,9 @@ class BoundPlan:
 
         def of(path, leaf):
             name = leaf_path(path)
-            spec = self.plan.spec(name) if np.ndim(leaf) else PartitionSpec()
+            spec = self.plan.spec(name)
+            if len(spec) > np.ndim(leaf):  # statistics of less than the parameter: a count, a row
+                spec = PartitionSpec()
             self._check(name, spec, np.shape(leaf))
             return NamedSharding(self.mesh, spec)
 
@@ -136,8 +138,15 @@ class BoundPlan:
         return NamedSharding(self.mesh, PartitionSpec(self.plan.batch or None))
 
     def place_batch(self, tree: Any) -> Any:
-        """Moves a batch to the mesh, split along its leading axis."""
-        return jax.device_put(tree, self.batch_sharding)
+        """Moves a batch to the mesh, split along its leading axis.
+
+        Raises:
+          ValueError: a leading axis that the batch axes do not divide.
+        """
+        sharding = self.batch_sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            self._check(f"the batch's {leaf_path(path)}", sharding.spec, np.shape(leaf))
+        return jax.device_put(tree, sharding)
 
     def _check(self, name: str, spec: PartitionSpec, shape: tuple[int, ...]) -> None:
         for size, entry in zip(shape, spec, strict=False):
@@ -156,8 +165,12 @@ def leaf_path(path: Sequence[Any]) -> str:
     >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['layers/query']
     """
-    keys = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-    return keys.removesuffix("/value")
+    # Flax wraps arrays in variables, whose array is the *attribute* "value"; a parameter that
+    # is itself called "value" is an entry of a dict and keeps its name.
+    keys = tuple(path)
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _is_axes(leaf: Any) -> bool:

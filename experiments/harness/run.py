@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar, cast
 
 from experiments.harness.config import config_hash, differences, to_json
 from experiments.harness.environment import describe
@@ -16,6 +16,8 @@ from experiments.harness.lock import FolderLock
 from experiments.harness.metrics import Metrics, start_wandb
 from experiments.harness.progress import Progress
 from experiments.harness.trace import StepProfiler, Timeline
+
+Item = TypeVar("Item")
 
 FORMAT = 1  # of config.json; raised when an older folder can no longer be resumed
 
@@ -176,6 +178,17 @@ class Run:
         """Wraps one training step; with `--profile` a few of them are traced by JAX."""
         return self.profiler.step()
 
+    def each_profiled(self, steps: Iterable[Item]) -> Iterator[Item]:
+        """Passes on the items of an iterator that does one training step for each of them."""
+        ended = object()
+        iterator = iter(steps)
+        while True:
+            with self.profiled():
+                item = next(iterator, ended)
+            if item is ended:
+                return
+            yield cast(Item, item)
+
     def note(self, text: str) -> None:
         """Writes a line for the person who watches."""
         self.stream.write(f"{text}\n")
@@ -224,13 +237,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def clean_errors(stream: TextIO | None = None) -> Iterator[None]:
-    """Turns a `ValueError` or `OSError` into one line on stderr and exit status 2.
+    """Turns a `ValueError`, `OSError` or `ImportError` into one line on stderr and exit status 2.
+
+    `ImportError` is what an optional extra that is not installed raises.
 
     Set JAXRL_TRACEBACK=1 to see where it came from.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("JAXRL_TRACEBACK"):
             raise
         print(f"error: {error}", file=stream or sys.stderr)

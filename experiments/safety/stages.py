@@ -97,7 +97,7 @@ def train(
         start, state = _resume(run, recipe.name, checkpoints, state)
         with run.progress(recipe.name, config.steps, start=start) as bar:
             updates = trainer.run(state, start=start, steps=config.steps)
-            for done, state, metrics, refusal in updates:
+            for done, state, metrics, refusal in run.each_profiled(updates):
                 run.log(recipe.name, done, metrics)
                 bar.update(done, metrics)
                 if refusal is not None:

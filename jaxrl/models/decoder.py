@@ -42,6 +42,23 @@ def parameter(
     )
 
 
+def logical_axes(params: Any) -> Any:
+    """The logical axis names of every parameter of a tree: what `Plan.from_rules` reads.
+
+    Args:
+      params: an `nnx.State`, or a tree of them such as {"policy": …, "critic": …}.
+
+    >>> config = DecoderConfig(vocab_size=5, layers=1)
+    >>> logical_axes(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))["layers"]["gate"]
+    ('layer', 'embed', 'mlp')
+    """
+    return jax.tree.map(
+        lambda variable: tuple(variable.get_metadata()["out_sharding"]),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float32[Array, " D"], eps: float
 ) -> Float[Array, "*batch D"]:
