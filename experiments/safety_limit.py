@@ -333,10 +333,12 @@ def write_report(
     verdicts: list[Verdict],
 ) -> None:
     """One page with tables, plots and verdicts."""
-    points = {name: (np.mean(r["safety_rate"]), np.mean(r["objective"]))
-              for name, r in results.items()}
-    prompts = {name: np.mean(np.sort(r["unsafe_per_prompt"], axis=1), axis=0)
-               for name, r in results.items() if name in _SHOWN}
+    # Two dozen markers cannot be told apart: the plots show the main algorithms.
+    shown = [name for name in results if name in _SHOWN] or list(results)[:6]
+    points = {name: (np.mean(results[name]["safety_rate"]), np.mean(results[name]["objective"]))
+              for name in shown}
+    prompts = {name: np.mean(np.sort(results[name]["unsafe_per_prompt"], axis=1), axis=0)
+               for name in shown}
     report = Report(
         "How near to the limit of safe and helpful?",
         f"p = {config.p:g} benign prompts, seeds {config.instance_seeds.start}–"
@@ -344,15 +346,12 @@ def write_report(
     for table in tables:
         report.table(table)
     report.figure(
-        plots.tradeoff(points, frontier=frontiers(cmdps), y_label="J = E R − β·KL"),
+        plots.tradeoff(points, frontier=frontiers(cmdps), y_label="J = E R − β·KL", order=shown),
         "J against safety; the curves are exact. No policy lies above the limit.")
-    if prompts:
-        report.figure(
-            plots.sorted_prompts(prompts, y_label="unsafe mass", threshold=0.01,
-                                 order=tuple(results)),
-            "Unsafe mass of each prompt, worst first: where a mean hides a stuck tenth.")
-    shown = [name for name in results if name in _SHOWN]
-    report.figure(plots.training(run.metrics.rows(), shown, order=tuple(results), smooth=1),
+    report.figure(
+        plots.sorted_prompts(prompts, y_label="unsafe mass", threshold=0.01, order=shown),
+        "Unsafe mass of each prompt, worst first: where a mean hides a stuck tenth.")
+    report.figure(plots.training(run.metrics.rows(), shown, order=shown, smooth=1),
                   "Training, mean over the seeds.")
     if verdicts:
         report.heading("Hypotheses").text("\n".join(f"- **{v.name} {v.outcome}**: {v.claim} "
@@ -361,6 +360,7 @@ def write_report(
 
 
 _SHOWN = ("ppo", "reward_shaping", "ppo_lagrangian", "repo", "repo_exact", "repo_tb")
+"""Algorithms in the plots; all are in the tables."""
 
 
 def experiment(run: Run) -> None:
