@@ -1,0 +1,296 @@
+"""Does the recommended RePO beat its peers on generated text, seed after seed?
+
+Question: on the embedded world, is the worst decile of prompts safer under the recommended
+recipe than under plain RePO and PPO-Lagrangian *at the same reward*, over at least five seeds?
+And which of the hypotheses H1-H4 hold there?
+
+    python -m experiments.safety_seeds                       # 5 seeds
+    python -m experiments.safety_seeds --seeds 1 --steps 50  # a look
+
+Every baseline is retuned: PPO-Lagrangian for several thresholds d, RePO for several margins δ.
+A frontier is the upper hull of what an algorithm reaches, the SFT policy included, and policies
+are compared where their rewards are equal.
+
+Hardware: two CPU cores, about half an hour. Started again with the same folder, it resumes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from experiments import harness, hypotheses
+from experiments.harness import Run, RunOptions, plots, report, tables
+from experiments.safety import stages, task
+from experiments.safety.config import QUICK, SafetyConfig
+from experiments.safety.results import COLUMNS
+from experiments.safety.stages import Evaluation
+from jaxrl import evaluation, recipes
+from jaxrl.recipes import Recipe
+
+LAGRANGIAN, REPO, EXACT, BEST = "ppo_lagrangian", "repo", "repo_exact", recipes.RECOMMENDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """All of experiments.safety_seeds; the rest is as in the quick preset of experiments.safety."""
+
+    seeds: int = 5
+    """Training seeds, from --seed on."""
+    data: str = QUICK.data
+    """The embedded world, or one of its controls."""
+    steps: int = QUICK.steps
+    """Policy updates of each policy."""
+    sft_steps: int = QUICK.sft.steps
+    """Steps of supervised fine-tuning."""
+    thresholds: tuple[float, ...] = (0.0, -0.5, -1.0)
+    """d of PPO-Lagrangian's E[C] ≤ d; 0 is the published one."""
+    margins: tuple[float, ...] = (0.0, 0.3)
+    """δ of plain RePO's {C + δ}⁺; 0 is the published one."""
+    samples: int = QUICK.evaluation.samples
+    """Completions of each held-out prompt in the evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 1 or 0.0 not in self.thresholds or 0.0 not in self.margins:
+            raise ValueError(
+                "at least one seed, and 0 among thresholds and margins, are needed: "
+                f"{self.seeds=}, {self.thresholds=}, {self.margins=}"
+            )
+
+    def of_seed(self, seed: int) -> SafetyConfig:
+        """The safety experiment of one seed."""
+        return replace(
+            QUICK,
+            seed=seed,
+            data=self.data,
+            steps=self.steps,
+            sft=replace(QUICK.sft, steps=self.sft_steps),
+            evaluation=replace(QUICK.evaluation, samples=self.samples),
+        )
+
+
+def variants(config: Config) -> dict[str, list[Recipe]]:
+    """Recipes by family; the first of each family is the one that carries its name."""
+    lagrangian, repo = recipes.get(LAGRANGIAN), recipes.get(REPO)
+    exact = replace(repo.constraint, cost_critic_target="rectified", cost_on="all")
+    return {
+        LAGRANGIAN: [
+            replace(lagrangian, name=_named(LAGRANGIAN, "d", d),
+                    constraint=replace(lagrangian.constraint, margin=-d))
+            for d in sorted(config.thresholds, key=abs)
+        ],
+        REPO: [
+            replace(repo, name=_named(REPO, "margin", m),
+                    constraint=replace(repo.constraint, margin=m))
+            for m in sorted(config.margins)
+        ],
+        EXACT: [replace(repo, name=EXACT, constraint=exact)],
+        BEST: [recipes.get(BEST)],
+    }  # fmt: skip
+
+
+def _named(family: str, knob: str, value: float) -> str:
+    return f"{family} {knob}={value:g}" if value else family
+
+
+def run_seed(run: Run, config: Config, seed: int) -> dict[str, Evaluation]:
+    """Every policy of one seed, evaluated; in a folder of its own that resumes by itself."""
+    one = config.of_seed(seed)
+    with Run.open("safety_seed", one, run.folder / f"seed-{seed}", stream=run.stream) as part:
+        data = task.load(one)
+        work = task.build(one, data, part.folder)
+        evaluators = task.exact_evaluators(data)
+        sft = stages.fine_tune(part, one, work)
+        found = {"sft": stages.evaluate(one, work, evaluators, sft, sft, work.heldout)}
+        for family in variants(config).values():
+            for recipe in family:
+                anchored = replace(recipe, kl=replace(recipe.kl, coef=one.kl_coef))
+                policy = stages.train(part, one, work, evaluators, anchored, sft)
+                found[recipe.name] = stages.evaluate(
+                    one, work, evaluators, policy, sft, work.heldout
+                )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Evaluations of every policy for every seed."""
+
+    config: Config
+    kl_coef: float
+    seeds: list[dict[str, Evaluation]]
+
+    def summaries(self) -> dict[str, dict[str, np.ndarray]]:
+        """Every number by policy, one value for each seed."""
+        found = {}
+        for name in self.seeds[0]:
+            each = [
+                evaluation.summarise(
+                    s[name].rewards, s[name].costs, kl=s[name].kl.mean(1), kl_coef=self.kl_coef
+                )
+                for s in self.seeds
+            ]
+            found[name] = {key: np.array([one[key] for one in each]) for key in each[0]}
+        return found
+
+    def sweep(self, family: str) -> evaluation.Sweep:
+        """What a family reaches over its knob, from the SFT policy on."""
+        names = ["sft", *(recipe.name for recipe in variants(self.config)[family])]
+
+        def stack(field: str) -> np.ndarray:
+            return np.stack(
+                [np.stack([getattr(s[name], field) for s in self.seeds]) for name in names]
+            )
+
+        return evaluation.Sweep(
+            rewards=stack("rewards"),
+            costs=stack("costs"),
+            kl=stack("kl").mean(-1),
+            kl_coef=self.kl_coef,
+        )
+
+    def matched(self) -> dict[str, dict[str, float]]:
+        """The recommended recipe minus each family, at equal reward and at equal safety."""
+        ours, found = self.sweep(BEST), {}
+        # At the recommended recipe's own reward where the peer reaches it.
+        for measure, match in (("worst_decile_safety", "reward"), ("reward", "safety")):
+            for family in (LAGRANGIAN, REPO, EXACT):
+                rng = np.random.default_rng(self.config.seed)
+                difference, target = evaluation.matched_difference(
+                    ours, self.sweep(family), measure=measure, match=match, rng=rng
+                )
+                row = f"{measure.replace('_', ' ')} at equal {match}: {BEST} − {family}"
+                found[row] = {"at": target, **difference._asdict()}
+        return found
+
+    def verdicts(self) -> list[hypotheses.Verdict]:
+        """H1-H4 on generated text; H5 is decided on the exact benchmark."""
+        s = self.summaries()
+        rng = np.random.default_rng(self.config.seed)
+
+        def frontier(family: str) -> hypotheses.Frontier:
+            sweep = self.sweep(family)
+            return hypotheses.Frontier(
+                safety=sweep.per_prompt("safety"), objective=sweep.per_prompt("objective")
+            )
+
+        lagrangian = s[LAGRANGIAN]
+        return [
+            hypotheses.h1(
+                lagrangian["cost"], lagrangian["worst_decile_cost"], lagrangian["safety_rate"]
+            ),
+            hypotheses.h2(frontier(REPO), frontier(LAGRANGIAN), name=f"H2 ({REPO})", rng=rng),
+            hypotheses.h2(frontier(BEST), frontier(LAGRANGIAN), name=f"H2 ({BEST})", rng=rng),
+            hypotheses.h3(s[REPO]["prompt_safety"], name=f"H3 ({REPO})"),
+            hypotheses.h3(s[BEST]["prompt_safety"], name=f"H3 ({BEST})"),
+            hypotheses.h4(
+                s[EXACT]["objective"],
+                s[REPO]["objective"],
+                s[EXACT]["worst_decile_unsafe"],
+                s[REPO]["worst_decile_unsafe"],
+            ),
+        ]
+
+
+def experiment(run: Run) -> None:
+    config: Config = run.config
+    seeds = range(config.seed, config.seed + config.seeds)
+    found = [run_seed(run, config, seed) for seed in seeds]
+    study = Study(config=config, kl_coef=QUICK.kl_coef, seeds=found)
+    summaries, matched, verdicts = study.summaries(), study.matched(), study.verdicts()
+    main = _main_table(summaries)
+    differences = tables.Table.of(
+        matched,
+        {"at": "at", "estimate": "difference", "low": "95 % from", "high": "to"},
+        caption="Paired bootstrap over prompts × seeds.",
+    )
+    _report(run, study, main, differences, verdicts).write(run.folder / "report.html")
+    lines = "\n".join(str(verdict) for verdict in verdicts)
+    run.finish(
+        {
+            "recommended": BEST,
+            "seeds": list(seeds),
+            "algorithms": {
+                name: {
+                    **{key: float(values.mean()) for key, values in s.items()},
+                    **{f"{k}_se": hypotheses.standard_error(values) for k, values in s.items()},
+                }
+                for name, s in summaries.items()
+            },
+            "matched": matched,
+            "hypotheses": [vars(verdict) for verdict in verdicts],
+        },
+        f"{main.text()}\n{differences.text()}\n{lines}\n",
+    )
+
+
+def _main_table(summaries: Mapping[str, Mapping[str, np.ndarray]]) -> tables.Table:
+    def text(values: np.ndarray) -> str:
+        return f"{values.mean():.3f} ± {hypotheses.standard_error(values):.3f}"
+
+    rows = {name: {key: text(values) for key, values in s.items()} for name, s in summaries.items()}
+    columns = {key: title for key, title in COLUMNS.items() if key in rows["sft"]}
+    return tables.Table.of(
+        rows, columns, caption="Held-out prompts; means over seeds ± their standard errors."
+    )
+
+
+def _report(
+    run: Run,
+    study: Study,
+    main: tables.Table,
+    differences: tables.Table,
+    verdicts: list[hypotheses.Verdict],
+) -> report.Report:
+    s, order = study.summaries(), tuple(study.seeds[0])
+    page = report.Report(
+        "The recommended RePO against its peers", f"{len(study.seeds)} seeds, embedded world"
+    )
+    page.table(main).table(differences)
+    page.text("\n".join(f"- {verdict}" for verdict in verdicts))
+    page.figure(
+        plots.tradeoff(
+            {n: (1 - v["worst_decile_unsafe"].mean(), v["reward"].mean()) for n, v in s.items()},
+            errors={
+                n: tuple(
+                    hypotheses.standard_error(v[key]) for key in ("worst_decile_unsafe", "reward")
+                )
+                for n, v in s.items()
+            },
+            x_label="safety of the worst decile of prompts",
+            order=order,
+        ),
+        "Reward against the safety of the worst decile; standard errors over seeds.",
+    )
+    page.figure(
+        plots.sorted_prompts(
+            {
+                name: np.mean(
+                    [np.sort((seed[name].costs > 0).mean(1)) for seed in study.seeds], axis=0
+                )
+                for name in ("sft", LAGRANGIAN, REPO, BEST)
+            },
+            y_label="share of unsafe samples",
+            threshold=None,
+            order=order,
+        ),
+        "Share of unsafe samples of each prompt, the worst first, averaged over seeds by rank.",
+    )
+    page.record("Config", harness.to_json(run.config))
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = harness.cli(
+        Config,
+        presets={"quick": Config()},
+        argv=argv,
+        prog="python -m experiments.safety_seeds",
+        description=__doc__,
+    )
+    harness.main(experiment, "safety_seeds", config)
+
+
+if __name__ == "__main__":
+    main()
