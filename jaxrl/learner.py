@@ -163,7 +163,7 @@ class Learner:
         kept = jax.tree.map(partial(jnp.where, finite), proposed, state)
         if self.plan.mesh:
             # Left to itself the compiler may move a result, and the next step compiles again.
-            kept = jax.lax.with_sharding_constraint(kept, self._bound.shardings(kept))
+            kept = self._bound.constrain(kept)
         metrics |= seen | {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
         return kept, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 

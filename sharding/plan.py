@@ -4,7 +4,7 @@ A plan can be written down, compared and sent to another machine; `bind` turns i
 shardings on the devices that are there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,26 +111,34 @@ class BoundPlan:
     plan: Plan
     mesh: Mesh
 
-    def shardings(self, tree: Any) -> Any:
-        """NamedSharding of every leaf of a tree of parameters or optimiser state.
+    def shardings(self, tree: Any) -> list[NamedSharding]:
+        """Of every leaf of a tree of parameters or optimiser state, in the order of the leaves.
 
         Raises:
           ValueError: a dimension that its mesh axes do not divide.
         """
-
-        def of(path, leaf):
+        found = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = leaf_path(path)
             spec = self.plan.spec(name)
             if len(spec) > np.ndim(leaf):  # statistics of less than the parameter: a count, a row
                 spec = PartitionSpec()
             self._check(name, spec, np.shape(leaf))
-            return NamedSharding(self.mesh, spec)
-
-        return jax.tree_util.tree_map_with_path(of, tree)
+            found.append(NamedSharding(self.mesh, spec))
+        return found
 
     def place(self, tree: Any) -> Any:
         """Moves a tree to where the plan wants it; dtypes and values stay."""
-        return jax.device_put(tree, self.shardings(tree))
+        return self._over(jax.device_put, tree)
+
+    def constrain(self, tree: Any) -> Any:
+        """Within `jit`: a result that has to lie where the plan wants it."""
+        return self._over(jax.lax.with_sharding_constraint, tree)
+
+    def _over(self, move: Callable[[Any, Any], Any], tree: Any) -> Any:
+        # By leaves: a record that checks its fields could not be rebuilt with shardings in it.
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, move(leaves, self.shardings(tree)))
 
     @property
     def batch_sharding(self) -> NamedSharding:
