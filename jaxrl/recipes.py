@@ -362,7 +362,7 @@ _ALL = (
                    "written by the reference",
            advantage=adv.GroupMean(), objective=obj.TrajectoryBalance(), kl=KL(coef=0.05),
            constraint=dataclasses.replace(
-               _RECTIFIED_REWARD, rate=20.0, max_value=None, bound=10.0),
+               _RECTIFIED_REWARD, rate=20.0, max_value=None, bound=24.0),
            group_size=8, reference_share=0.5),
 )
 

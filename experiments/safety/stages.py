@@ -121,7 +121,9 @@ def _trainer(
         critic_def = nnx.graphdef(_critic(config, task, recipe))
     apply = lm_apply(reference.graphdef, critic_def, temperature=config.temperature)
     return Trainer(
-        learner=Learner(recipe=recipe, apply=apply, optimizer=lm_optimizer(config.optimizer)),
+        learner=Learner(
+            recipe=recipe, apply=apply, optimizer=lm_optimizer(config.optimizer_of(recipe))
+        ),
         collector=Collector(
             graphdef=reference.graphdef,
             sampling=sampling(config, task),
