@@ -2,7 +2,7 @@
 
 Question: on the embedded world, is the worst decile of prompts safer under the recommended
 recipe than under plain RePO and PPO-Lagrangian *at the same reward*, over at least five seeds?
-And which of the hypotheses H1-H4 hold there?
+And which of the hypotheses H1-H3 hold there? (H4 and H5 are decided by experiments.safety_limit.)
 
     python -m experiments.safety_seeds                       # 5 seeds
     python -m experiments.safety_seeds --seeds 1 --steps 50  # a look
@@ -28,7 +28,7 @@ from experiments.safety.stages import Evaluation
 from jaxrl import evaluation, recipes
 from jaxrl.recipes import Recipe
 
-LAGRANGIAN, REPO, EXACT, BEST = "ppo_lagrangian", "repo", "repo_exact", recipes.RECOMMENDED
+LAGRANGIAN, REPO, BEST = "ppo_lagrangian", "repo", recipes.RECOMMENDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Config(RunOptions):
     """Policy updates of each policy."""
     sft_steps: int = QUICK.sft.steps
     """Steps of supervised fine-tuning."""
-    thresholds: tuple[float, ...] = (0.0, -0.5, -1.0)
+    thresholds: tuple[float, ...] = (0.0, -1.0)
     """d of PPO-Lagrangian's E[C] ≤ d; 0 is the published one."""
     margins: tuple[float, ...] = (0.0, 0.3)
     """δ of plain RePO's {C + δ}⁺; 0 is the published one."""
@@ -73,7 +73,6 @@ class Config(RunOptions):
 def variants(config: Config) -> dict[str, list[Recipe]]:
     """Recipes by family; the first of each family is the one that carries its name."""
     lagrangian, repo = recipes.get(LAGRANGIAN), recipes.get(REPO)
-    exact = replace(repo.constraint, cost_critic_target="rectified", cost_on="all")
     return {
         LAGRANGIAN: [
             replace(lagrangian, name=_named(LAGRANGIAN, "d", d),
@@ -85,7 +84,6 @@ def variants(config: Config) -> dict[str, list[Recipe]]:
                     constraint=replace(repo.constraint, margin=m))
             for m in sorted(config.margins)
         ],
-        EXACT: [replace(repo, name=EXACT, constraint=exact)],
         BEST: [recipes.get(BEST)],
     }  # fmt: skip
 
@@ -155,7 +153,7 @@ class Study:
         ours, found = self.sweep(BEST), {}
         # At the recommended recipe's own reward where the peer reaches it.
         for measure, match in (("worst_decile_safety", "reward"), ("reward", "safety")):
-            for family in (LAGRANGIAN, REPO, EXACT):
+            for family in (LAGRANGIAN, REPO):
                 rng = np.random.default_rng(self.config.seed)
                 difference, target = evaluation.matched_difference(
                     ours, self.sweep(family), measure=measure, match=match, rng=rng
@@ -165,7 +163,7 @@ class Study:
         return found
 
     def verdicts(self) -> list[hypotheses.Verdict]:
-        """H1-H4 on generated text; H5 is decided on the exact benchmark."""
+        """H1-H3 on generated text; H4 and H5 are decided on the exact benchmark."""
         s = self.summaries()
         rng = np.random.default_rng(self.config.seed)
 
@@ -184,12 +182,6 @@ class Study:
             hypotheses.h2(frontier(BEST), frontier(LAGRANGIAN), name=f"H2 ({BEST})", rng=rng),
             hypotheses.h3(s[REPO]["prompt_safety"], name=f"H3 ({REPO})"),
             hypotheses.h3(s[BEST]["prompt_safety"], name=f"H3 ({BEST})"),
-            hypotheses.h4(
-                s[EXACT]["objective"],
-                s[REPO]["objective"],
-                s[EXACT]["worst_decile_unsafe"],
-                s[REPO]["worst_decile_unsafe"],
-            ),
         ]
 
 
