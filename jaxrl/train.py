@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.data.batches import PromptSet, shuffled
+from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, Metrics
 from jaxrl.rollouts import Collector
 from jaxrl.tokenizers import Tokenizer
-from jaxrl.types import Completions, Rollouts
+from jaxrl.types import Completions, Prompts, Rollouts
 
 Scores = Mapping[str, np.ndarray]
 Evaluator = Callable[..., Sequence[float] | np.ndarray]
@@ -61,6 +61,7 @@ class Scorer:
 
         Raises:
           NonFiniteScores: a score is NaN or infinite.
+          ValueError: a function gives more or fewer numbers than there are completions.
         """
         prompts, completions = self.texts(ids, tokens)
         shape = tokens.shape[:2]
@@ -69,6 +70,11 @@ class Scorer:
             scores = {}
             for name, function in functions.items():
                 flat = np.asarray(function(prompts, completions), np.float32)
+                if flat.shape != (len(completions),):
+                    raise ValueError(
+                        f"{name} must give one number for each of {len(completions)} completions, "
+                        f"got shape {flat.shape}; score every row, with 0 where nothing applies"
+                    )
                 refused += [
                     {"name": name, "value": str(flat[i]), "prompt": prompts[i],
                      "completion": completions[i], "prompt_id": int(ids[i // shape[1]])}
@@ -111,6 +117,9 @@ class Trainer:
       seed: of the order of the prompts and of all sampling.
       sampler_tolerance: largest honest difference between the sampler's and the trainer's
         log-probability of one token, in nats; beyond it the alarm is raised.
+      max_refused: steps in a row that may be refused for scores that are not finite; one more
+        and the run stops, since its scorer is broken.
+      demonstrations: what the learner's `ptx` loss imitates, as many a step as completions.
       span: names the parts of a step for a timeline.
     """
 
@@ -123,6 +132,7 @@ class Trainer:
     seed: int
     sampler_tolerance: float = 1e-2
     max_refused: int = 3
+    demonstrations: Demonstrations | None = None
     span: Span = field(default=_no_span)
 
     def rollout(self, state: LearnerState, step: int) -> Rollouts:
@@ -167,10 +177,17 @@ class Trainer:
                 continue
             refused = 0
             with self.span("update"):
-                state, metrics = self.learner.update(state, rollouts)
+                state, metrics = self.learner.update(state, rollouts, self._imitated(step))
                 summary = summarise(rollouts, metrics)
             self._check_sampler(summary, step)
             yield step + 1, state, summary, None
+
+    def _imitated(self, step: int) -> tuple[Prompts, np.ndarray, np.ndarray] | None:
+        if self.demonstrations is None:
+            return None
+        batch = self.prompts_per_step * self.collector.group_size
+        rows = shuffled(len(self.demonstrations), batch, seed=self.seed, step=step)
+        return self.demonstrations.take(rows)
 
     def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
         if metrics["sampler_gap"] > self.sampler_tolerance:

@@ -124,7 +124,7 @@ class BoundPlan:
             if len(spec) > np.ndim(leaf):  # statistics of less than the parameter: a count, a row
                 spec = PartitionSpec()
             self._check(name, spec, np.shape(leaf))
-            found.append(NamedSharding(self.mesh, spec))
+            found.append(NamedSharding(self.mesh, _trimmed(spec)))
         return found
 
     def place(self, tree: Any) -> Any:
@@ -187,6 +187,14 @@ def _is_axes(leaf: Any) -> bool:
 
 def _entry(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _trimmed(spec: PartitionSpec) -> PartitionSpec:
+    """Without trailing Nones, as compiled programs return it: to `jit` the two are not equal."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def _axes(spec: PartitionSpec) -> set[str]:
