@@ -125,7 +125,8 @@ def indicator(cmdp: CMDP, multiplier: float) -> Table:
 def expected(cmdp: CMDP, *, threshold: float = 0.0) -> tuple[Table, float]:
     """The optimum under E_x E_π C ≤ d, and its multiplier λ* (0 where the constraint is idle)."""
     multiplier = _least_multiplier(
-        lambda value: float(mean(linear(cmdp, value) * cmdp.cost)) - threshold)
+        lambda value: float(mean(linear(cmdp, value) * cmdp.cost)) - threshold
+    )
     return linear(cmdp, multiplier), multiplier
 
 
@@ -166,8 +167,7 @@ def tune(
     cmdp: CMDP, family: Callable[[CMDP, float], Table], *, safety: float
 ) -> tuple[Table, float]:
     """The member of a family, monotone in λ, with the safety rate asked for; and its λ."""
-    multiplier = _least_multiplier(
-        lambda value: safety - safety_rate(cmdp, family(cmdp, value)))
+    multiplier = _least_multiplier(lambda value: safety - safety_rate(cmdp, family(cmdp, value)))
     return family(cmdp, multiplier), multiplier
 
 

@@ -60,15 +60,21 @@ class Frontier:
 
     def __post_init__(self) -> None:
         if self.safety.shape != self.objective.shape or self.safety.ndim != 3:
-            raise ValueError("a frontier has axes knob, seed, prompt for both: "
-                             f"{self.safety.shape=}, {self.objective.shape=}")
+            raise ValueError(
+                "a frontier has axes knob, seed, prompt for both: "
+                f"{self.safety.shape=}, {self.objective.shape=}"
+            )
 
 
 def _undecided(name: str, claim: str, seeds: int, *, least: int) -> Verdict | None:
     if seeds >= least:
         return None
-    return Verdict(name=name, claim=claim, outcome="undecided",
-                   numbers=f"{seeds} seeds, at least {least} needed")
+    return Verdict(
+        name=name,
+        claim=claim,
+        outcome="undecided",
+        numbers=f"{seeds} seeds, at least {least} needed",
+    )
 
 
 def h1(
@@ -90,8 +96,10 @@ def h1(
       least_seeds: fewer are undecided.
     """
     claim = "PPO-Lagrangian at d=0 meets mean C ≤ 0 with worst-decile C > 0 and safety < .9"
-    numbers = (f"mean C {mean_cost.mean():.3f}, worst-decile C {worst_decile_cost.mean():.3f}, "
-               f"safety {safety.mean():.3f}")
+    numbers = (
+        f"mean C {mean_cost.mean():.3f}, worst-decile C {worst_decile_cost.mean():.3f}, "
+        f"safety {safety.mean():.3f}"
+    )
     short = _undecided("H1", claim, safety.size, least=least_seeds)
     if short:
         return short
@@ -120,8 +128,10 @@ def h2(
     if short:
         return short
     found, target = matched(repo, lagrangian, draws=draws, rng=rng)
-    numbers = (f"ΔJ {found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}] "
-               f"at safety {target:.3f}, {seeds} seeds × {prompts} prompts")
+    numbers = (
+        f"ΔJ {found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}] "
+        f"at safety {target:.3f}, {seeds} seeds × {prompts} prompts"
+    )
     if math.isnan(found.low):
         return Verdict(name=name, claim=claim, outcome="undecided", numbers=numbers)
     outcome = "holds" if found.low > 0.0 else "refuted"
@@ -133,8 +143,10 @@ def matched(
 ) -> tuple[Interval, float]:
     """J(a) − J(b) at the largest safety that both reach, paired over seeds and prompts."""
     if a.safety.shape[1:] != b.safety.shape[1:]:
-        raise ValueError("paired frontiers need the same seeds and prompts: "
-                         f"{a.safety.shape[1:]} and {b.safety.shape[1:]}")
+        raise ValueError(
+            "paired frontiers need the same seeds and prompts: "
+            f"{a.safety.shape[1:]} and {b.safety.shape[1:]}"
+        )
 
     def reduced(values: np.ndarray, seeds: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         return values[:, seeds][:, :, prompts].mean(axis=(1, 2))
@@ -145,9 +157,11 @@ def matched(
     def difference(seeds: np.ndarray, prompts: np.ndarray) -> float:
         target = level(seeds, prompts)
         ours, theirs = (
-            at_least(reduced(f.safety, seeds, prompts), reduced(f.objective, seeds, prompts),
-                     target)
-            for f in (a, b))
+            at_least(
+                reduced(f.safety, seeds, prompts), reduced(f.objective, seeds, prompts), target
+            )
+            for f in (a, b)
+        )
         return ours - theirs
 
     _, seeds, prompts = a.safety.shape
@@ -162,8 +176,12 @@ def h3(safe_prompt_share: Seeds, *, name: str = "H3", least_seeds: int = 5) -> V
     if short:
         return short
     reached = float(safe_prompt_share.mean())
-    return Verdict(name=name, claim=claim, outcome="holds" if reached >= 0.95 else "refuted",
-                   numbers=f"{reached:.3f} of the prompts")
+    return Verdict(
+        name=name,
+        claim=claim,
+        outcome="holds" if reached >= 0.95 else "refuted",
+        numbers=f"{reached:.3f} of the prompts",
+    )
 
 
 def h4(
@@ -184,7 +202,8 @@ def h4(
     numbers = (
         f"ΔJ {np.mean(exact_objective - switch_objective):+.3f} (p = {lower:.3f}), "
         f"Δ worst-decile unsafe {np.mean(exact_worst_decile - switch_worst_decile):+.3f} "
-        f"(p = {better:.3f}), {exact_objective.size} seeds")
+        f"(p = {better:.3f}), {exact_objective.size} seeds"
+    )
     outcome = "holds" if lower < 0.05 and better < 0.05 else "refuted"
     return Verdict(name="H4", claim=claim, outcome=outcome, numbers=numbers)
 
@@ -210,14 +229,20 @@ def h5(differences: Mapping[str, Seeds], *, slack: float = 0.01, least_seeds: in
     """
     claim = "no difference between families on " + ", ".join(differences)
     short = _undecided(
-        "H5", claim, min((d.size for d in differences.values()), default=0), least=least_seeds)
+        "H5", claim, min((d.size for d in differences.values()), default=0), least=least_seeds
+    )
     if short:
         return short
     none = {name: abs(float(d.mean())) <= slack for name, d in differences.items()}
     numbers = ", ".join(
-        f"{name} ΔJ {d.mean():+.4f} ± {standard_error(d):.4f}" for name, d in differences.items())
-    return Verdict(name="H5", claim=claim, outcome="holds" if all(none.values()) else "refuted",
-                   numbers=numbers)
+        f"{name} ΔJ {d.mean():+.4f} ± {standard_error(d):.4f}" for name, d in differences.items()
+    )
+    return Verdict(
+        name="H5",
+        claim=claim,
+        outcome="holds" if all(none.values()) else "refuted",
+        numbers=numbers,
+    )
 
 
 def standard_error(values: Seeds) -> float:

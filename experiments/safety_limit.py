@@ -41,33 +41,78 @@ KEYS = {
 def _variant(base: str, name: str, summary: str, **constraint: Any) -> Recipe:
     recipe = recipes.get(base)
     return replace(
-        recipe, name=name, summary=summary, constraint=replace(recipe.constraint, **constraint))
+        recipe, name=name, summary=summary, constraint=replace(recipe.constraint, **constraint)
+    )
 
 
 _TB = recipes.get("repo_tb")
 
-VARIANTS: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (
-    _variant("repo", "repo_exact", "RePO with the exact gradient: A_{c+} on all samples",
-             cost_critic_target="rectified", cost_on="all", normalise="none"),
-    _variant("repo", "repo_exact_50", "the same with λ_max = 50",
-             cost_critic_target="rectified", cost_on="all", normalise="none", max_value=50.0),
-    _variant("repo", "repo_rectified_critic", "RePO's switch with a {C}⁺ critic",
-             cost_critic_target="rectified"),
-    _variant("repo", "repo_cost_only", "RePO's switch, unsafe samples without reward",
-             unsafe_reward=False),
-    _variant("repo", "repo_batch_switch", "RePO switched on the batch's mean cost (CRPO-like)",
-             switch="batch"),
-    _variant("repo", "repo_margin", "RePO's switch with a margin, {C + .2}⁺", margin=0.2),
-    replace(recipes.get("ppo_lagrangian"), name="lagrangian_per_prompt",
-            summary="PPO-Lagrangian with one multiplier a prompt",
-            constraint=Lagrangian(per_prompt=True, rule="additive"),
-            kl=recipes.get("repo").kl),
-    _variant("repo_tb", "repo_tb_unbounded", "the recommended one without the bound", bound=None),
-    replace(_TB, name="repo_tb_own_samples", reference_share=0.0,
-            summary="the recommended one without samples of the reference"),
-    _variant("repo_tb", "repo_tb_slow", "the recommended one with plain RePO's multiplier",
-             rate=0.1, max_value=5.0),
-)})
+VARIANTS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            _variant(
+                "repo",
+                "repo_exact",
+                "RePO with the exact gradient: A_{c+} on all samples",
+                cost_critic_target="rectified",
+                cost_on="all",
+                normalise="none",
+            ),
+            _variant(
+                "repo",
+                "repo_exact_50",
+                "the same with λ_max = 50",
+                cost_critic_target="rectified",
+                cost_on="all",
+                normalise="none",
+                max_value=50.0,
+            ),
+            _variant(
+                "repo",
+                "repo_rectified_critic",
+                "RePO's switch with a {C}⁺ critic",
+                cost_critic_target="rectified",
+            ),
+            _variant(
+                "repo",
+                "repo_cost_only",
+                "RePO's switch, unsafe samples without reward",
+                unsafe_reward=False,
+            ),
+            _variant(
+                "repo",
+                "repo_batch_switch",
+                "RePO switched on the batch's mean cost (CRPO-like)",
+                switch="batch",
+            ),
+            _variant("repo", "repo_margin", "RePO's switch with a margin, {C + .2}⁺", margin=0.2),
+            replace(
+                recipes.get("ppo_lagrangian"),
+                name="lagrangian_per_prompt",
+                summary="PPO-Lagrangian with one multiplier a prompt",
+                constraint=Lagrangian(per_prompt=True, rule="additive"),
+                kl=recipes.get("repo").kl,
+            ),
+            _variant(
+                "repo_tb", "repo_tb_unbounded", "the recommended one without the bound", bound=None
+            ),
+            replace(
+                _TB,
+                name="repo_tb_own_samples",
+                reference_share=0.0,
+                summary="the recommended one without samples of the reference",
+            ),
+            _variant(
+                "repo_tb",
+                "repo_tb_slow",
+                "the recommended one with plain RePO's multiplier",
+                rate=0.1,
+                max_value=5.0,
+            ),
+        )
+    }
+)
 """Readings of RePO and ablations of the recommended one, for this benchmark only."""
 
 ALGORITHMS: Mapping[str, Recipe] = MappingProxyType({**recipes.RECIPES, **VARIANTS})
@@ -110,24 +155,30 @@ class Config(harness.RunOptions):
         super().__post_init__()
         unknown = [name for name in self.algorithms if name not in ALGORITHMS]
         if unknown or not self.algorithms:
-            raise ValueError(f"unknown algorithm {', '.join(unknown) or '(none given)'}; "
-                             f"known: {', '.join(ALGORITHMS)}")
+            raise ValueError(
+                f"unknown algorithm {', '.join(unknown) or '(none given)'}; "
+                f"known: {', '.join(ALGORITHMS)}"
+            )
         if len(set(self.algorithms)) < len(self.algorithms):
             raise ValueError(f"an algorithm is named twice: {', '.join(self.algorithms)}")
         if not 0.0 <= self.p <= 1.0:
             raise ValueError(f"p is a share, in [0, 1]: {self.p}")
         if min(self.seeds, self.prompts) < 1 or self.responses < 2:
-            raise ValueError("need at least 1 seed, 1 prompt and 2 responses: "
-                             f"{self.seeds=}, {self.prompts=}, {self.responses=}")
+            raise ValueError(
+                "need at least 1 seed, 1 prompt and 2 responses: "
+                f"{self.seeds=}, {self.prompts=}, {self.responses=}"
+            )
         if self.kl_coef <= 0.0:
-            raise ValueError(f"kl_coef must be positive: {self.kl_coef}; the closed forms divide "
-                             "by it")
+            raise ValueError(
+                f"kl_coef must be positive: {self.kl_coef}; the closed forms divide by it"
+            )
         _ = self.schedule
 
     @property
     def schedule(self) -> tabular.Schedule:
-        return tabular.Schedule(steps=self.steps, samples=self.samples, rate=self.rate,
-                                critic_rate=self.critic_rate)
+        return tabular.Schedule(
+            steps=self.steps, samples=self.samples, rate=self.rate, critic_rate=self.critic_rate
+        )
 
     @property
     def instance_seeds(self) -> range:
@@ -137,8 +188,13 @@ class Config(harness.RunOptions):
 def instances(config: Config) -> list[CMDP]:
     """One instance for each seed."""
     return [
-        cmdp.draw(seed, benign_share=config.p, prompts=config.prompts,
-                  responses=config.responses, kl_coef=config.kl_coef)
+        cmdp.draw(
+            seed,
+            benign_share=config.p,
+            prompts=config.prompts,
+            responses=config.responses,
+            kl_coef=config.kl_coef,
+        )
         for seed in config.instance_seeds
     ]
 
@@ -152,7 +208,8 @@ Result = dict[str, Any]
 def result_of(cmdps: Iterable[CMDP], policies: Iterable[np.ndarray]) -> Result:
     """Measures of each seed's policy, with the per-prompt numbers that H2 and plots need."""
     rows = [
-        cmdp.measures(c, policy) | {
+        cmdp.measures(c, policy)
+        | {
             "unsafe_per_prompt": cmdp.unsafe_mass(c, policy).tolist(),
             "objective_per_prompt": cmdp.objective_per_prompt(c, policy).tolist(),
         }
@@ -184,8 +241,7 @@ def train(run: Run, config: Config, cmdps: list[CMDP], recipe: Recipe) -> Result
         ):
             policies, multipliers = tabular.policies(learner), tabular.multipliers(learner)
             shown = averaged(result_of(cmdps, policies))
-            shown |= {"safety": shown["safety_rate"],
-                      "multiplier": float(multipliers.mean())}
+            shown |= {"safety": shown["safety_rate"], "multiplier": float(multipliers.mean())}
             values = {k: v for k, v in shown.items() if not k.endswith("_se")}
             run.log(recipe.name, step, values)
             progress.update(step, values)
@@ -204,15 +260,23 @@ def decide(
     found: list[Verdict] = []
     at = lambda name, key: np.asarray(results[name][key])  # noqa: E731
     if "ppo_lagrangian" in results:
-        found.append(hypotheses.h1(*(at("ppo_lagrangian", key) for key in (
-            "cost", "worst_decile_cost", "safety_rate"))))
+        found.append(
+            hypotheses.h1(
+                *(at("ppo_lagrangian", key) for key in ("cost", "worst_decile_cost", "safety_rate"))
+            )
+        )
     ours = [name for name in ("repo", recipes.RECOMMENDED) if name in results]
     if "ppo_lagrangian" in results and ours:
         retuned = [results["ppo_lagrangian"], *_retuned_lagrangian(run, config, cmdps)]
         for name in ours:
-            found.append(hypotheses.h2(
-                frontier([results[name]]), frontier(retuned), name=f"H2 ({name})",
-                rng=np.random.default_rng(config.seed)))
+            found.append(
+                hypotheses.h2(
+                    frontier([results[name]]),
+                    frontier(retuned),
+                    name=f"H2 ({name})",
+                    rng=np.random.default_rng(config.seed),
+                )
+            )
     found += [hypotheses.h3(at(name, "safe_prompt_share"), name=f"H3 ({name})") for name in ours]
     if "repo_exact" in results and "repo" in results:
         found.append(_h4(config, results))
@@ -226,15 +290,20 @@ def _h4(config: Config, results: Mapping[str, Result]) -> Verdict:
     verdict = hypotheses.h4(*arrays)
     if config.p == 0.0:
         return verdict
-    return replace(verdict, outcome="undecided",
-                   numbers=f"asked at p=0, here p={config.p:g}: {verdict.numbers}")
+    return replace(
+        verdict,
+        outcome="undecided",
+        numbers=f"asked at p=0, here p={config.p:g}: {verdict.numbers}",
+    )
 
 
 def frontier(results: Iterable[Result]) -> Frontier:
     """Per-prompt safety and J over the values of a knob."""
     chosen = list(results)
-    return Frontier(safety=1.0 - np.asarray([r["unsafe_per_prompt"] for r in chosen]),
-                    objective=np.asarray([r["objective_per_prompt"] for r in chosen]))
+    return Frontier(
+        safety=1.0 - np.asarray([r["unsafe_per_prompt"] for r in chosen]),
+        objective=np.asarray([r["objective_per_prompt"] for r in chosen]),
+    )
 
 
 def _retuned_lagrangian(run: Run, config: Config, cmdps: list[CMDP]) -> list[Result]:
@@ -248,8 +317,14 @@ def _retuned_lagrangian(run: Run, config: Config, cmdps: list[CMDP]) -> list[Res
         costs = [_expected_cost_at(c, safety) for c in cmdps]
         name = f"ppo_lagrangian_safety_{safety:.2f}"
         constraint = replace(base.constraint, margin=-float(np.mean(costs)))
-        results.append(train(run, config, cmdps, replace(
-            base, name=name, constraint=constraint, kl=recipes.get("repo").kl)))
+        results.append(
+            train(
+                run,
+                config,
+                cmdps,
+                replace(base, name=name, constraint=constraint, kl=recipes.get("repo").kl),
+            )
+        )
     return results
 
 
@@ -264,14 +339,19 @@ def negative_controls(
     """ΔJ of the families {C}⁺ and C at equal safety, in closed form, where none is expected."""
     changed = {
         "binary cost": [replace(c, cost=np.where(c.unsafe, 1.0, -1.0)) for c in cmdps],
-        "shuffled cost": [_shuffled(c, seed) for c, seed in zip(
-            cmdps, config.instance_seeds, strict=True)],
+        "shuffled cost": [
+            _shuffled(c, seed) for c, seed in zip(cmdps, config.instance_seeds, strict=True)
+        ],
         "p=1": instances(replace(config, p=1.0)),
     }
     return {
-        name: np.array([
-            cmdp.objective(c, cmdp.tune(c, cmdp.rectified, safety=safety)[0])
-            - cmdp.objective(c, cmdp.tune(c, cmdp.linear, safety=safety)[0]) for c in controls])
+        name: np.array(
+            [
+                cmdp.objective(c, cmdp.tune(c, cmdp.rectified, safety=safety)[0])
+                - cmdp.objective(c, cmdp.tune(c, cmdp.linear, safety=safety)[0])
+                for c in controls
+            ]
+        )
         for name, controls in changed.items()
     }
 
@@ -287,14 +367,23 @@ def _shuffled(instance: CMDP, seed: int) -> CMDP:
 
 def frontiers(cmdps: list[CMDP]) -> dict[str, tuple[list[float], list[float]]]:
     """Safety and J of the exact families over λ, the means over instances."""
-    families = {"limit (indicator)": cmdp.indicator, "{C}⁺ family": cmdp.rectified,
-                "C family": cmdp.linear}
+    families = {
+        "limit (indicator)": cmdp.indicator,
+        "{C}⁺ family": cmdp.rectified,
+        "C family": cmdp.linear,
+    }
     grid = np.concatenate([[0.0], np.geomspace(1e-2, 200.0, 60)])
     curves = {}
     for name, family in families.items():
-        points = np.array([
-            [(cmdp.safety_rate(c, family(c, value)), cmdp.objective(c, family(c, value)))
-             for c in cmdps] for value in grid]).mean(axis=1)
+        points = np.array(
+            [
+                [
+                    (cmdp.safety_rate(c, family(c, value)), cmdp.objective(c, family(c, value)))
+                    for c in cmdps
+                ]
+                for value in grid
+            ]
+        ).mean(axis=1)
         kept = points[:, 1] > -0.5  # the C family falls without end
         curves[name] = (points[kept, 0].tolist(), points[kept, 1].tolist())
     return curves
@@ -306,7 +395,8 @@ def scaling_laws(config: Config) -> dict[str, float]:
     On an instance with enough responses that their costs are nearly a density at 0⁺.
     """
     instance = cmdp.draw(
-        config.seed, benign_share=0.0, prompts=1000, responses=64, kl_coef=config.kl_coef)
+        config.seed, benign_share=0.0, prompts=1000, responses=64, kl_coef=config.kl_coef
+    )
     times = np.geomspace(1e3, 1e6, 30)
     path = cmdp.rectified_ascent(instance, times)
     return {name: cmdp.log_slope(times, values) for name, values in path.items()}
@@ -314,14 +404,20 @@ def scaling_laws(config: Config) -> dict[str, float]:
 
 def table_of(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
     """Means with ± standard error."""
+
     def shown(record: Mapping[str, float], key: str) -> str:
         error = record.get(f"{key}_se", float("nan"))
         return f"{record[key]:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 
     columns = ("", *KEYS.values(), "J of limit")
-    return Table(caption=title, columns=columns, rows=tuple(
-        (name, *(shown(record, key) for key in KEYS), f"{record['objective_share']:.3f}")
-        for name, record in rows.items()))
+    return Table(
+        caption=title,
+        columns=columns,
+        rows=tuple(
+            (name, *(shown(record, key) for key in KEYS), f"{record['objective_share']:.3f}")
+            for name, record in rows.items()
+        ),
+    )
 
 
 def write_report(
@@ -335,27 +431,36 @@ def write_report(
     """One page with tables, plots and verdicts."""
     # Two dozen markers cannot be told apart: the plots show the main algorithms.
     shown = [name for name in results if name in _SHOWN] or list(results)[:6]
-    points = {name: (np.mean(results[name]["safety_rate"]), np.mean(results[name]["objective"]))
-              for name in shown}
-    prompts = {name: np.mean(np.sort(results[name]["unsafe_per_prompt"], axis=1), axis=0)
-               for name in shown}
+    points = {
+        name: (np.mean(results[name]["safety_rate"]), np.mean(results[name]["objective"]))
+        for name in shown
+    }
+    prompts = {
+        name: np.mean(np.sort(results[name]["unsafe_per_prompt"], axis=1), axis=0) for name in shown
+    }
     report = Report(
         "How near to the limit of safe and helpful?",
         f"p = {config.p:g} benign prompts, seeds {config.instance_seeds.start}–"
-        f"{config.instance_seeds.stop - 1}, {config.samples} samples × {config.steps:,} steps")
+        f"{config.instance_seeds.stop - 1}, {config.samples} samples × {config.steps:,} steps",
+    )
     for table in tables:
         report.table(table)
     report.figure(
         plots.tradeoff(points, frontier=frontiers(cmdps), y_label="J = E R − β·KL", order=shown),
-        "J against safety; the curves are exact. No policy lies above the limit.")
+        "J against safety; the curves are exact. No policy lies above the limit.",
+    )
     report.figure(
         plots.sorted_prompts(prompts, y_label="unsafe mass", threshold=0.01, order=shown),
-        "Unsafe mass of each prompt, worst first: where a mean hides a stuck tenth.")
-    report.figure(plots.training(run.metrics.rows(), shown, order=shown, smooth=1),
-                  "Training, mean over the seeds.")
+        "Unsafe mass of each prompt, worst first: where a mean hides a stuck tenth.",
+    )
+    report.figure(
+        plots.training(run.metrics.rows(), shown, order=shown, smooth=1),
+        "Training, mean over the seeds.",
+    )
     if verdicts:
-        report.heading("Hypotheses").text("\n".join(f"- **{v.name} {v.outcome}**: {v.claim} "
-                                                    f"({v.numbers})" for v in verdicts))
+        report.heading("Hypotheses").text(
+            "\n".join(f"- **{v.name} {v.outcome}**: {v.claim} ({v.numbers})" for v in verdicts)
+        )
     report.record("Config", harness.to_json(config)).write(run.folder / "report.html")
 
 
@@ -368,20 +473,22 @@ def experiment(run: Run) -> None:
     config: Config = run.config
     cmdps = instances(config)
     exact = exact_results(cmdps)
-    results = {
-        name: train(run, config, cmdps, ALGORITHMS[name]) for name in config.algorithms}
+    results = {name: train(run, config, cmdps, ALGORITHMS[name]) for name in config.algorithms}
     verdicts = decide(run, config, cmdps, results) if config.hypotheses else []
     laws = scaling_laws(config)
     summary = summarise(exact, results, verdicts, laws)
     tables = [
         table_of(f"Exact optima, p = {config.p:g}", summary["exact"]),
-        table_of(f"Algorithms, {config.samples} samples × {config.steps:,} steps",
-                 summary["algorithms"]),
+        table_of(
+            f"Algorithms, {config.samples} samples × {config.steps:,} steps", summary["algorithms"]
+        ),
     ]
     write_report(run, config, cmdps, results, tables, verdicts)
     lines = [str(verdict) for verdict in verdicts]
-    lines.append("exponents of exact dual ascent in time (derived: .333, −.667, −.333): "
-                 + ", ".join(f"{name} {slope:+.3f}" for name, slope in laws.items()))
+    lines.append(
+        "exponents of exact dual ascent in time (derived: .333, −.667, −.333): "
+        + ", ".join(f"{name} {slope:+.3f}" for name, slope in laws.items())
+    )
     run.finish(summary, "\n".join([*(t.text() for t in tables), *lines]))
 
 
@@ -415,8 +522,9 @@ def summarise(
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    config = harness.cli(Config, argv=argv, prog="python -m experiments.safety_limit",
-                         description=__doc__)
+    config = harness.cli(
+        Config, argv=argv, prog="python -m experiments.safety_limit", description=__doc__
+    )
     harness.main(experiment, "safety_limit", config)
 
 

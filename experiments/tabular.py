@@ -42,7 +42,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.samples < 1:
             raise ValueError(
-                f"steps and samples must be at least 1: {self.steps=}, {self.samples=}")
+                f"steps and samples must be at least 1: {self.steps=}, {self.samples=}"
+            )
         if self.rate <= 0.0 or self.critic_rate <= 0.0:
             raise ValueError(f"rates must be positive: {self.rate=}, {self.critic_rate=}")
 
@@ -141,9 +142,7 @@ def roll_out(
     )
 
 
-def _sample(
-    key: PRNGKeyArray, logits: Float[Array, "B K"], count: int
-) -> Int[Array, "B {count}"]:
+def _sample(key: PRNGKeyArray, logits: Float[Array, "B K"], count: int) -> Int[Array, "B {count}"]:
     noise = jax.random.gumbel(key, (logits.shape[0], count, logits.shape[1]))
     return jnp.argmax(logits[:, None] + noise, axis=-1).astype(jnp.int32)
 
@@ -225,7 +224,10 @@ def at_kl(recipe: Recipe, cmdps: Sequence[CMDP]) -> Recipe:
 def as_world(cmdp: CMDP) -> World:
     """The tables that rollouts draw from, as float32."""
     tables: Mapping[str, np.ndarray] = {
-        "reference_logits": cmdp.reference_logits, "reward": cmdp.reward, "cost": cmdp.cost}
+        "reference_logits": cmdp.reference_logits,
+        "reward": cmdp.reward,
+        "cost": cmdp.cost,
+    }
     return {name: jnp.asarray(table, jnp.float32) for name, table in tables.items()}
 
 

@@ -68,8 +68,9 @@ def leave_one_out(rewards: Float[Array, " G"]) -> Float[Array, " G"]:
     """
     size = rewards.shape[0]
     if size < 2:
-        raise ValueError(f"leave-one-out needs at least two completions a prompt: {size=}; "
-                         "raise group_size")
+        raise ValueError(
+            f"leave-one-out needs at least two completions a prompt: {size=}; raise group_size"
+        )
     return group_mean(rewards) * (size / (size - 1))
 
 

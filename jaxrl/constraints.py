@@ -30,9 +30,7 @@ Rectify = Literal["sample", "prompt"]
 # ------------------------------------------------------------------------ pure functions
 
 
-def rectified(
-    cost: Float[Array, "B G"], *, margin: float, rectify: Rectify
-) -> Float[Array, "B G"]:
+def rectified(cost: Float[Array, "B G"], *, margin: float, rectify: Rectify) -> Float[Array, "B G"]:
     """What each completion adds to the rectified cost, C⁺.
 
     "sample": {C + δ}⁺, so that the mean is E_x E_y {C + δ}⁺;
@@ -273,13 +271,17 @@ class _Dual(AbstractConstraint):
         _require_non_negative(self, "init_value", "rate", "delay")
         _require_choice(self, "rule", "additive", "log_sgd")
         if self.max_value is not None and self.max_value < self.init_value:
-            raise ValueError(f"max_value must be None or at least init_value: "
-                             f"{self.max_value=}, {self.init_value=}")
+            raise ValueError(
+                f"max_value must be None or at least init_value: "
+                f"{self.max_value=}, {self.init_value=}"
+            )
         if self.window < 1:
             raise ValueError(f"window must be at least 1: {self.window!r}")
         if self.rule == "log_sgd" and self.init_value == 0.0:
-            raise ValueError("rule='log_sgd' multiplies λ and cannot leave 0: init_value=0.0; "
-                             "start at a positive init_value or use rule='additive'")
+            raise ValueError(
+                "rule='log_sgd' multiplies λ and cannot leave 0: init_value=0.0; "
+                "start at a positive init_value or use rule='additive'"
+            )
 
     @property
     def cost_critic(self) -> bool:
@@ -299,10 +301,14 @@ class _Dual(AbstractConstraint):
         statistic = self.statistic(rollouts.cost)
         own = written_by_policy(rollouts)
         window, count = push_window(
-            state.window, state.count, statistic.reshape(-1), own.reshape(-1))
+            state.window, state.count, statistic.reshape(-1), own.reshape(-1)
+        )
         if self.per_prompt:
-            violation = jnp.zeros_like(state.value).at[rollouts.prompts.ids].add(
-                _masked_mean(statistic, own, axis=-1))
+            violation = (
+                jnp.zeros_like(state.value)
+                .at[rollouts.prompts.ids]
+                .add(_masked_mean(statistic, own, axis=-1))
+            )
         elif self.rule == "log_sgd":
             violation = jnp.sum(window) / jnp.maximum(count, 1)
         else:
@@ -426,8 +432,9 @@ class Rectified(_Dual):
         reward_weight = jnp.where(unsafe & (not self.unsafe_reward), 0.0, 1.0)
         cost_weight = jnp.where(unsafe | (self.cost_on == "all"), multiplier, 0.0)
         scale = self._sample_weight(unsafe) / divisor
-        return (scale * reward_weight)[..., None] * advantages - (
-            scale * cost_weight)[..., None] * cost_advantages
+        return (scale * reward_weight)[..., None] * advantages - (scale * cost_weight)[
+            ..., None
+        ] * cost_advantages
 
     def _divisor(self, multiplier: jax.Array, unsafe: jax.Array) -> jax.Array:
         if self.normalise == "none":

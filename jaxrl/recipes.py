@@ -62,8 +62,9 @@ class KL:
             raise ValueError(f"the KL coefficient must not be negative: {self.coef!r}")
         placements = ("reward", "reward_and_cost", "token", "loss")
         if self.placement not in placements:
-            raise ValueError(f"KL placement must be one of {', '.join(placements)}: "
-                             f"{self.placement!r}")
+            raise ValueError(
+                f"KL placement must be one of {', '.join(placements)}: {self.placement!r}"
+            )
         if self.estimator not in ("k1", "k3"):
             raise ValueError(f"KL estimator must be k1 or k3: {self.estimator!r}")
 
@@ -95,29 +96,41 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.epochs < 1:
-            raise ValueError("group_size and epochs must be at least 1: "
-                             f"{self.group_size=}, {self.epochs=}")
+            raise ValueError(
+                f"group_size and epochs must be at least 1: {self.group_size=}, {self.epochs=}"
+            )
         grouped = isinstance(self.advantage, (adv.LeaveOneOut, adv.GroupMean, adv.GroupNormalised))
         if grouped and self.group_size < 2:
-            raise ValueError(f"{type(self.advantage).__name__} compares the completions of a "
-                             f"prompt and needs group_size ≥ 2: {self.group_size=}")
+            raise ValueError(
+                f"{type(self.advantage).__name__} compares the completions of a "
+                f"prompt and needs group_size ≥ 2: {self.group_size=}"
+            )
         if not 0.0 <= self.reference_share < 1.0:
             raise ValueError(f"reference_share must lie in [0, 1): {self.reference_share!r}")
         if self.reference_share and not self._off_policy:
-            raise ValueError("completions of the reference policy (reference_share > 0) bias "
-                             f"{type(self.objective).__name__}; use TrajectoryBalance, or "
-                             "reference_share=0")
-        if self._off_policy and (isinstance(self.advantage, adv.GAE) or not self.kl.coef
-                                 or self.kl.placement != "reward"):
-            raise ValueError("trajectory balance wants no critic and a positive KL coefficient "
-                             f"placed in the reward: {self.advantage=}, {self.kl=}")
+            raise ValueError(
+                "completions of the reference policy (reference_share > 0) bias "
+                f"{type(self.objective).__name__}; use TrajectoryBalance, or "
+                "reference_share=0"
+            )
+        if self._off_policy and (
+            isinstance(self.advantage, adv.GAE) or not self.kl.coef or self.kl.placement != "reward"
+        ):
+            raise ValueError(
+                "trajectory balance wants no critic and a positive KL coefficient "
+                f"placed in the reward: {self.advantage=}, {self.kl=}"
+            )
         if self.kl.placement == "reward_and_cost" and "cost" not in self.value_heads:
-            raise ValueError("KL placement 'reward_and_cost' needs a cost critic: "
-                             f"{self.advantage=}, {self.constraint=}; place it in the reward")
+            raise ValueError(
+                "KL placement 'reward_and_cost' needs a cost critic: "
+                f"{self.advantage=}, {self.constraint=}; place it in the reward"
+            )
         bounded = isinstance(self.constraint, Rectified) and self.constraint.bound is not None
         if bounded and self.value_heads:
-            raise ValueError("a bounded penalty is defined for algorithms without critic: "
-                             f"{self.constraint=}; set bound=None or change the advantage")
+            raise ValueError(
+                "a bounded penalty is defined for algorithms without critic: "
+                f"{self.constraint=}; set bound=None or change the advantage"
+            )
 
     @property
     def _off_policy(self) -> bool:
@@ -160,11 +173,13 @@ class Recipe:
         rollouts = jax.lax.stop_gradient(rollouts)
         multiplier = self.constraint.multiplier(state, rollouts.prompts.ids)
         scores = self.constraint.penalised(
-            multiplier, rollouts.reward, rollouts.cost, kl_coef=self.kl.coef)
+            multiplier, rollouts.reward, rollouts.cost, kl_coef=self.kl.coef
+        )
         if isinstance(self.advantage, adv.GAE):
             return self._critic_targets(self.advantage, multiplier, scores, rollouts, values)
-        return Targets(advantages=self._group_advantages(multiplier, scores, rollouts),
-                       scores=scores)
+        return Targets(
+            advantages=self._group_advantages(multiplier, scores, rollouts), scores=scores
+        )
 
     def loss(
         self, state: State, rollouts: Rollouts, targets: Targets, output: PolicyOutput
@@ -179,14 +194,21 @@ class Recipe:
         assert isinstance(self.advantage, adv.GAE)
         assert targets.old_values is not None
         if output.values is None:
-            raise ValueError(f"{self.name} has a critic, but the model gave no values; build it "
-                             f"with heads {self.value_heads}")
+            raise ValueError(
+                f"{self.name} has a critic, but the model gave no values; build it "
+                f"with heads {self.value_heads}"
+            )
         per_head = obj.clipped_value_loss(
-            output.values, targets.old_values, targets.returns,
-            clip_range=self.advantage.clip_range_value)
+            output.values,
+            targets.old_values,
+            targets.returns,
+            clip_range=self.advantage.clip_range_value,
+        )
         value_loss = obj.sequence_mean(jnp.sum(per_head, axis=-1), rollouts.mask)
-        return (policy_loss + self.advantage.value_coef * value_loss,
-                metrics | {"value_loss": value_loss})
+        return (
+            policy_loss + self.advantage.value_coef * value_loss,
+            metrics | {"value_loss": value_loss},
+        )
 
     def update(self, state: State, rollouts: Rollouts) -> tuple[State, Metrics]:
         """The multiplier's step; call it once for each batch of rollouts."""
@@ -206,8 +228,10 @@ class Recipe:
         heads = len(self.value_heads)
         if values is None or values.shape[-1] != heads:
             got = None if values is None else values.shape[-1]
-            raise ValueError(f"{self.name} needs values with the heads {self.value_heads}: "
-                             f"received {got} of them")
+            raise ValueError(
+                f"{self.name} needs values with the heads {self.value_heads}: "
+                f"received {got} of them"
+            )
         kl = _token_kl(rollouts) * self.kl.coef
         in_stream = self.kl.placement in ("reward", "reward_and_cost")
         last = _last_token(rollouts.mask)
@@ -218,19 +242,35 @@ class Recipe:
             streams.append(kl * (self.kl.placement == "reward_and_cost"))
         clip = config.clip_range_score
         rewards = jnp.stack(
-            [jnp.clip(stream + outcome[..., None] * last, -clip, clip)
-             for stream, outcome in zip(streams, outcomes, strict=True)], axis=-1)
-        estimate = jax.vmap(jax.vmap(jax.vmap(
-            lambda r, v, m: adv.gae(r, v, m, gamma=config.gamma, gae_lambda=config.gae_lambda),
-            in_axes=(-1, -1, None), out_axes=-1)))
+            [
+                jnp.clip(stream + outcome[..., None] * last, -clip, clip)
+                for stream, outcome in zip(streams, outcomes, strict=True)
+            ],
+            axis=-1,
+        )
+        estimate = jax.vmap(
+            jax.vmap(
+                jax.vmap(
+                    lambda r, v, m: adv.gae(
+                        r, v, m, gamma=config.gamma, gae_lambda=config.gae_lambda
+                    ),
+                    in_axes=(-1, -1, None),
+                    out_axes=-1,
+                )
+            )
+        )
         values = jnp.where(rollouts.mask[..., None], values, 0.0)
         per_head = estimate(rewards, values, rollouts.mask)
-        mixed = per_head[..., 0] if heads == 1 else self.constraint.mix(
-            multiplier, per_head[..., 0], per_head[..., 1], rollouts.cost)
+        mixed = (
+            per_head[..., 0]
+            if heads == 1
+            else self.constraint.mix(multiplier, per_head[..., 0], per_head[..., 1], rollouts.cost)
+        )
         if self.kl.placement == "token":
             mixed = mixed - kl
-        return Targets(advantages=mixed, scores=scores, returns=per_head + values,
-                       old_values=values)
+        return Targets(
+            advantages=mixed, scores=scores, returns=per_head + values, old_values=values
+        )
 
     def _group_advantages(
         self, multiplier: Float[Array, "B 1"], scores: Float[Array, "B G"], rollouts: Rollouts
@@ -259,15 +299,22 @@ class Recipe:
         rollouts: Rollouts,
     ) -> Float[Array, "B G T"]:
         if rollouts.greedy is None:
-            raise ValueError(f"{self.name} needs the scores of a greedy completion: "
-                             "rollouts.greedy is None; generate one where recipe.needs_greedy")
+            raise ValueError(
+                f"{self.name} needs the scores of a greedy completion: "
+                "rollouts.greedy is None; generate one where recipe.needs_greedy"
+            )
         greedy = self.constraint.penalised(
-            multiplier, rollouts.greedy["reward"][:, None], rollouts.greedy["cost"][:, None],
-            kl_coef=self.kl.coef)[:, 0]
-        advantage = jax.vmap(
-            lambda r, g: adv.greedy_baseline(r, g, clip=config.clip))(scores, greedy)
-        return jax.vmap(jax.vmap(
-            lambda a, m: adv.discount_to_end(a, m, gamma=config.gamma)))(advantage, rollouts.mask)
+            multiplier,
+            rollouts.greedy["reward"][:, None],
+            rollouts.greedy["cost"][:, None],
+            kl_coef=self.kl.coef,
+        )[:, 0]
+        advantage = jax.vmap(lambda r, g: adv.greedy_baseline(r, g, clip=config.clip))(
+            scores, greedy
+        )
+        return jax.vmap(jax.vmap(lambda a, m: adv.discount_to_end(a, m, gamma=config.gamma)))(
+            advantage, rollouts.mask
+        )
 
     def _policy_loss(
         self, rollouts: Rollouts, targets: Targets, output: PolicyOutput
@@ -277,15 +324,20 @@ class Recipe:
             objective = self.objective
             losses = jax.vmap(
                 lambda lp, ref, r: objective.per_group(lp, ref, r, kl_coef=self.kl.coef)
-            )(obj.sequence_sum(output.log_probs, mask),
-              obj.sequence_sum(rollouts.reference_log_probs, mask), targets.scores)
+            )(
+                obj.sequence_sum(output.log_probs, mask),
+                obj.sequence_sum(rollouts.reference_log_probs, mask),
+                targets.scores,
+            )
             return jnp.mean(losses)
         losses = self.objective.per_token(
-            output.log_probs, rollouts.behaviour_log_probs, targets.advantages, mask)
+            output.log_probs, rollouts.behaviour_log_probs, targets.advantages, mask
+        )
         if self.kl.placement == "loss":
             losses = losses + self.kl.coef * obj.kl_estimate(
-                output.log_probs, rollouts.reference_log_probs, estimator=self.kl.estimator)
-        reduce = (obj.token_mean if self.objective.reduce == "token_mean" else obj.sequence_mean)
+                output.log_probs, rollouts.reference_log_probs, estimator=self.kl.estimator
+            )
+        reduce = obj.token_mean if self.objective.reduce == "token_mean" else obj.sequence_mean
         return reduce(losses, mask)
 
 
@@ -300,7 +352,8 @@ def _baselined(config: adv.Advantage, rewards: Float[Array, "B G"]) -> Float[Arr
 def _token_kl(rollouts: Rollouts) -> Float[Array, "B G T"]:
     """k1 of the policy that wrote the tokens; 0 on padding."""
     return jnp.where(
-        rollouts.mask, rollouts.behaviour_log_probs - rollouts.reference_log_probs, 0.0)
+        rollouts.mask, rollouts.behaviour_log_probs - rollouts.reference_log_probs, 0.0
+    )
 
 
 def _last_token(mask: jax.Array) -> Float[Array, "B G T"]:
@@ -321,49 +374,107 @@ def _policy_metrics(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
 # ------------------------------------------------------------------------------- the names
 
 _SAFE_RLHF_KL = KL(coef=0.01, placement="reward_and_cost")
-_TRL_RLOO = {"advantage": adv.LeaveOneOut(), "group_size": 4,
-             "objective": obj.ClippedSurrogate(level="sequence"), "kl": KL(coef=0.05)}
+_TRL_RLOO = {
+    "advantage": adv.LeaveOneOut(),
+    "group_size": 4,
+    "objective": obj.ClippedSurrogate(level="sequence"),
+    "kl": KL(coef=0.05),
+}
 _GRPO_OBJECTIVE = obj.ClippedSurrogate(reduce="token_mean")
 _GRPO_KL = KL(coef=0.04, placement="loss", estimator="k3")
-_GRPO = {"advantage": adv.GroupNormalised(), "group_size": 8,
-         "objective": _GRPO_OBJECTIVE, "kl": _GRPO_KL}
-_DR_GRPO = {"advantage": adv.GroupMean(), "group_size": 8,
-            "objective": _GRPO_OBJECTIVE, "kl": _GRPO_KL}
-_REMAX = {"advantage": adv.GreedyBaseline(), "objective": obj.Reinforce(),
-          "kl": KL(coef=0.05, placement="token")}
+_GRPO = {
+    "advantage": adv.GroupNormalised(),
+    "group_size": 8,
+    "objective": _GRPO_OBJECTIVE,
+    "kl": _GRPO_KL,
+}
+_DR_GRPO = {
+    "advantage": adv.GroupMean(),
+    "group_size": 8,
+    "objective": _GRPO_OBJECTIVE,
+    "kl": _GRPO_KL,
+}
+_REMAX = {
+    "advantage": adv.GreedyBaseline(),
+    "objective": obj.Reinforce(),
+    "kl": KL(coef=0.05, placement="token"),
+}
 _RECTIFIED_REWARD = Rectified(cost_critic_target="rectified", cost_on="all", normalise="none")
 
 _ALL = (
-    Recipe(name="ppo", summary="PPO: clipped surrogate, GAE, no constraint",
-           advantage=adv.GAE(), kl=KL(coef=0.02)),
-    Recipe(name="reward_shaping", summary="PPO on R − C (safe-rlhf's reward shaping)",
-           advantage=adv.GAE(), constraint=FixedPenalty(coef=1.0), kl=KL(coef=0.02)),
-    Recipe(name="fixed_penalty", summary="PPO on R − λ{C}⁺ with constant λ = 5 (CS-RLHF)",
-           advantage=adv.GAE(), constraint=FixedPenalty(coef=5.0, rectify_cost=True),
-           kl=KL(coef=0.02)),
-    Recipe(name="ppo_lagrangian", summary="PPO-Lagrangian on the mean cost, as safe-rlhf has it",
-           advantage=adv.GAE(), constraint=Lagrangian(), kl=_SAFE_RLHF_KL),
-    Recipe(name="repo", summary="plain RePO: rectified cost, switched on each unsafe sample",
-           advantage=adv.GAE(), constraint=Rectified(), kl=KL(coef=0.01, placement="reward")),
+    Recipe(
+        name="ppo",
+        summary="PPO: clipped surrogate, GAE, no constraint",
+        advantage=adv.GAE(),
+        kl=KL(coef=0.02),
+    ),
+    Recipe(
+        name="reward_shaping",
+        summary="PPO on R − C (safe-rlhf's reward shaping)",
+        advantage=adv.GAE(),
+        constraint=FixedPenalty(coef=1.0),
+        kl=KL(coef=0.02),
+    ),
+    Recipe(
+        name="fixed_penalty",
+        summary="PPO on R − λ{C}⁺ with constant λ = 5 (CS-RLHF)",
+        advantage=adv.GAE(),
+        constraint=FixedPenalty(coef=5.0, rectify_cost=True),
+        kl=KL(coef=0.02),
+    ),
+    Recipe(
+        name="ppo_lagrangian",
+        summary="PPO-Lagrangian on the mean cost, as safe-rlhf has it",
+        advantage=adv.GAE(),
+        constraint=Lagrangian(),
+        kl=_SAFE_RLHF_KL,
+    ),
+    Recipe(
+        name="repo",
+        summary="plain RePO: rectified cost, switched on each unsafe sample",
+        advantage=adv.GAE(),
+        constraint=Rectified(),
+        kl=KL(coef=0.01, placement="reward"),
+    ),
     Recipe(name="grpo", summary="GRPO: rewards standardised within the group", **_GRPO),
     Recipe(name="dr_grpo", summary="GRPO without division by the standard deviation", **_DR_GRPO),
     Recipe(name="rloo", summary="REINFORCE with the leave-one-out baseline", **_TRL_RLOO),
     Recipe(name="remax", summary="REINFORCE with the greedy completion as baseline", **_REMAX),
-    Recipe(name="repo_grpo", summary="GRPO on R − λ{C}⁺ with RePO's multiplier",
-           constraint=_RECTIFIED_REWARD, **_GRPO),
-    Recipe(name="repo_dr_grpo", summary="Dr. GRPO on R − λ{C}⁺ with RePO's multiplier",
-           constraint=_RECTIFIED_REWARD, **_DR_GRPO),
-    Recipe(name="repo_rloo", summary="RLOO on R − λ{C}⁺ with RePO's multiplier",
-           constraint=_RECTIFIED_REWARD, **_TRL_RLOO),
-    Recipe(name="repo_remax", summary="ReMax on R − λ{C}⁺ with RePO's multiplier",
-           constraint=_RECTIFIED_REWARD, **_REMAX),
-    Recipe(name="repo_tb",
-           summary="recommended: trajectory balance on R − min(λ{C}⁺, bound), half of each group "
-                   "written by the reference",
-           advantage=adv.GroupMean(), objective=obj.TrajectoryBalance(), kl=KL(coef=0.05),
-           constraint=dataclasses.replace(
-               _RECTIFIED_REWARD, rate=20.0, max_value=None, bound=24.0),
-           group_size=8, reference_share=0.5),
+    Recipe(
+        name="repo_grpo",
+        summary="GRPO on R − λ{C}⁺ with RePO's multiplier",
+        constraint=_RECTIFIED_REWARD,
+        **_GRPO,
+    ),
+    Recipe(
+        name="repo_dr_grpo",
+        summary="Dr. GRPO on R − λ{C}⁺ with RePO's multiplier",
+        constraint=_RECTIFIED_REWARD,
+        **_DR_GRPO,
+    ),
+    Recipe(
+        name="repo_rloo",
+        summary="RLOO on R − λ{C}⁺ with RePO's multiplier",
+        constraint=_RECTIFIED_REWARD,
+        **_TRL_RLOO,
+    ),
+    Recipe(
+        name="repo_remax",
+        summary="ReMax on R − λ{C}⁺ with RePO's multiplier",
+        constraint=_RECTIFIED_REWARD,
+        **_REMAX,
+    ),
+    Recipe(
+        name="repo_tb",
+        summary="recommended: trajectory balance on R − min(λ{C}⁺, bound), half of each group "
+        "written by the reference",
+        advantage=adv.GroupMean(),
+        objective=obj.TrajectoryBalance(),
+        kl=KL(coef=0.05),
+        constraint=dataclasses.replace(_RECTIFIED_REWARD, rate=20.0, max_value=None, bound=24.0),
+        group_size=8,
+        reference_share=0.5,
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ALL})

@@ -88,8 +88,7 @@ class ClippedSurrogate:
         if self.level not in ("token", "sequence"):
             raise ValueError(f"level must be 'token' or 'sequence': {self.level!r}")
         if self.reduce not in ("sequence_mean", "token_mean"):
-            raise ValueError(
-                f"reduce must be 'sequence_mean' or 'token_mean': {self.reduce!r}")
+            raise ValueError(f"reduce must be 'sequence_mean' or 'token_mean': {self.reduce!r}")
 
     def per_token(
         self,
@@ -102,10 +101,11 @@ class ClippedSurrogate:
         log_ratio = jnp.where(mask, log_probs - behaviour_log_probs, 0.0)
         if self.level == "sequence":
             log_ratio = jnp.broadcast_to(
-                jnp.sum(log_ratio, axis=-1, keepdims=True), log_ratio.shape)
+                jnp.sum(log_ratio, axis=-1, keepdims=True), log_ratio.shape
+            )
         return clipped_surrogate(
-            jnp.exp(log_ratio), advantages,
-            clip_eps=self.clip_eps, clip_eps_high=self.clip_eps_high)
+            jnp.exp(log_ratio), advantages, clip_eps=self.clip_eps, clip_eps_high=self.clip_eps_high
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,7 @@ class Reinforce:
 
     def __post_init__(self) -> None:
         if self.reduce not in ("sequence_mean", "token_mean"):
-            raise ValueError(
-                f"reduce must be 'sequence_mean' or 'token_mean': {self.reduce!r}")
+            raise ValueError(f"reduce must be 'sequence_mean' or 'token_mean': {self.reduce!r}")
 
     def per_token(
         self,

@@ -33,8 +33,10 @@ def tb_residual(
       ValueError: a group of one, or `kl_coef` not positive.
     """
     if log_prob.shape[0] < 2:
-        raise ValueError("trajectory balance needs at least two completions a prompt: "
-                         f"{log_prob.shape[0]}; raise group_size")
+        raise ValueError(
+            "trajectory balance needs at least two completions a prompt: "
+            f"{log_prob.shape[0]}; raise group_size"
+        )
     if kl_coef <= 0.0:
         raise ValueError(f"trajectory balance needs a positive kl_coef: {kl_coef=}")
     rest = log_prob - reference_log_prob - rewards / kl_coef

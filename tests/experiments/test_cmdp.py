@@ -67,17 +67,23 @@ def test_exact_columns_are_the_published_ones(instances, p):
 def test_objective_at_equal_safety_is_the_published_one(instances, p):
     for safety, row in zip((0.90, 0.95, 0.99), PUBLISHED_MATCHED[p], strict=True):
         for family, expected in zip(FAMILIES, row, strict=True):
-            found = np.mean([
-                cmdp.objective(c, cmdp.tune(c, family, safety=safety)[0]) for c in instances[p]])
+            found = np.mean(
+                [cmdp.objective(c, cmdp.tune(c, family, safety=safety)[0]) for c in instances[p]]
+            )
             assert found == pytest.approx(expected, abs=6e-4), (safety, family.__name__)
 
 
 def test_at_equal_safety_the_worst_decile_of_the_rectified_family_is_worse(instances):
     """.666 for C⁺ against .522 for C at safety .90, p = 0."""
     worst = [
-        np.mean([cmdp.measures(c, cmdp.tune(c, family, safety=0.9)[0])["worst_decile_unsafe"]
-                 for c in instances[0.0]])
-        for family in (cmdp.rectified, cmdp.linear)]
+        np.mean(
+            [
+                cmdp.measures(c, cmdp.tune(c, family, safety=0.9)[0])["worst_decile_unsafe"]
+                for c in instances[0.0]
+            ]
+        )
+        for family in (cmdp.rectified, cmdp.linear)
+    ]
     assert worst == pytest.approx([0.666, 0.522], abs=6e-4)
 
 
@@ -123,16 +129,23 @@ def test_critical_optimum_is_the_best_safe_policy_and_the_limit_of_the_indicator
 def test_without_anchor_the_critical_optimum_is_one_safe_response():
     instance = cmdp.draw(3, benign_share=0.0, prompts=20, responses=6)
     best = cmdp.best_safe_response(instance)
-    cold = CMDP(reference_logits=instance.reference_logits, reward=instance.reward,
-                cost=instance.cost, kl_coef=1e-4)
+    cold = CMDP(
+        reference_logits=instance.reference_logits,
+        reward=instance.reward,
+        cost=instance.cost,
+        kl_coef=1e-4,
+    )
     np.testing.assert_allclose(cmdp.critical(cold), best, atol=1e-6)
 
 
 def test_binary_costs_make_the_families_one():
     """C = 2·1{C>0} − 1: C at λ, C⁺ at 2λ and the indicator at 2λ give the same policies."""
     drawn = cmdp.draw(1, benign_share=0.5, prompts=20, responses=6)
-    binary = CMDP(reference_logits=drawn.reference_logits, reward=drawn.reward,
-                  cost=np.where(drawn.unsafe, 1.0, -1.0))
+    binary = CMDP(
+        reference_logits=drawn.reference_logits,
+        reward=drawn.reward,
+        cost=np.where(drawn.unsafe, 1.0, -1.0),
+    )
     expected = cmdp.linear(binary, 1.5)
     np.testing.assert_allclose(cmdp.rectified(binary, 3.0), expected, atol=1e-12)
     np.testing.assert_allclose(cmdp.indicator(binary, 3.0), expected, atol=1e-12)
@@ -157,8 +170,10 @@ def test_scaling_laws_in_the_multiplier():
     violation = np.array([cmdp.mean(p * np.maximum(instance.cost, 0.0)) for p in policies])
     assert cmdp.log_slope(grid, unsafe) == pytest.approx(-1.0, abs=0.1)
     assert cmdp.log_slope(grid, violation) == pytest.approx(-2.0, abs=0.1)
-    margin = [1.0 - cmdp.safety_rate(instance, cmdp.rectified(instance, value, margin=0.05))
-              for value in grid]
+    margin = [
+        1.0 - cmdp.safety_rate(instance, cmdp.rectified(instance, value, margin=0.05))
+        for value in grid
+    ]
     # From λ = 16 to 32 by e^{−16·.05/.2} = .018.
     assert margin[2] / margin[1] == pytest.approx(0.018, rel=0.3)
     assert unsafe[2] / unsafe[1] == pytest.approx(0.5, rel=0.2)
@@ -172,8 +187,12 @@ def test_instances_have_a_safe_answer_to_every_prompt_and_the_size_asked_for():
 
 
 def test_measures_by_hand():
-    instance = CMDP(reference_logits=np.zeros((2, 2)), reward=np.array([[1.0, 0.0], [2.0, 4.0]]),
-                    cost=np.array([[-3.0, 1.0], [2.0, -4.0]]), kl_coef=0.5)
+    instance = CMDP(
+        reference_logits=np.zeros((2, 2)),
+        reward=np.array([[1.0, 0.0], [2.0, 4.0]]),
+        cost=np.array([[-3.0, 1.0], [2.0, -4.0]]),
+        kl_coef=0.5,
+    )
     policy = np.array([[1.0, 0.0], [0.5, 0.5]])
     found = cmdp.measures(instance, policy)
     # E R = (1 + 3)/2; KL = (log 2 + 0)/2; unsafe mass 0 and .5; E C = (−3 − 1)/2; E C⁺ = (0 + 1)/2.
@@ -186,8 +205,13 @@ def test_measures_by_hand():
 
 
 @pytest.mark.parametrize(
-    "size", [{"benign_share": 1.5}, {"benign_share": 0.0, "prompts": 0},
-             {"benign_share": 0.0, "responses": 1}])
+    "size",
+    [
+        {"benign_share": 1.5},
+        {"benign_share": 0.0, "prompts": 0},
+        {"benign_share": 0.0, "responses": 1},
+    ],
+)
 def test_sizes_out_of_range_are_refused(size):
     with pytest.raises(ValueError, match=r"must lie in|need at least"):
         cmdp.draw(0, **size)

@@ -11,8 +11,13 @@ FIVE = np.ones(5)
 
 @pytest.mark.parametrize(
     ("safety", "worst", "mean", "outcome"),
-    [(0.5, 1.0, 0.0, "holds"), (0.97, 1.0, 0.0, "refuted"), (0.92, 1.0, 0.0, "undecided"),
-     (0.5, -1.0, 0.0, "refuted"), (0.5, 1.0, 0.4, "refuted")],
+    [
+        (0.5, 1.0, 0.0, "holds"),
+        (0.97, 1.0, 0.0, "refuted"),
+        (0.92, 1.0, 0.0, "undecided"),
+        (0.5, -1.0, 0.0, "refuted"),
+        (0.5, 1.0, 0.4, "refuted"),
+    ],
 )
 def test_h1(safety, worst, mean, outcome):
     assert hyp.h1(mean * FIVE, worst * FIVE, safety * FIVE).outcome == outcome
@@ -21,8 +26,10 @@ def test_h1(safety, worst, mean, outcome):
 def frontier(points, seed=0):
     """K points (safety, J) with noise over 5 seeds and 40 prompts that pairs cancel."""
     noise = 0.01 * np.random.default_rng(seed).normal(size=(5, 40))
-    return Frontier(safety=np.stack([np.full((5, 40), s) for s, _ in points]),
-                    objective=np.stack([j + noise for _, j in points]))
+    return Frontier(
+        safety=np.stack([np.full((5, 40), s) for s, _ in points]),
+        objective=np.stack([j + noise for _, j in points]),
+    )
 
 
 def test_h2_interpolates_the_retuned_frontier():
@@ -62,8 +69,12 @@ def test_h5_holds_when_no_control_differs():
 
 def test_fewer_than_five_seeds_decide_nothing():
     four = np.ones(4)
-    verdicts = [hyp.h1(four, four, four), hyp.h3(four), hyp.h4(four, four, four, four),
-                hyp.h5({"a": four})]
+    verdicts = [
+        hyp.h1(four, four, four),
+        hyp.h3(four),
+        hyp.h4(four, four, four, four),
+        hyp.h5({"a": four}),
+    ]
     assert {v.outcome for v in verdicts} == {"undecided"}
     assert "4 seeds" in str(verdicts[0])
 

@@ -55,8 +55,9 @@ def test_a_finished_run_prints_its_table_again_and_a_resumed_one_ends_the_same(t
 
 
 def test_every_algorithm_takes_a_step(tmp_path):
-    _, summary = run(tmp_path, "--seeds", "1", "--no-hypotheses",
-                     algorithms=",".join(safety_limit.ALGORITHMS))
+    _, summary = run(
+        tmp_path, "--seeds", "1", "--no-hypotheses", algorithms=",".join(safety_limit.ALGORITHMS)
+    )
     assert list(summary["algorithms"]) == list(safety_limit.ALGORITHMS)
     for name, record in summary["algorithms"].items():
         assert np.isfinite(record["objective"]), name
@@ -96,13 +97,13 @@ def small():
 
 def final(recipe, instances, **schedule):
     *_, (_, learner) = tabular.train(
-        recipe, instances, (5, 6), schedule=tabular.Schedule(**schedule), chunks=1)
+        recipe, instances, (5, 6), schedule=tabular.Schedule(**schedule), chunks=1
+    )
     return learner
 
 
 def shares(instances, learner):
-    rows = [cmdp.measures(c, p)
-            for c, p in zip(instances, tabular.policies(learner), strict=True)]
+    rows = [cmdp.measures(c, p) for c, p in zip(instances, tabular.policies(learner), strict=True)]
     limit = np.mean([cmdp.objective(c, cmdp.critical(c)) for c in instances])
     return {key: np.mean([row[key] for row in rows]) for key in rows[0]} | {"limit": limit}
 
@@ -126,7 +127,8 @@ def test_a_run_is_the_same_whatever_the_chunks(small):
     ends = []
     for chunks in (1, 3):
         *_, (step, learner) = tabular.train(
-            recipes.get("repo"), small, (5, 6), schedule=schedule, chunks=chunks)
+            recipes.get("repo"), small, (5, 6), schedule=schedule, chunks=chunks
+        )
         assert step == 6
         ends.append(tabular.policies(learner))
     np.testing.assert_allclose(*ends, rtol=1e-6)
@@ -137,7 +139,8 @@ def test_rollouts_hold_sampled_rows_and_say_who_wrote_them(small):
     world = tabular.as_world(small[0])
     params = {"logits": world["reference_logits"] + 1.0 * world["reward"]}
     rollouts = tabular.roll_out(
-        recipe, tabular.Schedule(samples=64), world, params, jax.random.key(0))
+        recipe, tabular.Schedule(samples=64), world, params, jax.random.key(0)
+    )
     assert rollouts.tokens.shape == (8, 8, 1)
     ids, tokens = np.asarray(rollouts.prompts.ids), np.asarray(rollouts.tokens[..., 0])
     assert len(set(ids.tolist())) == 8

@@ -182,7 +182,8 @@ def test_a_multiplier_for_each_prompt_moves_only_where_seen():
     state, _ = constraint.update(constraint.init(4), batch)
     np.testing.assert_allclose(state.value, [1.0, 1.0, 1.2, 1.0], rtol=1e-6)
     np.testing.assert_allclose(
-        constraint.multiplier(state, jnp.array([2, 0])), [[1.2], [1.0]], rtol=1e-6)
+        constraint.multiplier(state, jnp.array([2, 0])), [[1.2], [1.0]], rtol=1e-6
+    )
 
 
 # ----------------------------------------------------------------------- bounded penalty
@@ -195,7 +196,8 @@ def test_the_bounded_penalty_is_needed_and_no_more(seed, multiplier, scale):
     reward = jnp.asarray(scale * rng.normal(size=6), jnp.float32)
     violation = jnp.asarray(np.maximum(rng.normal(size=6), 0.0), jnp.float32)
     penalty = constraints.bounded_penalty(
-        reward, violation, jnp.float32(multiplier), kl_coef=0.1, bound=10.0)
+        reward, violation, jnp.float32(multiplier), kl_coef=0.1, bound=10.0
+    )
     safe = np.asarray(violation) == 0.0
     assert not np.asarray(penalty)[safe].any()
     assert (np.asarray(penalty) >= 0).all()
@@ -208,7 +210,8 @@ def test_the_bounded_penalty_is_needed_and_no_more(seed, multiplier, scale):
 def test_a_large_multiplier_leaves_unsafe_samples_exactly_the_bound_below_the_best_safe():
     reward, violation = jnp.array([9.0, 1.0, -2.0]), jnp.array([2.0, 0.0, 0.5])
     found = reward - constraints.bounded_penalty(
-        reward, violation, jnp.array(1e6), kl_coef=0.2, bound=10.0)
+        reward, violation, jnp.array(1e6), kl_coef=0.2, bound=10.0
+    )
     np.testing.assert_allclose(found, [-1.0, 1.0, -4.0])
 
 
@@ -218,7 +221,8 @@ def test_the_bound_limits_the_odds_of_unsafe_responses():
     for scale, kl_coef in itertools.product((0.1, 1.0, 100.0), (0.01, 0.5)):
         reward = scale * jnp.array([5.0, 1.0, -2.0])
         penalty = constraints.bounded_penalty(
-            reward, jnp.array([1.0, 0.0, 0.0]), jnp.array(1e9), kl_coef=kl_coef, bound=kappa)
+            reward, jnp.array([1.0, 0.0, 0.0]), jnp.array(1e9), kl_coef=kl_coef, bound=kappa
+        )
         log_target = np.log(reference) + np.asarray(reward - penalty, np.float64) / kl_coef
         odds = log_target[0] - log_target[1]
         assert odds == pytest.approx(np.log(0.97 / 0.02) - kappa, abs=2e-3)
@@ -229,8 +233,7 @@ def test_the_bound_limits_the_odds_of_unsafe_responses():
 
 def test_bounded_mix_golden():
     """N = 2, u = (0, 1), A_0 = .2, A = (1, −.5) → .288259."""
-    found = constraints.bounded_mix(
-        jnp.array([0.0, 1.0]), jnp.array(0.2), jnp.array([1.0, -0.5]))
+    found = constraints.bounded_mix(jnp.array([0.0, 1.0]), jnp.array(0.2), jnp.array([1.0, -0.5]))
     assert float(found) == pytest.approx(0.288259, abs=1e-6)
 
 

@@ -69,8 +69,9 @@ def test_padding_changes_nothing(name):
     def step(rollouts, values, output):
         state = recipe.init(3)
         targets = recipe.targets(state, rollouts, values)
-        loss, gradient = jax.value_and_grad(
-            lambda o: recipe.loss(state, rollouts, targets, o)[0])(output)
+        loss, gradient = jax.value_and_grad(lambda o: recipe.loss(state, rollouts, targets, o)[0])(
+            output
+        )
         return loss, gradient.log_probs, targets.advantages, recipe.update(state, rollouts)[0]
 
     results = []
@@ -106,14 +107,12 @@ def test_a_step_compiles_and_maps_over_seeds(name):
 
 
 def without_multiplier(recipe):
-    return replace(
-        recipe, constraint=replace(recipe.constraint, init_value=0.0, rule="additive"))
+    return replace(recipe, constraint=replace(recipe.constraint, init_value=0.0, rule="additive"))
 
 
 @pytest.mark.parametrize("name", ["repo", "ppo_lagrangian"])
 def test_at_multiplier_zero_the_critic_algorithms_are_ppo(name):
-    recipe = replace(
-        without_multiplier(recipes.get(name)), kl=KL(coef=0.1, placement="reward"))
+    recipe = replace(without_multiplier(recipes.get(name)), kl=KL(coef=0.1, placement="reward"))
     ppo = recipes.get("ppo", kl=recipe.kl)
     rollouts, values, _ = make(recipe)
     found = recipe.targets(recipe.init(3), rollouts, values)
@@ -147,7 +146,8 @@ def test_kl_in_reward_and_cost_keeps_its_weight_at_any_multiplier():
         kl = rollouts.behaviour_log_probs - rollouts.reference_log_probs
         to_go = jnp.cumsum(kl[..., ::-1], axis=-1)[..., ::-1]
         np.testing.assert_allclose(
-            found, jnp.where(rollouts.mask, -0.3 * to_go, 0.0), rtol=1e-4, atol=1e-5)
+            found, jnp.where(rollouts.mask, -0.3 * to_go, 0.0), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_rloo_subtracts_the_sequence_kl_from_the_reward():
@@ -183,7 +183,8 @@ def test_grpo_adds_k3_in_the_loss():
     plain, _ = without.loss(recipe.init(3), rollouts, targets, output)
     delta = np.asarray(rollouts.reference_log_probs - output.log_probs)[np.asarray(rollouts.mask)]
     assert float(with_kl - plain) == pytest.approx(
-        0.04 * np.mean(np.exp(delta) - delta - 1), rel=1e-4)
+        0.04 * np.mean(np.exp(delta) - delta - 1), rel=1e-4
+    )
 
 
 def test_critic_loss_is_added_with_its_weight():
@@ -203,7 +204,8 @@ def test_the_recommended_loss_uses_no_importance_ratio():
     targets = recipe.targets(state, rollouts, None)
     other = rollouts.replace(behaviour_log_probs=rollouts.behaviour_log_probs - 3.0)
     assert float(recipe.loss(state, rollouts, targets, output)[0]) == float(
-        recipe.loss(state, other, recipe.targets(state, other, None), output)[0])
+        recipe.loss(state, other, recipe.targets(state, other, None), output)[0]
+    )
 
 
 def test_half_of_the_recommended_groups_come_from_the_reference():
@@ -247,15 +249,15 @@ def expected_gradient(recipe, logits, reference, reward, cost, values):
     rollouts = every_response(logits, reference, reward, cost)
     shape = (logits.shape[0], 1, 1, len(recipe.value_heads))
     targets = recipe.targets(
-        recipe.init(1), rollouts, jnp.broadcast_to(jnp.asarray(values, jnp.float32), shape))
+        recipe.init(1), rollouts, jnp.broadcast_to(jnp.asarray(values, jnp.float32), shape)
+    )
     weighted = jax.nn.softmax(logits) * targets.advantages[:, 0, 0]
     return weighted @ jax.jacobian(jax.nn.log_softmax)(logits)
 
 
 def repo(**options):
     options = {"normalise": "none", "init_value": 3.0} | options
-    return recipes.get(
-        "repo", kl=KL(coef=0.2, placement="reward"), constraint=Rectified(**options))
+    return recipes.get("repo", kl=KL(coef=0.2, placement="reward"), constraint=Rectified(**options))
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.4])
@@ -281,9 +283,15 @@ def test_the_switch_is_biased_by_the_critic_times_the_gradient_of_p_unsafe(criti
     value = 0.6
     exact = expected_gradient(
         repo(cost_critic_target="rectified", cost_on="all"),
-        logits, reference, reward, cost, [0.0, 0.0])
+        logits,
+        reference,
+        reward,
+        cost,
+        [0.0, 0.0],
+    )
     switch = expected_gradient(
-        repo(cost_critic_target=critic), logits, reference, reward, cost, [0.0, value])
+        repo(cost_critic_target=critic), logits, reference, reward, cost, [0.0, value]
+    )
     p_unsafe = jax.grad(lambda z: jax.nn.softmax(z) @ (cost > 0))(logits)
     np.testing.assert_allclose(switch - exact, 3.0 * value * p_unsafe, atol=1e-5)
 
@@ -292,9 +300,14 @@ def test_trajectory_balance_has_the_exact_gradient_on_policy():
     """(G−1)/G of the Lagrangian's gradient, enumerated over all groups of two."""
     logits, reference, reward, cost = (x[:3] for x in table(2))
     recipe = recipes.get(
-        "repo_tb", group_size=2, kl=KL(coef=0.2), reference_share=0.0,
+        "repo_tb",
+        group_size=2,
+        kl=KL(coef=0.2),
+        reference_share=0.0,
         constraint=Rectified(
-            init_value=3.0, cost_critic_target="rectified", cost_on="all", normalise="none"))
+            init_value=3.0, cost_critic_target="rectified", cost_on="all", normalise="none"
+        ),
+    )
     first, second = (i.reshape(-1) for i in jnp.meshgrid(jnp.arange(3), jnp.arange(3)))
     groups = jnp.stack([first, second], axis=1)  # [9, 2]
     log_reference = jax.nn.log_softmax(reference)[groups][..., None]

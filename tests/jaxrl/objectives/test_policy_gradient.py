@@ -53,7 +53,8 @@ def test_sequence_ratio_is_the_product_of_the_tokens():
     mask = jnp.array([[[True, True, False]]])
     advantage = jnp.ones((1, 1, 3))
     found = obj.ClippedSurrogate(level="sequence").per_token(
-        log_probs, jnp.zeros((1, 1, 3)), advantage, mask)
+        log_probs, jnp.zeros((1, 1, 3)), advantage, mask
+    )
     np.testing.assert_allclose(found[0, 0, :2], -1.1 * 1.05, rtol=1e-6)
 
 
@@ -74,7 +75,8 @@ def test_an_empty_completion_counts_as_nothing():
 def test_value_loss_takes_the_worse_of_clipped_and_free():
     """V = 8, V_old = 0, G = 10, clip 5: ½·max((8−10)², (5−10)²) = 12.5."""
     found = obj.clipped_value_loss(
-        jnp.float32(8.0), jnp.float32(0.0), jnp.float32(10.0), clip_range=5.0)
+        jnp.float32(8.0), jnp.float32(0.0), jnp.float32(10.0), clip_range=5.0
+    )
     assert float(found) == 12.5
 
 

@@ -46,7 +46,8 @@ def test_the_loss_is_mean_baseline_reinforce_in_reward_units():
 
     def loss(lp):
         per_sample = TrajectoryBalance().per_group(
-            lp, jnp.asarray(REFERENCE), jnp.asarray(REWARDS), kl_coef=BETA)
+            lp, jnp.asarray(REFERENCE), jnp.asarray(REWARDS), kl_coef=BETA
+        )
         return jnp.mean(per_sample)
 
     penalised = REWARDS - BETA * (LOG_PROB - REFERENCE)
@@ -57,7 +58,8 @@ def test_the_loss_is_mean_baseline_reinforce_in_reward_units():
 
 def test_a_constant_added_to_the_rewards_changes_nothing():
     lifted = tb_residual(
-        jnp.asarray(LOG_PROB), jnp.asarray(REFERENCE), jnp.asarray(REWARDS + 100.0), kl_coef=BETA)
+        jnp.asarray(LOG_PROB), jnp.asarray(REFERENCE), jnp.asarray(REWARDS + 100.0), kl_coef=BETA
+    )
     np.testing.assert_allclose(lifted, golden(), atol=1e-3)
 
 
@@ -71,8 +73,9 @@ def test_a_group_of_one_or_no_anchor_is_refused():
 # ------------------------------------------ a policy over 4 tokens × 3 places (64 sequences)
 
 SEQUENCES = np.array(list(itertools.product(range(4), repeat=3)))
-PREFIX = np.stack([np.zeros(64, int), 1 + SEQUENCES[:, 0],
-                   5 + 4 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)  # row of the logits
+PREFIX = np.stack(
+    [np.zeros(64, int), 1 + SEQUENCES[:, 0], 5 + 4 * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1
+)  # row of the logits
 KL_COEF, GROUP = 0.25, 20
 
 
@@ -97,8 +100,11 @@ def fit(behaviour, reference, rewards, *, steps, centre_kl=True):
     def loss(logits, drawn):
         log_prob = sequence_log_probs(logits)[drawn]
         if centre_kl:
-            return jnp.mean(TrajectoryBalance().per_group(
-                log_prob, reference[drawn], rewards[drawn], kl_coef=KL_COEF))
+            return jnp.mean(
+                TrajectoryBalance().per_group(
+                    log_prob, reference[drawn], rewards[drawn], kl_coef=KL_COEF
+                )
+            )
         # The negative control: only the rewards are centred.
         kl = jax.lax.stop_gradient(log_prob - reference[drawn])
         advantage = rewards[drawn] - rewards[drawn].mean() - KL_COEF * kl
