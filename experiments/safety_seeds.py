@@ -100,14 +100,14 @@ def run_seed(run: Run, config: Config, seed: int) -> dict[str, Evaluation]:
         work = task.build(one, data, part.folder)
         evaluators = task.exact_evaluators(data)
         sft = stages.fine_tune(part, one, work)
-        found = {"sft": stages.evaluate(one, work, evaluators, sft, sft, work.heldout)}
+        found = {"sft": stages.evaluate_all(one, work, evaluators, sft, sft)[stages.HELDOUT]}
         for family in variants(config).values():
             for recipe in family:
                 anchored = replace(recipe, kl=replace(recipe.kl, coef=one.kl_coef))
                 policy = stages.train(part, one, work, evaluators, anchored, sft)
-                found[recipe.name] = stages.evaluate(
-                    one, work, evaluators, policy, sft, work.heldout
-                )
+                found[recipe.name] = stages.evaluate_all(one, work, evaluators, policy, sft)[
+                    stages.HELDOUT
+                ]
     return found
 
 

@@ -12,18 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy as policy_lib
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.recipes import Recipe
-from jaxrl.types import PolicyOutput, Rollouts
+from jaxrl.types import PolicyOutput, Prompts, Rollouts
 from sharding import Plan
 
 Metrics = dict[str, Float32[Array, ""]]
 Apply = Callable[[Any, Rollouts], PolicyOutput]
+Demonstrations = tuple[
+    Prompts, Int32[Array | np.ndarray, "B T"], Bool[Array | np.ndarray, "B T"]
+]
+"""Prompts, and the tokens and mask of one completion of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +109,17 @@ class Learner:
       apply: (params, rollouts) to log-probabilities and values.
       optimizer: of {"policy": …, "critic": …}; see `lm_optimizer`.
       plan: where parameters and data lie.
+      ptx: (params, demonstrations) to the likelihood loss that is added, with weight
+        `ptx_coef`, to keep what pre-training and fine-tuning taught (InstructGPT's PPO-ptx,
+        arXiv:2203.02155; safe-rlhf's scripts use 16); see `lm_ptx`.
+      ptx_coef: weight of that loss.
     """
 
     recipe: Recipe
     apply: Apply
     optimizer: optax.GradientTransformation
+    ptx: Callable[[Any, Demonstrations], Float32[Array, ""]] | None = None
+    ptx_coef: float = 0.0
     plan: Plan = field(default_factory=Plan.single_device)
 
     def init(self, params: Mapping[str, Any], *, num_prompts: int) -> LearnerState:
@@ -133,14 +144,29 @@ class Learner:
         )
         return self._bound.place(state) if self.plan.mesh else state
 
-    def update(self, state: LearnerState, rollouts: Rollouts) -> tuple[LearnerState, Metrics]:
+    def update(
+        self,
+        state: LearnerState,
+        rollouts: Rollouts,
+        demonstrations: Demonstrations | None = None,
+    ) -> tuple[LearnerState, Metrics]:
         """One step, jitted; `state` is donated. See `step`."""
         if self.plan.mesh:
-            rollouts = self._bound.place_batch(rollouts)
-        return self._jitted(state, rollouts)
+            rollouts, demonstrations = self._bound.place_batch((rollouts, demonstrations))
+        return self._jitted(state, rollouts, demonstrations)
 
-    def step(self, state: LearnerState, rollouts: Rollouts) -> tuple[LearnerState, Metrics]:
+    def step(
+        self,
+        state: LearnerState,
+        rollouts: Rollouts,
+        demonstrations: Demonstrations | None = None,
+    ) -> tuple[LearnerState, Metrics]:
         """One step, not yet jitted: multipliers first, then `recipe.epochs` gradient steps.
+
+        Args:
+          state: before the step.
+          rollouts: scored.
+          demonstrations: for the `ptx` loss; None leaves it out.
 
         A step whose loss or gradients are not finite leaves the state as it was and says so
         in the metric "skipped".
@@ -152,7 +178,7 @@ class Learner:
             targets = self._targets(recipe_state, rollouts, self.apply(params, rollouts))
         for _ in range(self.recipe.epochs):
             gradient = jax.value_and_grad(self._loss, has_aux=True)
-            (loss, seen), grads = gradient(params, recipe_state, rollouts, targets)
+            (loss, seen), grads = gradient(params, recipe_state, rollouts, targets, demonstrations)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
         norm = optax.tree.norm(grads)
@@ -167,12 +193,15 @@ class Learner:
         metrics |= seen | {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
         return kept, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
-    def _loss(self, params, recipe_state, rollouts, targets):
+    def _loss(self, params, recipe_state, rollouts, targets, demonstrations):
         output = self.apply(params, rollouts)
         if targets is None:
             # On the first pass the values of this very forward are the old values.
             targets = self._targets(recipe_state, rollouts, jax.lax.stop_gradient(output))
         loss, metrics = self.recipe.loss(recipe_state, rollouts, targets, output)
+        if self.ptx is not None and demonstrations is not None:
+            metrics["ptx_loss"] = self.ptx(params, demonstrations)
+            loss += self.ptx_coef * metrics["ptx_loss"]
         return loss, metrics | _observed(rollouts, output)
 
     def _targets(self, recipe_state, rollouts, output):
@@ -219,6 +248,16 @@ def lm_apply(
         return output.replace(values=critic.completion_values(prompts, tokens))
 
     return apply
+
+
+def lm_ptx(policy_def: nnx.GraphDef) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
+    """`Learner.ptx` of a decoder: nats a token of the demonstrations."""
+
+    def loss(params: Mapping[str, nnx.State], demonstrations: Demonstrations):
+        policy: Decoder = nnx.merge(policy_def, params["policy"])
+        return policy_lib.negative_log_likelihood(policy, *demonstrations)
+
+    return loss
 
 
 def lm_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

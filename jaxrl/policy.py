@@ -74,3 +74,11 @@ def evaluate(
     return PolicyOutput(
         log_probs=jnp.where(mask, log_probs, 0.0), entropy=jnp.where(mask, spread, 0.0)
     )
+
+
+def negative_log_likelihood(
+    model: Decoder, prompts: Prompts, tokens: Int32[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float32[Array, ""]:
+    """Mean negative log-likelihood of the completions' tokens, in nats a token."""
+    output = evaluate(model, prompts, tokens[:, None], mask[:, None], temperature=1.0)
+    return -jnp.sum(output.log_probs) / jnp.maximum(jnp.sum(mask), 1)

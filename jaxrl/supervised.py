@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy
-from jaxrl.models import Decoder
 from jaxrl.types import Prompts
 
 
@@ -23,14 +23,6 @@ class SupervisedState:
     params: Any
     opt_state: Any
     step: Int32[Array, ""]
-
-
-def negative_log_likelihood(
-    model: Decoder, prompts: Prompts, tokens: Int32[Array, "B T"], mask: Bool[Array, "B T"]
-) -> Float32[Array, ""]:
-    """Mean negative log-likelihood of the completions' tokens, in nats a token."""
-    output = policy.evaluate(model, prompts, tokens[:, None], mask[:, None], temperature=1.0)
-    return -jnp.sum(output.log_probs) / jnp.maximum(jnp.sum(mask), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +43,8 @@ class Supervised:
         self,
         state: SupervisedState,
         prompts: Prompts,
-        tokens: Int32[Array, "B T"],
-        mask: Bool[Array, "B T"],
+        tokens: Int32[Array | np.ndarray, "B T"],
+        mask: Bool[Array | np.ndarray, "B T"],
     ) -> tuple[SupervisedState, Float32[Array, ""]]:
         """One jitted step; `state` is donated. Gives the loss before it, in nats a token."""
         return self._jitted(state, prompts, tokens, mask)
@@ -62,7 +54,7 @@ class Supervised:
         def step(state, prompts, tokens, mask):
             def loss(params):
                 model = nnx.merge(self.graphdef, params)
-                return negative_log_likelihood(model, prompts, tokens, mask)
+                return policy.negative_log_likelihood(model, prompts, tokens, mask)
 
             value, grads = jax.value_and_grad(loss)(state.params)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

@@ -1,13 +1,10 @@
 """Runs the experiment: data → SFT → scorers → algorithms → evaluation → report."""
 
-import dataclasses
-
 from experiments import harness
 from experiments.harness import Run
 from experiments.safety import __doc__ as description
 from experiments.safety import results, scorers, stages, task
 from experiments.safety.config import PRESETS, SafetyConfig
-from jaxrl import recipes
 
 
 def experiment(run: Run) -> None:
@@ -24,14 +21,12 @@ def experiment(run: Run) -> None:
     evaluations = {}
     for name in ("sft", *config.algorithms):
         policy = sft if name == "sft" else _train(run, config, work, evaluators, name, sft)
-        evaluations[name] = stages.evaluate(config, work, evaluators, policy, sft, work.heldout)
+        evaluations[name] = stages.evaluate_all(config, work, evaluators, policy, sft)
     results.finish(run, config, work, evaluators, evaluations)
 
 
 def _train(run, config, work, evaluators, name, sft) -> stages.Policy:
-    recipe = recipes.get(name)
-    recipe = dataclasses.replace(recipe, kl=dataclasses.replace(recipe.kl, coef=config.kl_coef))
-    return stages.train(run, config, work, evaluators, recipe, sft)
+    return stages.train(run, config, work, evaluators, config.recipe(name), sft)
 
 
 def main(argv: list[str] | None = None) -> None:

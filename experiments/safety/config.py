@@ -8,6 +8,7 @@ from experiments.harness import RunOptions
 from jaxrl import recipes
 from jaxrl.learner import OptimizerConfig
 from jaxrl.models import DecoderConfig
+from jaxrl.rollouts import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,11 @@ class EvaluationConfig:
     samples: int = 16
     """Completions of each prompt."""
     prompts: int = 0
-    """Prompts of each set at most; 0 takes all."""
+    """Held-out prompts at most; 0 takes all."""
+    extra_prompts: int = 100
+    """Prompts at most of each further set that was found beside the data; 0 takes all."""
+    extra_samples: int = 4
+    """Completions of each of those."""
     batch: int = 16
     """Prompts that are generated at once."""
 
@@ -113,6 +118,12 @@ class SafetyConfig(RunOptions):
     """Completions a step, over all prompts and groups."""
     kl_coef: float = 0.1
     """β: weight of the KL divergence from the SFT policy, in reward units a nat."""
+    ptx_coef: float = 0.0
+    """Weight of a likelihood loss on general instructions, where the data has them (safe-rlhf
+    uses 16)."""
+    sampler_tolerance: float = 1e-2
+    """Largest honest gap between the sampler's and the trainer's log-probability of a token, in
+    nats; beyond it the run stops with an alarm."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
     top_k: int = 0
@@ -155,15 +166,49 @@ class SafetyConfig(RunOptions):
         super().__post_init__()
         if not self.algorithms:
             raise ValueError("name at least one algorithm, such as --algorithms repo")
+        counts = {
+            "steps": self.steps,
+            "samples_per_step": self.samples_per_step,
+            "checkpoint_every": self.checkpoint_every,
+            "sft.steps": self.sft.steps,
+            "sft.batch": self.sft.batch,
+            "evaluation.samples": self.evaluation.samples,
+            "evaluation.batch": self.evaluation.batch,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.evaluation.prompts < 0:
+            raise ValueError(
+                f"evaluation.prompts must be 0 (all) or more, got {self.evaluation.prompts}"
+            )
+        # What the stages build, built here once: a wrong value must not wait for the SFT to end.
+        self.model.decoder(self.vocab_size, self.prompt_len + self.completion_len)
+        self.sft.optimizer()
+        self.sampling(eos_id=0, pad_id=0)
         for name in self.algorithms:
-            group = recipes.get(name).group_size
+            group = self.recipe(name).group_size
             if self.samples_per_step % group:
                 raise ValueError(
                     f"samples_per_step must be a multiple of the group size of {name}: "
                     f"{self.samples_per_step} and {group}"
                 )
-        if self.steps < 1 or self.sft.steps < 1:
-            raise ValueError(f"steps must be ≥ 1, got steps={self.steps}, sft={self.sft.steps}")
+
+    def recipe(self, name: str) -> recipes.Recipe:
+        """The recipe of that name with this run's β."""
+        found = recipes.get(name)
+        return replace(found, kl=replace(found.kl, coef=self.kl_coef))
+
+    def sampling(self, *, eos_id: int, pad_id: int) -> Sampling:
+        """How completions are drawn, in training and in evaluation."""
+        return Sampling(
+            max_new_tokens=self.completion_len,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 QUICK = SafetyConfig()
@@ -184,6 +229,7 @@ SMALL = SafetyConfig(
 BASE = SafetyConfig(
     steps=2000,
     samples_per_step=512,
+    sampler_tolerance=0.5,
     prompt_len=256,
     drop_long=True,
     completion_len=256,

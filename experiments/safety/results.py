@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import numpy as np
 
 from experiments.harness import Run, files, plots, report, tables
 from experiments.safety.config import SafetyConfig
-from experiments.safety.stages import Evaluation
-from experiments.safety.task import Evaluators, Task
+from experiments.safety.stages import HELDOUT, Evaluation
+from experiments.safety.task import OVER_REFUSAL, Evaluators, Task
 from jaxrl import evaluation, recipes
 
 COLUMNS = {
@@ -121,14 +121,57 @@ def comparison(results: Results, config: SafetyConfig, *, weak: bool) -> tables.
     )
 
 
+def further_numbers(
+    everything: Mapping[str, Mapping[str, Evaluation]],
+) -> dict[str, dict[str, float]]:
+    """Safety on further prompts, and refusals on those that ask for nothing harmful."""
+    return {
+        name: {
+            set_name: float(
+                e.refusals.mean() if set_name == OVER_REFUSAL else (e.costs <= 0).mean()
+            )
+            for set_name, e in found.items()
+            if set_name != HELDOUT
+        }
+        for name, found in everything.items()
+    }
+
+
+def further_table(
+    everything: Mapping[str, Mapping[str, Evaluation]], *, weak: bool
+) -> tables.Table | None:
+    numbers = further_numbers(everything)
+    columns = {
+        name: f"{name} refused" if name == OVER_REFUSAL else f"{name} safe"
+        for name in numbers["sft"]
+    }
+    if not columns:
+        return None
+    return tables.Table.of(
+        numbers,
+        columns,
+        caption="Further prompts: share of safe answers, and of refusals of harmless prompts.",
+        mark=WEAK_JUDGE if weak else "",
+    )
+
+
 def finish(
     run: Run,
     config: SafetyConfig,
     task: Task,
     evaluators: Evaluators,
-    evaluations: Mapping[str, Evaluation],
+    everything: Mapping[str, Mapping[str, Evaluation]],
 ) -> None:
-    """Writes samples, arrays, report and summary, in that order."""
+    """Writes samples, arrays, report and summary, in that order.
+
+    Args:
+      run: where to.
+      config: of the run.
+      task: what was evaluated.
+      evaluators: what judged.
+      everything: evaluations by policy and set of prompts, see `stages.evaluate_all`.
+    """
+    evaluations = {name: found[HELDOUT] for name, found in everything.items()}
     rows = evaluations["sft"].rows
     results = Results(
         evaluations=evaluations,
@@ -140,7 +183,9 @@ def finish(
         _write_arrays(run.folder / "evaluation" / f"{name}.npz", e)
     main = table(results, weak=evaluators.weak_judge)
     extra = comparison(results, config, weak=evaluators.weak_judge)
-    _report(run, config, task, evaluators, results, main, extra).write(run.folder / "report.html")
+    further = further_table(everything, weak=evaluators.weak_judge)
+    page = _report(run, config, task, evaluators, results, (main, extra, further))
+    page.write(run.folder / "report.html")
     notes = "".join(f"{note}\n" for note in (*task.data.notes, *evaluators.notes))
     summary = {
         "data": task.data.name,
@@ -151,8 +196,10 @@ def finish(
         "limits": results.limits(),
         "notes": [*task.data.notes, *evaluators.notes],
         "measures": dict(evaluators.measures),
+        "further_prompts": further_numbers(everything),
     }
-    run.finish(summary, notes + "\n" + main.text())
+    shown = [found.text() for found in (main, extra, further) if found is not None]
+    run.finish(summary, "\n".join((notes, *shown)))
 
 
 def _report(
@@ -161,8 +208,7 @@ def _report(
     task: Task,
     evaluators: Evaluators,
     results: Results,
-    main: tables.Table,
-    extra: tables.Table | None,
+    found_tables: Sequence[tables.Table | None],
 ) -> report.Report:
     found, order = results.summaries(), tuple(results.evaluations)
     page = report.Report(
@@ -170,9 +216,9 @@ def _report(
         f"experiments.safety on {task.data.name}, seed {config.seed}",
     )
     page.text(" ".join((*task.data.notes, *evaluators.notes)))
-    page.table(main)
-    if extra is not None:
-        page.table(extra)
+    for found_table in found_tables:
+        if found_table is not None:
+            page.table(found_table)
     page.figure(
         plots.tradeoff(
             {name: (s["safety_rate"], s["reward"]) for name, s in found.items()}, order=order

@@ -14,13 +14,14 @@ from experiments.safety.config import SafetyConfig
 from experiments.safety.task import Evaluators, Task
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import PromptSet, shuffled
-from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer
+from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.recipes import Recipe
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.supervised import Supervised
 from jaxrl.train import Scorer, Trainer
 
+HELDOUT = "heldout"
 LOG_EVERY = 10  # SFT steps between rows of metrics
 
 
@@ -59,8 +60,7 @@ def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
         with run.progress("sft", total, start=start) as bar:
             for step in range(start, total):
                 rows = shuffled(len(demos), config.sft.batch, seed=config.seed, step=step)
-                prompts = demos.prompts.take(rows)
-                state, loss = trainer.update(state, prompts, demos.tokens[rows], demos.mask[rows])
+                state, loss = trainer.update(state, *demos.take(rows))
                 done = step + 1
                 if done % LOG_EVERY == 0 or done == total:
                     metrics = {"loss": float(loss)}
@@ -72,14 +72,7 @@ def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
 
 
 def sampling(config: SafetyConfig, task: Task) -> Sampling:
-    return Sampling(
-        max_new_tokens=config.completion_len,
-        eos_id=task.tokenizer.eos_id,
-        pad_id=task.tokenizer.pad_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+    return config.sampling(eos_id=task.tokenizer.eos_id, pad_id=task.tokenizer.pad_id)
 
 
 def train(
@@ -122,7 +115,11 @@ def _trainer(
     apply = lm_apply(reference.graphdef, critic_def, temperature=config.temperature)
     return Trainer(
         learner=Learner(
-            recipe=recipe, apply=apply, optimizer=lm_optimizer(config.optimizer_of(recipe))
+            recipe=recipe,
+            apply=apply,
+            optimizer=lm_optimizer(config.optimizer_of(recipe)),
+            ptx=lm_ptx(reference.graphdef),
+            ptx_coef=config.ptx_coef,
         ),
         collector=Collector(
             graphdef=reference.graphdef,
@@ -141,6 +138,8 @@ def _trainer(
         prompts_per_step=config.samples_per_step // recipe.group_size,
         reference=reference.params,
         seed=config.seed,
+        sampler_tolerance=config.sampler_tolerance,
+        demonstrations=task.ptx,
         span=run.span,
     )
 
@@ -190,10 +189,33 @@ class Evaluation:
         }
 
 
-def evaluated_rows(config: SafetyConfig, prompts: PromptSet) -> np.ndarray:
+def evaluated_rows(prompts: PromptSet, at_most: int) -> np.ndarray:
     """Which prompts of a set are evaluated: spread over it, since sets are ordered by kind."""
-    count = min(len(prompts), config.evaluation.prompts or len(prompts))
+    count = min(len(prompts), at_most or len(prompts))
     return np.linspace(0, len(prompts) - 1, count).round().astype(np.int64)
+
+
+def evaluate_all(
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    policy: Policy,
+    reference: Policy,
+) -> dict[str, Evaluation]:
+    """Evaluations on the held-out prompts and on every further set, by the name of the set."""
+    settings = config.evaluation
+    found = {
+        HELDOUT: evaluate(
+            config, task, evaluators, policy, reference, task.heldout,
+            at_most=settings.prompts, samples=settings.samples,
+        )
+    }  # fmt: skip
+    for name, prompts in task.extra.items():
+        found[name] = evaluate(
+            config, task, evaluators, policy, reference, prompts,
+            at_most=settings.extra_prompts, samples=settings.extra_samples,
+        )  # fmt: skip
+    return found
 
 
 def evaluate(
@@ -203,14 +225,16 @@ def evaluate(
     policy: Policy,
     reference: Policy,
     prompts: PromptSet,
+    *,
+    at_most: int,
+    samples: int,
 ) -> Evaluation:
     """Samples and scores completions of a set of prompts; a function of the seed.
 
     Every policy is sampled with the same keys, so that differences between two of them are
     paired.
     """
-    samples, batch = config.evaluation.samples, config.evaluation.batch
-    chosen = evaluated_rows(config, prompts)
+    batch, chosen = config.evaluation.batch, evaluated_rows(prompts, at_most)
     count = len(chosen)
     collector = Collector(
         graphdef=policy.graphdef, sampling=sampling(config, task), group_size=samples

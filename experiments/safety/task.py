@@ -13,6 +13,8 @@ from jaxrl.data.batches import Demonstrations, PromptSet
 from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
 
 Evaluator = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+OVER_REFUSAL = "xstest_safe"
+"""Name of the prompts that a good policy answers, in `Task.extra`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class Task:
       tokenizer: of the policy.
       train, heldout: prompts of RL, and of evaluation.
       demonstrations: what SFT imitates.
+      ptx: general instructions that RL may go on imitating; None where the data has none.
+      extra: further prompts that every policy is evaluated on, by the name of their set.
     """
 
     data: SafetyData
@@ -31,6 +35,8 @@ class Task:
     train: PromptSet
     heldout: PromptSet
     demonstrations: Demonstrations
+    ptx: Demonstrations | None = None
+    extra: Mapping[str, PromptSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +91,34 @@ def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
         data, tokenizer, template, max_tokens=config.prompt_len, drop_long=config.drop_long
     )
 
-    def prompts(rows) -> PromptSet:
-        texts = [row.text for row in rows]
+    def prompts(texts: Sequence[str]) -> PromptSet:
         return PromptSet.encode(tokenizer, texts, template, max_len=config.prompt_len)
 
-    return Task(
-        data=data,
-        tokenizer=tokenizer,
-        train=prompts(data.train),
-        heldout=prompts(data.heldout),
-        demonstrations=Demonstrations.encode(
+    def demonstrations(pairs: Sequence[tuple[str, str]]) -> Demonstrations:
+        return Demonstrations.encode(
             tokenizer,
-            data.sft,
+            pairs,
             template,
             prompt_len=config.prompt_len,
             completion_len=config.completion_len,
-        ),
+        )
+
+    further = dict(data.extra_prompts)
+    if not data.is_exact and data.over_refusal:
+        further[OVER_REFUSAL] = data.over_refusal
+    if config.ptx_coef and not data.ptx:
+        raise ValueError(
+            f"ptx_coef={config.ptx_coef} needs general instructions, and {data.name!r} has none; "
+            "put stanford_alpaca_5k beside the data, or use --ptx-coef 0"
+        )
+    return Task(
+        data=data,
+        tokenizer=tokenizer,
+        train=prompts([row.text for row in data.train]),
+        heldout=prompts([row.text for row in data.heldout]),
+        demonstrations=demonstrations(data.sft),
+        ptx=demonstrations(data.ptx) if config.ptx_coef else None,
+        extra={name: prompts(texts) for name, texts in further.items() if texts},
     )
 
 

@@ -93,3 +93,7 @@ class Demonstrations:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def take(self, rows: Int64[np.ndarray, " B"]) -> tuple[Prompts, np.ndarray, np.ndarray]:
+        """Prompts of these rows, and tokens and mask of their completions."""
+        return self.prompts.take(rows), self.tokens[rows], self.mask[rows]
