@@ -384,7 +384,7 @@ def frontiers(cmdps: list[CMDP]) -> dict[str, tuple[list[float], list[float]]]:
                 for value in grid
             ]
         ).mean(axis=1)
-        kept = points[:, 1] > -0.5  # the C family falls without end
+        kept = points[:, 1] > 0.0  # the C family falls without end
         curves[name] = (points[kept, 0].tolist(), points[kept, 1].tolist())
     return curves
 

@@ -3,7 +3,7 @@
 Lines differ in colour, dash and marker, so that they can be told apart without colour.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,11 +110,11 @@ def tradeoff(
       y_label: what the second numbers are.
       order: all series of the report, so that each keeps its colour from plot to plot.
     """
-    places = _places(order, *points, *(frontier or {}))
+    places = _places(order, *points)
 
     def paint(axis: "Axes") -> None:
-        for name, (xs, ys) in (frontier or {}).items():
-            axis.plot(xs, ys, label=name, lw=1.2, **style(places[name]))
+        for i, (name, (xs, ys)) in enumerate((frontier or {}).items()):
+            axis.plot(xs, ys, label=name, lw=1.2, color=INK, alpha=0.7, linestyle=_DASHES[i])
         for name, (x, y) in points.items():
             i = places[name]
             x_error, y_error = (errors or {}).get(name, (0.0, 0.0))
@@ -194,11 +194,24 @@ def curves(
                     axis, np.asarray(steps), np.asarray(values, float), smooth, name, places[name]
                 )
             axis.set(title=title, xlabel=x_label)
+            if _spread(panel.values()) > _LINEAR_UP_TO:
+                axis.set_yscale("symlog", linthresh=1.0)
         for axis in axes[len(panels) :]:
             axis.remove()
 
     wide = min(columns, len(panels))
     return draw(paint, rows=rows, columns=wide, size=(7.2, 2.4 * rows + 0.5))
+
+
+_LINEAR_UP_TO = 20.0
+"""Above this ratio of the largest to the median end, a linear axis flattens most lines to one."""
+
+
+def _spread(panel: Iterable[Curve]) -> float:
+    """Largest end of the lines over the median one; at most 1 where there is nothing to part."""
+    ends = np.abs([float(values[-1]) for _, values in panel if len(values)])
+    ends = ends[np.isfinite(ends)]
+    return float(ends.max() / max(float(np.median(ends)), 1.0)) if ends.size > 1 else 0.0
 
 
 def _line(axis: "Axes", x: np.ndarray, y: np.ndarray, smooth: int, name: str, place: int) -> None:

@@ -153,3 +153,10 @@ def test_running_mean_against_a_loop():
     values = np.random.default_rng(0).normal(size=20)
     expected = [values[max(0, i - 4) : i + 1].mean() for i in range(20)]
     np.testing.assert_allclose(plots.running_mean(values, 5), expected)
+
+
+def test_lines_of_very_different_size_share_a_logarithmic_axis():
+    near, far = ([1, 2], [1.0, 5.0]), ([1, 2], [10.0, 400.0])
+    panels = {"near": {"a": near, "b": near, "c": near}, "far": {"a": near, "b": near, "c": far}}
+    linear, logarithmic = plots.curves(panels).axes
+    assert (linear.get_yscale(), logarithmic.get_yscale()) == ("linear", "symlog")
