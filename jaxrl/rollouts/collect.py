@@ -83,7 +83,7 @@ def _assemble(reference, prompts, parts, *, graphdef, temperature) -> Rollouts:
     mask = completions.mask
     model = nnx.merge(graphdef, reference)
     log_probs = policy_lib.evaluate(
-        model, prompts, completions.tokens, mask, temperature=temperature
+        model, prompts, completions.tokens, mask, temperature=temperature, with_entropy=False
     ).log_probs
     return Rollouts(
         prompts=prompts,
