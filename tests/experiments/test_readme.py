@@ -1,0 +1,60 @@
+"""Every command of the README runs, with two steps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What makes a documented command short; its own flags come first, so these win.
+_MODEL = (
+    "--model.layers 1 --model.embed 16 --model.heads 2 --model.kv-heads 1 --model.head-dim 8 "
+    "--model.mlp 16"
+)
+SHORT = {
+    "experiments.safety": f"--steps 2 --sft.steps 2 --evaluation.prompts 4 --evaluation.samples 2 "
+    f"--samples-per-step 16 {_MODEL}",
+    "experiments.safety_seeds": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
+    "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2",
+}
+PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
+
+
+def documented():
+    """Commands in code blocks and in inline code, without what a shell would add around them."""
+    found = re.findall(r"python -m experiments\.[^`\n|&#]+", README)
+    return list(dict.fromkeys(" ".join(command.split()) for command in found))
+
+
+def test_the_readme_documents_commands():
+    assert "python -m experiments.safety" in documented()
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_runs(tmp_path, command):
+    words = shlex.split(command)
+    module, argv = words[2], words[3:]
+    if found := PLACEHOLDER.search(command):
+        pytest.skip(f"{found[0]!r} stands for what a reader has")
+    if module not in SHORT:
+        pytest.skip(f"{module} has tests of its own and measures for minutes")
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *argv, *SHORT[module].split(), "--out", str(out)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "summary.json").exists()
+    assert (out / "report.html").exists()
+    assert done.stdout.strip()
