@@ -232,15 +232,13 @@ def summarise(config: BenchConfig, results: Mapping[str, dict[str, Any]]) -> dic
     """Medians, ratios within rounds, arithmetic and targets."""
     workload = config.workload
     contestants = {name: contestant_summary(workload, r) for name, r in results.items()}
-    machine = {"cores": os.cpu_count()} | {
-        "matmul_flops_per_s": results.get("plain", {}).get("matmul_flops_per_s")
-    }
+    rates = results.get("plain", {}).get("matmul_flops_per_s")
     summary = {
         "workload": asdict(workload) | {"parameters": workload.parameters()},
-        "machine": machine,
+        "machine": {"cores": os.cpu_count(), "matmul_flops_per_s": rates},
         "contestants": contestants,
         "speedups": speedups(results),
-        "arithmetic": arithmetic(workload, contestants, machine["matmul_flops_per_s"]),
+        "arithmetic": arithmetic(workload, contestants, rates),
     }
     return summary | {"targets": targets(summary)}
 

@@ -106,7 +106,7 @@ class Loop:
     def scored(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts with rewards; nothing costs anything here."""
         rows = np.asarray(rollouts.tokens).reshape(self.workload.completions, -1).tolist()
-        rewards = np.float32(lowercase_share([decode(row) for row in rows]))
+        rewards = np.asarray(lowercase_share([decode(row) for row in rows]), np.float32)
         rewards = jnp.asarray(rewards.reshape(rollouts.tokens.shape[:2]))
         return rollouts.replace(
             rewards={"reward": rewards}, costs={"cost": jnp.zeros_like(rewards)}

@@ -43,7 +43,7 @@ def rope(x, positions, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def block(w: Workload, layer, x, positions, mask, cache=None, slot=None):
+def block(w: Workload, layer, x, positions, mask, cache=None, slot=0):
     """One layer on x [N, S, D]; keys and values come from, and go to, the cache if given.
 
     mask [N, S, K] says which keys a query sees. Returns x and the keys and values seen.
@@ -176,7 +176,9 @@ class Loop:
             written = np.asarray(tokens)
         with watch.part("scoring"):
             reference = score(w, self.reference, self.prompts, self.mask, tokens)
-            rewards = np.float32(lowercase_share([decode(row) for row in written.tolist()]))
+            rewards = np.asarray(
+                lowercase_share([decode(row) for row in written.tolist()]), np.float32
+            )
             jax.block_until_ready(reference)
         self.params, self.opt_state, loss = update(
             w, self.params, self.opt_state, self.prompts, self.mask, tokens, old, reference, rewards
