@@ -21,7 +21,7 @@ SHORT = {
     "experiments.safety": f"--steps 2 --sft.steps 2 --evaluation.prompts 4 --evaluation.samples 2 "
     f"--samples-per-step 16 {_MODEL}",
     "experiments.safety_seeds": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
-    "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2",
+    "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2 --algorithms repo_tb,repo,ppo",
 }
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxrl import recipes
-from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
+from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer, lm_ptx
 from jaxrl.models import Decoder, DecoderConfig, ScalarModel, logical_axes
 from jaxrl.recipes import KL
 from jaxrl.rollouts import Collector, Sampling
@@ -100,7 +100,7 @@ CRITIC_FREE, WITH_CRITIC = learner(DR_GRPO), learner(LAGRANGIAN)  # compiled onc
 # --- the truth: one sequence after another, no jit, no recipe -----------------------------------
 
 
-def plain_log_probs(params, rollouts):
+def plain_log_probs(params, rollouts, *, temperature=TEMPERATURE):
     """Of each completion token, from whole sequences without padding on the left."""
     model = nnx.merge(GRAPHDEF, params)
     batch, groups, _ = rollouts.tokens.shape
@@ -110,7 +110,7 @@ def plain_log_probs(params, rollouts):
         whole = jnp.concatenate(
             [jnp.broadcast_to(prompt, (groups, len(prompt))), rollouts.tokens[b]], axis=1
         )
-        logits = jax.nn.log_softmax(model(whole) / TEMPERATURE)[:, len(prompt) - 1 : -1]
+        logits = jax.nn.log_softmax(model(whole) / temperature)[:, len(prompt) - 1 : -1]
         rows.append(jnp.take_along_axis(logits, rollouts.tokens[b][..., None], axis=-1)[..., 0])
     return jnp.stack(rows)
 
@@ -179,6 +179,25 @@ def test_the_second_epoch_keeps_the_old_values():
     # The critic's trunk too: after the first step its heads are no longer zero.
     assert all(moved({"policy": PARAMS, "critic": CRITIC}, state.params).values())
     np.testing.assert_array_equal(state.recipe.value, multipliers.value)
+
+
+def test_demonstrations_add_their_likelihood():
+    """PTX adds its gradient to that of RL, which is a step's difference: SGD is linear in it."""
+    demonstrations = (PROMPTS, ROLLOUTS.tokens[:, 0], ROLLOUTS.mask[:, 0])
+    trainer = learner(DR_GRPO, ptx=lm_ptx(GRAPHDEF), ptx_coef=3.0)
+    plain, _ = CRITIC_FREE.update(started(CRITIC_FREE), ROLLOUTS)
+    mixed, metrics = trainer.update(started(trainer), ROLLOUTS, demonstrations)
+
+    @jax.value_and_grad
+    def likelihood(params):
+        # At temperature 1, whatever the rollouts were sampled at: people did not write at 0.8.
+        log_probs = plain_log_probs(params, ROLLOUTS, temperature=1.0)[:, 0]
+        return -jnp.sum(log_probs, where=ROLLOUTS.mask[:, 0]) / ROLLOUTS.mask[:, 0].sum()
+
+    loss, gradient = jax.jit(likelihood)(PARAMS)
+    np.testing.assert_allclose(metrics["ptx_loss"], loss, rtol=1e-5)
+    difference = jax.tree.map(lambda a, b: b - a, plain.params["policy"], mixed.params["policy"])
+    assert_close(difference, jax.tree.map(lambda g: -RATE * 3.0 * g, gradient), atol=1e-4)
 
 
 def test_policy_and_critic_have_rates_and_clips_of_their_own():
