@@ -7,8 +7,8 @@ import optax
 from flax import nnx
 
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.rollouts import Sampling, generate_from_state
 from jaxrl.policy import negative_log_likelihood
+from jaxrl.rollouts import Sampling, generate_from_state
 from jaxrl.supervised import Supervised
 from jaxrl.types import Prompts
 
