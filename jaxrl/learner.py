@@ -5,7 +5,7 @@ log-probabilities and values; the same learner therefore trains a language model
 table of logits in a benchmark.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -172,8 +172,8 @@ class Learner:
         in the metric "skipped".
         """
         recipe_state, metrics = self.recipe.update(state.recipe, rollouts)
-        params, opt_state = state.params, state.opt_state
-        targets = None
+        params: Any = state.params
+        opt_state, targets, done = state.opt_state, None, []
         if self.recipe.epochs > 1:
             targets = self._targets(recipe_state, rollouts, self.apply(params, rollouts))
         for _ in range(self.recipe.epochs):
@@ -181,7 +181,8 @@ class Learner:
             (loss, seen), grads = gradient(params, recipe_state, rollouts, targets, demonstrations)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
-        norm = optax.tree.norm(grads)
+            done.append((loss, optax.tree.norm(grads), seen))
+        loss, norm, seen = done[-1]  # what went wrong in an earlier pass is in the last one too
         proposed = LearnerState(
             params=params, opt_state=opt_state, recipe=recipe_state, step=state.step + 1
         )
@@ -253,7 +254,7 @@ def lm_apply(
 def lm_ptx(policy_def: nnx.GraphDef) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
     """`Learner.ptx` of a decoder: nats a token of the demonstrations."""
 
-    def loss(params: Mapping[str, nnx.State], demonstrations: Demonstrations):
+    def loss(params: Mapping[str, nnx.State], demonstrations: Any):
         policy: Decoder = nnx.merge(policy_def, params["policy"])
         return policy_lib.negative_log_likelihood(policy, *demonstrations)
 
@@ -262,7 +263,10 @@ def lm_ptx(policy_def: nnx.GraphDef) -> Callable[[Any, Demonstrations], Float32[
 
 def lm_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Policy and critic under optimisers, clips and rates of their own."""
-    parts = {"policy": config.build(), "critic": config.build(critic=True)}
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        "policy": config.build(),
+        "critic": config.build(critic=True),
+    }
     return optax.partition(
         parts, lambda params: {name: _labelled(tree, name) for name, tree in params.items()}
     )

@@ -78,11 +78,11 @@ class Plan:
                 return found
         return PartitionSpec()
 
-    def bind(self, devices: Sequence[jax.Device] | None = None) -> "BoundPlan":
+    def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":
         """Lays the plan on devices.
 
         Args:
-          devices: all of this process's backend when None.
+          devices: JAX devices; all of this process's backend when None.
 
         Raises:
           ValueError: fewer devices than the mesh needs.
