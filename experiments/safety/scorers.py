@@ -211,7 +211,7 @@ def _trained(
 def _held_out_auc(
     function: Evaluator, rows: Sequence[LabelledResponse], *, seed: int
 ) -> evaluation.Interval:
-    scores = function([row.prompt for row in rows], [row.response for row in rows])
+    scores = np.asarray(function([row.prompt for row in rows], [row.response for row in rows]))
     labels = np.array([row.is_unsafe for row in rows])
     _, prompts = np.unique([row.prompt for row in rows], return_inverse=True)
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from jaxrl.data import Companions, SafetyData, fit_prompts
 from jaxrl.data.batches import Demonstrations, PromptSet
 from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
 
-Evaluator = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+Evaluator = Callable[[Sequence[str], Sequence[str]], Sequence[float] | np.ndarray]
 OVER_REFUSAL = "xstest_safe"
 """Name of the prompts that a good policy answers, in `Task.extra`."""
 
