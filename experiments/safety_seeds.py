@@ -152,7 +152,11 @@ class Study:
         """The recommended recipe minus each family, at equal reward and at equal safety."""
         ours, found = self.sweep(BEST), {}
         # At the recommended recipe's own reward where the peer reaches it.
-        for measure, match in (("worst_decile_safety", "reward"), ("reward", "safety")):
+        pairs: tuple[tuple[evaluation.Measure, evaluation.Measure], ...] = (
+            ("worst_decile_safety", "reward"),
+            ("reward", "safety"),
+        )
+        for measure, match in pairs:
             for family in (LAGRANGIAN, REPO):
                 rng = np.random.default_rng(self.config.seed)
                 difference, target = evaluation.matched_difference(
@@ -245,8 +249,9 @@ def _report(
         plots.tradeoff(
             {n: (1 - v["worst_decile_unsafe"].mean(), v["reward"].mean()) for n, v in s.items()},
             errors={
-                n: tuple(
-                    hypotheses.standard_error(v[key]) for key in ("worst_decile_unsafe", "reward")
+                n: (
+                    hypotheses.standard_error(v["worst_decile_unsafe"]),
+                    hypotheses.standard_error(v["reward"]),
                 )
                 for n, v in s.items()
             },

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
@@ -25,9 +24,7 @@ from sharding import Plan
 
 Metrics = dict[str, Float32[Array, ""]]
 Apply = Callable[[Any, Rollouts], PolicyOutput]
-Demonstrations = tuple[
-    Prompts, Int32[Array | np.ndarray, "B T"], Bool[Array | np.ndarray, "B T"]
-]
+Demonstrations = tuple[Prompts, Int32[Array, "B T"], Bool[Array, "B T"]]
 """Prompts, and the tokens and mask of one completion of each."""
 
 

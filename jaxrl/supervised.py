@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
@@ -43,8 +42,8 @@ class Supervised:
         self,
         state: SupervisedState,
         prompts: Prompts,
-        tokens: Int32[Array | np.ndarray, "B T"],
-        mask: Bool[Array | np.ndarray, "B T"],
+        tokens: Int32[Array, "B T"],
+        mask: Bool[Array, "B T"],
     ) -> tuple[SupervisedState, Float32[Array, ""]]:
         """One jitted step; `state` is donated. Gives the loss before it, in nats a token."""
         return self._jitted(state, prompts, tokens, mask)

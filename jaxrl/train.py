@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl import learner as learner_lib
 from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, Metrics
 from jaxrl.rollouts import Collector
 from jaxrl.tokenizers import Tokenizer
-from jaxrl.types import Completions, Prompts, Rollouts
+from jaxrl.types import Completions, Rollouts
 
 Scores = Mapping[str, np.ndarray]
 Evaluator = Callable[..., Sequence[float] | np.ndarray]
@@ -182,7 +183,7 @@ class Trainer:
             self._check_sampler(summary, step)
             yield step + 1, state, summary, None
 
-    def _imitated(self, step: int) -> tuple[Prompts, np.ndarray, np.ndarray] | None:
+    def _imitated(self, step: int) -> learner_lib.Demonstrations | None:
         if self.demonstrations is None:
             return None
         batch = self.prompts_per_step * self.collector.group_size

@@ -214,7 +214,7 @@ class SafetyConfig(RunOptions):
 QUICK = SafetyConfig()
 
 SMALL = SafetyConfig(
-    steps=300,
+    steps=150,
     prompt_len=72,
     drop_long=True,
     completion_len=64,

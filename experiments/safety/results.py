@@ -75,6 +75,17 @@ class Results:
         return {f"J_critical_on_{count}_samples": value for count, value in growth.items()}
 
 
+def limit_note(results: Results) -> str:
+    """The physical limit, as a sentence."""
+    growth = ", ".join(
+        f"{value:.3f} on {key.split('_')[-2]}" for key, value in results.limits().items()
+    )
+    return (
+        "J of the best safe policy on the support of what the SFT policy wrote for each prompt "
+        f"(exact on that support, growing with its samples): {growth}."
+    )
+
+
 def benign_prompts(task: Task, rows: np.ndarray) -> np.ndarray | None:
     """Which of these held-out prompts are benign, where the data says so."""
     kinds = [task.data.heldout[row].kind for row in rows]
@@ -103,7 +114,10 @@ def comparison(results: Results, config: SafetyConfig, *, weak: bool) -> tables.
     if best not in results.evaluations or not others:
         return None
     sweeps = {name: results.sweep(name) for name in (best, *others)}
-    pairs = (("worst_decile_safety", "reward"), ("reward", "safety"))
+    pairs: tuple[tuple[evaluation.Measure, evaluation.Measure], ...] = (
+        ("worst_decile_safety", "reward"),
+        ("reward", "safety"),
+    )
     rows = []
     for name in others:
         for measure, match in pairs:
@@ -186,7 +200,8 @@ def finish(
     further = further_table(everything, weak=evaluators.weak_judge)
     page = _report(run, config, task, evaluators, results, (main, extra, further))
     page.write(run.folder / "report.html")
-    notes = "".join(f"{note}\n" for note in (*task.data.notes, *evaluators.notes))
+    all_notes = [*task.data.notes, *evaluators.notes, limit_note(results)]
+    notes = "".join(f"{note}\n" for note in all_notes)
     summary = {
         "data": task.data.name,
         "recommended": recipes.RECOMMENDED,
@@ -194,7 +209,7 @@ def finish(
         "weak_judge": evaluators.weak_judge,
         "algorithms": results.summaries(),
         "limits": results.limits(),
-        "notes": [*task.data.notes, *evaluators.notes],
+        "notes": all_notes,
         "measures": dict(evaluators.measures),
         "further_prompts": further_numbers(everything),
     }
@@ -215,7 +230,8 @@ def _report(
         "Helpful, and safe on every prompt?",
         f"experiments.safety on {task.data.name}, seed {config.seed}",
     )
-    page.text(" ".join((*task.data.notes, *evaluators.notes)))
+    notes = (*task.data.notes, *evaluators.notes, limit_note(results))
+    page.text("\n".join(f"- {note}" for note in notes))
     for found_table in found_tables:
         if found_table is not None:
             page.table(found_table)
@@ -284,5 +300,5 @@ def _sample_rows(task: Task, e: Evaluation) -> list[dict[str, Any]]:
 
 def _write_arrays(path: Path, e: Evaluation) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **e.arrays())
+    np.savez_compressed(buffer, allow_pickle=False, **e.arrays())
     files.write_atomically(path, buffer.getvalue())

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Array, Bool, Int32, Int64
 
 from jaxrl.tokenizers import Tokenizer, encode_completions, encode_prompts
 from jaxrl.types import Prompts
@@ -64,7 +65,9 @@ class PromptSet:
 
     def take(self, rows: Int64[np.ndarray, " B"]) -> Prompts:
         """The prompts of these rows; their `ids` are the rows."""
-        return Prompts(tokens=self.tokens[rows], mask=self.mask[rows], ids=rows.astype(np.int32))
+        arrays = (self.tokens[rows], self.mask[rows], rows.astype(np.int32))
+        tokens, mask, ids = map(jnp.asarray, arrays)
+        return Prompts(tokens=tokens, mask=mask, ids=ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,9 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def take(self, rows: Int64[np.ndarray, " B"]) -> tuple[Prompts, np.ndarray, np.ndarray]:
+    def take(
+        self, rows: Int64[np.ndarray, " B"]
+    ) -> tuple[Prompts, Int32[Array, "B T"], Bool[Array, "B T"]]:
         """Prompts of these rows, and tokens and mask of their completions."""
-        return self.prompts.take(rows), self.tokens[rows], self.mask[rows]
+        tokens, mask = jnp.asarray(self.tokens[rows]), jnp.asarray(self.mask[rows])
+        return self.prompts.take(rows), tokens, mask

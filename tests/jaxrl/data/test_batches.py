@@ -56,7 +56,7 @@ def test_prompts_keep_their_rows_as_ids():
     assert taken.ids.tolist() == [2, 0, 2]
     assert taken.ids.dtype == np.int32
     for row, text in zip(range(3), ("who", "how are you", "who"), strict=True):
-        real = taken.tokens[row][taken.mask[row]]
+        real = np.asarray(taken.tokens[row][taken.mask[row]])
         assert TOKENIZER.decode(real) == PLAIN.prompt(text)
         assert taken.mask[row, -1]  # padded on the left
 
