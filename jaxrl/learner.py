@@ -39,7 +39,8 @@ class OptimizerConfig:
       decay_steps: steps over which it then falls to 0 along a cosine; 0 keeps it constant.
       b1: decay of Adam's first moment.
       b2: decay of its second moment.
-      weight_decay: decoupled, on matrices only.
+      weight_decay: decoupled, on arrays of two axes or more; the norms of the stacked layers
+        are among them.
       max_grad_norm: gradients of policy and of critic are clipped to this norm, each alone.
     """
 
@@ -180,6 +181,8 @@ class Learner:
             params = optax.apply_updates(params, updates)
             done.append((loss, optax.tree.norm(grads), seen))
         loss, norm, seen = done[-1]  # what went wrong in an earlier pass is in the last one too
+        # Whether the sampler was honest only the first pass says: the later ones have moved on.
+        seen |= {"sampler_gap": done[0][2]["sampler_gap"]}
         proposed = LearnerState(
             params=params, opt_state=opt_state, recipe=recipe_state, step=state.step + 1
         )

@@ -118,8 +118,8 @@ class Trainer:
       seed: of the order of the prompts and of all sampling.
       sampler_tolerance: largest honest difference between the sampler's and the trainer's
         log-probability of one token, in nats; beyond it the alarm is raised.
-      max_refused: steps in a row that may be refused for scores that are not finite; one more
-        and the run stops, since its scorer is broken.
+      max_refused: steps in a row that may be refused for scores that are not finite, or skipped
+        for gradients that are not; one more and the run stops, since something is broken.
       demonstrations: what the learner's `ptx` loss imitates, as many a step as completions.
       span: names the parts of a step for a timeline.
     """
@@ -165,8 +165,10 @@ class Trainer:
 
         Raises:
           NonFiniteScores: more than `max_refused` steps in a row were refused.
+          NonFiniteUpdates: more than `max_refused` steps in a row were skipped.
+          SamplerDrift: the sampler's log-probabilities are not the learner's.
         """
-        refused = 0
+        refused = skipped = 0
         for step in range(start, steps):
             try:
                 rollouts = self.rollout(state, step)
@@ -181,6 +183,9 @@ class Trainer:
                 state, metrics = self.learner.update(state, rollouts, self._imitated(step))
                 summary = summarise(rollouts, metrics)
             self._check_sampler(summary, step)
+            skipped = skipped + 1 if summary["skipped"] else 0
+            if skipped > self.max_refused:
+                raise NonFiniteUpdates(skipped, step)
             yield step + 1, state, summary, None
 
     def _imitated(self, step: int) -> learner_lib.Demonstrations | None:
@@ -193,6 +198,17 @@ class Trainer:
     def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
         if metrics["sampler_gap"] > self.sampler_tolerance:
             raise SamplerDrift(metrics["sampler_gap"], self.sampler_tolerance, step)
+
+
+class NonFiniteUpdates(ValueError):
+    """Step after step the loss or its gradient is not finite, so that nothing is learned."""
+
+    def __init__(self, count: int, step: int):
+        super().__init__(
+            f"loss and gradients must be finite: those of the {count} steps up to step {step} are "
+            "not; each was skipped and the state is that before them; lower the learning rate or "
+            "look at the rewards and costs of these steps"
+        )
 
 
 class SamplerDrift(RuntimeError):

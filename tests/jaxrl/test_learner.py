@@ -152,6 +152,7 @@ def test_the_second_epoch_keeps_the_old_log_probs():
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
     assert abs(float(metrics["ratio"]) - 1) > 1e-3  # of the second pass, off its own policy
+    assert float(metrics["sampler_gap"]) < 1e-4  # of the first, or every run would raise the alarm
     assert_close(state.params["policy"], params, atol=1e-4)
     assert int(state.step) == 1
 

@@ -12,10 +12,10 @@ from jaxrl import recipes
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import PromptSet
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
-from jaxrl.models import Decoder, DecoderConfig
+from jaxrl.models import Decoder, DecoderConfig, ScalarModel
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.tokenizers import PLAIN, train_bpe
-from jaxrl.train import NonFiniteScores, SamplerDrift, Scorer, Trainer
+from jaxrl.train import NonFiniteScores, NonFiniteUpdates, SamplerDrift, Scorer, Trainer
 from jaxrl.types import Completions
 
 TEXTS = ("one", "two words", "three", "four more", "five", "six", "seven")
@@ -186,6 +186,22 @@ def test_refusals_without_end_stop_the_run():
     assert sum(r is not None for r in trained(trainer, started(), 0, 6)[2]) == 3
 
 
+def test_updates_that_are_never_finite_stop_the_run():
+    def broken(params, rollouts):
+        output = LEARNER.apply(params, rollouts)
+        return output.replace(log_probs=output.log_probs * jnp.nan)
+
+    trainer = dataclasses.replace(
+        TRAINER, learner=dataclasses.replace(LEARNER, apply=broken), max_refused=1
+    )
+    updates, before = trainer.run(started(), start=0, steps=9), on_host(started())
+    _, state, metrics, _ = next(updates)
+    assert metrics["skipped"] == 1.0
+    assert all(map(np.array_equal, on_host(state), before))
+    with pytest.raises(NonFiniteUpdates, match="those of the 2 steps up to step 1 are not"):
+        next(updates)
+
+
 def test_metrics_are_of_the_policys_own_completions():
     state, metrics, _ = trained(TRAINER, started(), 0, 1)
     rollouts = TRAINER.rollout(started(), 0)
@@ -219,14 +235,32 @@ def test_every_step_has_prompts_and_randomness_of_its_own():
     assert not np.array_equal(other.tokens, rollouts[2].tokens)
 
 
-def test_three_steps_and_three_more_are_six(tmp_path):
-    whole, whole_metrics, _ = trained(TRAINER, started(), 0, 6)
+def with_critic():
+    """PPO-Lagrangian, whose critic, two optimisers and window of costs must come back too."""
+    recipe = recipes.get("ppo_lagrangian")
+    critic_def, critic = nnx.split(ScalarModel(CONFIG, recipe.value_heads, rngs=nnx.Rngs(1)))
+    learner = Learner(
+        recipe=recipe,
+        apply=lm_apply(GRAPHDEF, critic_def, temperature=1.0),
+        optimizer=lm_optimizer(OptimizerConfig(learning_rate=1e-2)),
+    )
+    collector = Collector(graphdef=GRAPHDEF, sampling=SAMPLING, group_size=1)
+    trainer = dataclasses.replace(TRAINER, learner=learner, collector=collector)
+    return trainer, lambda: learner.init(
+        {"policy": PARAMS, "critic": critic}, num_prompts=len(PROMPTS)
+    )
+
+
+@pytest.mark.parametrize("parts", [lambda: (TRAINER, started), with_critic])
+def test_three_steps_and_three_more_are_six(tmp_path, parts):
+    trainer, begin = parts()
+    whole, whole_metrics, _ = trained(trainer, begin(), 0, 6)
     with Checkpointer(tmp_path) as checkpoints:
-        state, first, _ = trained(TRAINER, started(), 0, 3)
+        state, first, _ = trained(trainer, begin(), 0, 3)
         checkpoints.save(3, state)
     with Checkpointer(tmp_path) as checkpoints:
-        found = checkpoints.restore_latest(started())
-        state, rest, _ = trained(TRAINER, found.tree, found.step, 6)
+        found = checkpoints.restore_latest(begin())
+        state, rest, _ = trained(trainer, found.tree, found.step, 6)
     assert first + rest == whole_metrics
     for a, b in zip(on_host(state), on_host(whole), strict=True):
         np.testing.assert_array_equal(a, b)
