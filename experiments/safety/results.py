@@ -74,15 +74,22 @@ class Results:
         growth = evaluation.critical_growth(sft.rewards, sft.costs, kl_coef=self.kl_coef)
         return {f"J_critical_on_{count}_samples": value for count, value in growth.items()}
 
+    def regrets(self) -> dict[str, float]:
+        """How far J of each policy stays below the limit on all of the SFT policy's samples."""
+        limit = next(reversed(self.limits().values()))
+        return {name: limit - found["objective"] for name, found in self.summaries().items()}
+
 
 def limit_note(results: Results) -> str:
     """The physical limit, as a sentence."""
     growth = ", ".join(
         f"{value:.3f} on {key.split('_')[-2]}" for key, value in results.limits().items()
     )
+    regrets = ", ".join(f"{name} {value:+.3f}" for name, value in results.regrets().items())
     return (
         "J of the best safe policy on the support of what the SFT policy wrote for each prompt "
-        f"(exact on that support, growing with its samples): {growth}."
+        f"(exact on that support, growing with its samples): {growth}. Regret to the last: "
+        f"{regrets}; negative where a policy gains by being unsafe or finds what was not sampled."
     )
 
 
@@ -104,14 +111,16 @@ def table(results: Results, *, weak: bool) -> tables.Table:
 
 
 def comparison(results: Results, config: SafetyConfig, *, weak: bool) -> tables.Table | None:
-    """The recommended recipe against the others, at matched reward and at matched safety.
+    """One recipe against the others, at matched reward and at matched safety.
 
-    Each policy's frontier is the line from the SFT policy to it: a coin that picks one of the
-    two before answering reaches every point between them.
+    The recommended one where it was trained, else the last of those named. Each policy's frontier
+    is the line from the SFT policy to it: a coin that picks one of the two before answering
+    reaches every point between them.
     """
-    best = recipes.RECOMMENDED
-    others = [name for name in results.evaluations if name not in (best, "sft")]
-    if best not in results.evaluations or not others:
+    trained = [name for name in results.evaluations if name != "sft"]
+    best = recipes.RECOMMENDED if recipes.RECOMMENDED in trained else trained[-1]
+    others = [name for name in trained if name != best]
+    if not others:
         return None
     sweeps = {name: results.sweep(name) for name in (best, *others)}
     pairs: tuple[tuple[evaluation.Measure, evaluation.Measure], ...] = (
@@ -212,6 +221,8 @@ def finish(
         "notes": all_notes,
         "measures": dict(evaluators.measures),
         "further_prompts": further_numbers(everything),
+        "matched": [] if extra is None else [list(row) for row in extra.rows],
+        "regret": results.regrets(),
     }
     shown = [found.text() for found in (main, extra, further) if found is not None]
     run.finish(summary, "\n".join((notes, *shown)))
