@@ -252,7 +252,8 @@ class _Dual(AbstractConstraint):
       rule: "additive": λ ← clip(λ + η·s, 0, λ_max) with the batch's statistic s;
         "log_sgd": log λ ← min(log λ + η·λ·s̄, log λ_max) with its mean s̄ over `window`
         episodes (safe-rlhf).
-      window: episodes in the moving mean of "log_sgd".
+      window: episodes in the moving mean of "log_sgd"; not for `per_prompt`, whose statistic
+        is that of each prompt's own completions in the batch.
       delay: steps before λ first moves.
       per_prompt: one λ(x) for each prompt of the data set instead of a common one.
       margin: δ, in cost units.
@@ -348,6 +349,8 @@ class Rectified(_Dual):
 
     The paper states the objective, not the code; each field below is one of the questions it
     leaves open. The defaults are plain RePO: a switch on each sample, the rest as in safe-rlhf.
+    Without a cost critic the penalty is part of the reward of every sample, as in the exact
+    gradient: `cost_critic_target`, `cost_on`, `unsafe_reward` and `batch_mean` then say nothing.
 
     Attributes:
       rectify: {·}⁺ of each "sample", or of each "prompt"'s mean over its group.

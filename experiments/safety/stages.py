@@ -1,5 +1,6 @@
 """The stages of a run: fine-tune, train with one algorithm, evaluate. Each one resumes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,11 @@ def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
                 done = step + 1
                 if done % LOG_EVERY == 0 or done == total:
                     metrics = {"loss": float(loss)}
+                    if not math.isfinite(metrics["loss"]):
+                        raise ValueError(
+                            f"the loss of SFT must be finite: it is {metrics['loss']} at step "
+                            f"{done}; lower --sft.learning-rate and choose another --out"
+                        )
                     run.log("sft", done, metrics)
                     bar.update(done, metrics)
                 if done % (config.checkpoint_every * 5) == 0 or done == total:
@@ -125,7 +131,7 @@ def _trainer(
             graphdef=reference.graphdef,
             sampling=sampling(config, task),
             group_size=recipe.group_size,
-            reference_completions=round(recipe.reference_share * recipe.group_size),
+            reference_completions=recipe.reference_samples,
             greedy=recipe.needs_greedy,
         ),
         scorer=Scorer(

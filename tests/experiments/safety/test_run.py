@@ -200,7 +200,7 @@ def test_files_that_are_no_run_are_kept(tmp_path, capsys):
 
 LONG = [
     *TINY, "--steps", "30", "--sft.steps", "4", "--checkpoint-every", "4", "--seed", "1",
-    "--algorithms", "repo_rloo,repo_tb", "--optimizer.learning-rate", "0.02",
+    "--algorithms", "repo_rloo,repo_tb", "--critic-free-learning-rate", "0.02",
 ]  # fmt: skip
 
 
