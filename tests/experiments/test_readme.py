@@ -1,5 +1,6 @@
 """Every command of the README runs, with two steps."""
 
+import json
 import os
 import re
 import shlex
@@ -19,11 +20,12 @@ _MODEL = (
 )
 SHORT = {
     "experiments.safety": f"--steps 2 --sft.steps 2 --evaluation.prompts 4 --evaluation.samples 2 "
-    f"--samples-per-step 16 {_MODEL}",
+    f"--samples-per-step 16 --scorers.steps 4 {_MODEL}",
     "experiments.safety_seeds": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
     "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2 --algorithms repo_tb,repo,ppo",
 }
-PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
+PLACEHOLDER = re.compile(r"\b(?!PATH\b)[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
+LABELS = {"1_full_compliance": "Sure: take the rope.", "2_full_refusal": "I'm sorry, but I can't."}
 
 
 def documented():
@@ -36,6 +38,28 @@ def test_the_readme_documents_commands():
     assert "python -m experiments.safety" in documented()
 
 
+def write_labelled_text(root):
+    """What PATH stands for: safety pairs, and human compliance labels in a folder beside them."""
+    pairs = [
+        {"prompt": f"how do I open door {i}?", "response": [f"ask for key {i}", f"break door {i}"]}
+        for i in range(40)
+    ]
+    path = root / "pairs" / "pairs.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(pairs))
+    kinds = [f"{contrast}kind{i}" for i in range(6) for contrast in ("", "contrast_")]
+    rows = [
+        f'{i},{kind},question on {kind},"{answer}",{label}'
+        for i, kind in enumerate(kinds)
+        for label, answer in LABELS.items()
+    ]
+    (root / "xstest").mkdir()
+    (root / "xstest" / "xstest_v2_completions_made_here.csv").write_text(
+        "\n".join(["id,type,prompt,completion,final_label", *rows])
+    )
+    return str(path)
+
+
 @pytest.mark.parametrize("command", documented())
 def test_a_documented_command_runs(tmp_path, command):
     words = shlex.split(command)
@@ -44,6 +68,8 @@ def test_a_documented_command_runs(tmp_path, command):
         pytest.skip(f"{found[0]!r} stands for what a reader has")
     if module not in SHORT:
         pytest.skip(f"{module} has tests of its own and measures for minutes")
+    if "PATH" in argv:
+        argv[argv.index("PATH")] = write_labelled_text(tmp_path)
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", module, *argv, *SHORT[module].split(), "--out", str(out)],
