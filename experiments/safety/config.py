@@ -174,18 +174,21 @@ class SafetyConfig(RunOptions):
             "sft.batch": self.sft.batch,
             "evaluation.samples": self.evaluation.samples,
             "evaluation.batch": self.evaluation.batch,
+            "evaluation.extra_samples": self.evaluation.extra_samples,
+            "prompt_len": self.prompt_len,
+            "scorers.steps": self.scorers.steps,
+            "scorers.batch": self.scorers.batch,
         }
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        if self.evaluation.prompts < 0:
-            raise ValueError(
-                f"evaluation.prompts must be 0 (all) or more, got {self.evaluation.prompts}"
-            )
+        self._check_numbers()
         # What the stages build, built here once: a wrong value must not wait for the SFT to end.
         self.model.decoder(self.vocab_size, self.prompt_len + self.completion_len)
         self.sft.optimizer()
         self.sampling(eos_id=0, pad_id=0)
+        if len(set(self.algorithms)) < len(self.algorithms):
+            raise ValueError(f"an algorithm is named twice: {', '.join(self.algorithms)}")
         for name in self.algorithms:
             group = self.recipe(name).group_size
             if self.samples_per_step % group:
@@ -193,6 +196,38 @@ class SafetyConfig(RunOptions):
                     f"samples_per_step must be a multiple of the group size of {name}: "
                     f"{self.samples_per_step} and {group}"
                 )
+
+    def _check_numbers(self) -> None:
+        for name, value in (
+            ("evaluation.prompts", self.evaluation.prompts),
+            ("evaluation.extra_prompts", self.evaluation.extra_prompts),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must be 0 (all) or more, got {value}")
+        for name, value in (
+            ("data_seed", self.data_seed),
+            ("ptx_coef", self.ptx_coef),
+            ("scorers.ngrams", self.scorers.ngrams),
+            ("scorers.fluency", self.scorers.fluency),
+        ):
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        for name, value in (
+            ("sampler_tolerance", self.sampler_tolerance),
+            ("scorers.learning_rate", self.scorers.learning_rate),
+            ("scorers.reward_scale", self.scorers.reward_scale),
+            ("scorers.cost_scale", self.scorers.cost_scale),
+            ("critic_free_learning_rate", self.critic_free_learning_rate),
+        ):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if not (self.scorers.ngrams or self.scorers.transformer):
+            raise ValueError("scorers need n-grams or a transformer: raise scorers.ngrams")
+        if self.optimizer.decay_steps:
+            raise ValueError(
+                f"optimizer.decay_steps is always --steps here, got {self.optimizer.decay_steps}; "
+                "leave it out"
+            )
 
     def recipe(self, name: str) -> recipes.Recipe:
         """The recipe of that name with this run's β."""
