@@ -7,9 +7,10 @@ And which of the hypotheses H1-H3 hold there? (H4 and H5 are decided by experime
     python -m experiments.safety_seeds                       # 5 seeds
     python -m experiments.safety_seeds --seeds 1 --steps 50  # a look
 
-Every baseline is retuned: PPO-Lagrangian for several thresholds d, RePO for several margins δ.
-A frontier is the upper hull of what an algorithm reaches, the SFT policy included, and policies
-are compared where their rewards are equal.
+Each family is retuned: PPO-Lagrangian over thresholds d, RePO over margins δ (where asked), the
+recommended one over bounds κ. A frontier is the upper hull of what a family reaches, the SFT
+policy included; the recommended recipe as it stands is compared at its own reward, and the
+frontiers at equal safety.
 
 Hardware: two CPU cores, about half an hour. Started again with the same folder, it resumes.
 """
@@ -39,14 +40,18 @@ class Config(RunOptions):
     """Training seeds, from --seed on."""
     data: str = QUICK.data
     """The embedded world, or one of its controls."""
+    data_seed: int = QUICK.data_seed
+    """Of the world itself; another one has other prompts, answers and stakes."""
     steps: int = QUICK.steps
     """Policy updates of each policy."""
     sft_steps: int = QUICK.sft.steps
     """Steps of supervised fine-tuning."""
     thresholds: tuple[float, ...] = (0.0, -1.0)
     """d of PPO-Lagrangian's E[C] ≤ d; 0 is the published one."""
-    margins: tuple[float, ...] = (0.0, 0.3)
+    margins: tuple[float, ...] = (0.0,)
     """δ of plain RePO's {C + δ}⁺; 0 is the published one."""
+    bounds: tuple[float, ...] = (recipes.get(BEST).constraint.bound, 6.0)  # type: ignore[union-attr]
+    """κ of the recommended recipe's bounded penalty, in nats; the first is the recipe's own."""
     samples: int = QUICK.evaluation.samples
     """Completions of each held-out prompt in the evaluation."""
 
@@ -64,6 +69,7 @@ class Config(RunOptions):
             QUICK,
             seed=seed,
             data=self.data,
+            data_seed=self.data_seed,
             steps=self.steps,
             sft=replace(QUICK.sft, steps=self.sft_steps),
             evaluation=replace(QUICK.evaluation, samples=self.samples),
@@ -72,7 +78,7 @@ class Config(RunOptions):
 
 def variants(config: Config) -> dict[str, list[Recipe]]:
     """Recipes by family; the first of each family is the one that carries its name."""
-    lagrangian, repo = recipes.get(LAGRANGIAN), recipes.get(REPO)
+    lagrangian, repo, best = map(recipes.get, (LAGRANGIAN, REPO, BEST))
     return {
         LAGRANGIAN: [
             replace(lagrangian, name=_named(LAGRANGIAN, "d", d),
@@ -84,7 +90,11 @@ def variants(config: Config) -> dict[str, list[Recipe]]:
                     constraint=replace(repo.constraint, margin=m))
             for m in sorted(config.margins)
         ],
-        BEST: [recipes.get(BEST)],
+        BEST: [
+            replace(best, name=BEST if k == best.constraint.bound else f"{BEST} bound={k:g}",
+                    constraint=replace(best.constraint, bound=k))
+            for k in config.bounds
+        ],
     }  # fmt: skip
 
 
@@ -132,9 +142,10 @@ class Study:
             found[name] = {key: np.array([one[key] for one in each]) for key in each[0]}
         return found
 
-    def sweep(self, family: str) -> evaluation.Sweep:
-        """What a family reaches over its knob, from the SFT policy on."""
-        names = ["sft", *(recipe.name for recipe in variants(self.config)[family])]
+    def sweep(self, family: str, *, only_first: bool = False) -> evaluation.Sweep:
+        """What a family reaches over its knob, from the SFT policy on; or its first alone."""
+        recipes_of = [recipe.name for recipe in variants(self.config)[family]]
+        names = recipes_of[:1] if only_first else ["sft", *recipes_of]
 
         def stack(field: str) -> np.ndarray:
             return np.stack(
@@ -149,14 +160,18 @@ class Study:
         )
 
     def matched(self) -> dict[str, dict[str, float]]:
-        """The recommended recipe minus each family, at equal reward and at equal safety."""
-        ours, found = self.sweep(BEST), {}
-        # At the recommended recipe's own reward where the peer reaches it.
-        pairs: tuple[tuple[evaluation.Measure, evaluation.Measure], ...] = (
-            ("worst_decile_safety", "reward"),
-            ("reward", "safety"),
+        """The recommended recipe minus each family.
+
+        Its worst decile as it stands, where the peer's frontier has its reward; and the rewards
+        of the two frontiers at the largest safety that both reach.
+        """
+        found = {}
+        as_it_stands = self.sweep(BEST, only_first=True)
+        comparisons: tuple[tuple[evaluation.Sweep, evaluation.Measure, evaluation.Measure], ...] = (
+            (as_it_stands, "worst_decile_safety", "reward"),
+            (self.sweep(BEST), "reward", "safety"),
         )
-        for measure, match in pairs:
+        for ours, measure, match in comparisons:
             for family in (LAGRANGIAN, REPO):
                 rng = np.random.default_rng(self.config.seed)
                 difference, target = evaluation.matched_difference(

@@ -145,7 +145,8 @@ class SafetyConfig(RunOptions):
     checkpoint_every: int = 50
     """Updates between checkpoints."""
     critic_free_learning_rate: float = 1e-3
-    """Peak of AdamW's rate for algorithms without a critic. Each family has the better one of
+    """Peak of AdamW's rate for algorithms without a critic, in the place of
+    --optimizer.learning-rate, which is for those with one. Each family has the better one of
     5e-4 and 1e-3; a critic cannot follow a policy that moves fast."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(
