@@ -60,12 +60,12 @@ class Results:
             for name, e in self.evaluations.items()
         }
 
-    def sweep(self, name: str) -> evaluation.Sweep:
-        """The frontier from the SFT policy to this one, of one seed."""
-        pair = [self.evaluations["sft"], self.evaluations[name]]
+    def sweep(self, *names: str) -> evaluation.Sweep:
+        """The frontier that these policies span, of one seed."""
+        found = [self.evaluations[name] for name in names]
         return evaluation.Sweep(
-            rewards=np.stack([e.rewards for e in pair])[:, None],
-            costs=np.stack([e.costs for e in pair])[:, None],
+            rewards=np.stack([e.rewards for e in found])[:, None],
+            costs=np.stack([e.costs for e in found])[:, None],
         )
 
     def limits(self) -> dict[str, Any]:
@@ -113,26 +113,26 @@ def table(results: Results, *, weak: bool) -> tables.Table:
 def comparison(results: Results, config: SafetyConfig, *, weak: bool) -> tables.Table | None:
     """One recipe against the others, at matched reward and at matched safety.
 
-    The recommended one where it was trained, else the last of those named. Each policy's frontier
-    is the line from the SFT policy to it: a coin that picks one of the two before answering
-    reaches every point between them.
+    The recommended one where it was trained, else the last of those named. A peer's frontier is
+    the line from the SFT policy to it: a coin that picks one of the two before answering reaches
+    every point between them. At matched reward the one stands as it is, at matched safety it has
+    its frontier too.
     """
     trained = [name for name in results.evaluations if name != "sft"]
     best = recipes.RECOMMENDED if recipes.RECOMMENDED in trained else trained[-1]
     others = [name for name in trained if name != best]
     if not others:
         return None
-    sweeps = {name: results.sweep(name) for name in (best, *others)}
-    pairs: tuple[tuple[evaluation.Measure, evaluation.Measure], ...] = (
-        ("worst_decile_safety", "reward"),
-        ("reward", "safety"),
+    comparisons: tuple[tuple[evaluation.Sweep, evaluation.Measure, evaluation.Measure], ...] = (
+        (results.sweep(best), "worst_decile_safety", "reward"),
+        (results.sweep("sft", best), "reward", "safety"),
     )
     rows = []
     for name in others:
-        for measure, match in pairs:
+        for ours, measure, match in comparisons:
             rng = np.random.default_rng(config.seed)
             difference, target = evaluation.matched_difference(
-                sweeps[best], sweeps[name], measure=measure, match=match, rng=rng
+                ours, results.sweep("sft", name), measure=measure, match=match, rng=rng
             )
             what = f"{measure.replace('_', ' ')} at {match} {target:.3f}"
             rows.append((f"{best} − {name}", what, *difference))
