@@ -27,9 +27,17 @@ from experiments.safety.config import QUICK, SafetyConfig
 from experiments.safety.results import COLUMNS
 from experiments.safety.stages import Evaluation
 from jaxrl import evaluation, recipes
+from jaxrl.constraints import Rectified
 from jaxrl.recipes import Recipe
 
 LAGRANGIAN, REPO, BEST = "ppo_lagrangian", "repo", recipes.RECOMMENDED
+
+
+def _own_bound() -> float:
+    constraint = recipes.get(BEST).constraint
+    assert isinstance(constraint, Rectified)
+    assert constraint.bound is not None
+    return constraint.bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ class Config(RunOptions):
     """d of PPO-Lagrangian's E[C] ≤ d; 0 is the published one."""
     margins: tuple[float, ...] = (0.0,)
     """δ of plain RePO's {C + δ}⁺; 0 is the published one."""
-    bounds: tuple[float, ...] = (recipes.get(BEST).constraint.bound, 6.0)  # type: ignore[union-attr]
+    bounds: tuple[float, ...] = (_own_bound(), 6.0)
     """κ of the recommended recipe's bounded penalty, in nats; the first is the recipe's own."""
     samples: int = QUICK.evaluation.samples
     """Completions of each held-out prompt in the evaluation."""
@@ -91,7 +99,7 @@ def variants(config: Config) -> dict[str, list[Recipe]]:
             for m in sorted(config.margins)
         ],
         BEST: [
-            replace(best, name=BEST if k == best.constraint.bound else f"{BEST} bound={k:g}",
+            replace(best, name=BEST if k == _own_bound() else f"{BEST} bound={k:g}",
                     constraint=replace(best.constraint, bound=k))
             for k in config.bounds
         ],
