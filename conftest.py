@@ -34,15 +34,16 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the settings ab
 
 # Every shape annotation of the packages is checked at every call in the tests. Not so in the
 # records themselves: JAX rebuilds a pytree with whatever leaves a `tree.map` made, and the hook
-# would refuse those.
-_CHECKED = [
-    f"{package.name}.{module.stem}"
-    for package in (Path(__file__).parent / name for name in ("jaxrl", "sharding", "kernels"))
-    for module in package.glob("*")
-    if (module / "__init__.py").exists() or module.suffix == ".py"
-    if module.stem not in ("__init__", "__main__")
-    and (package.name, module.stem) != ("jaxrl", "types")
-]
+# would refuse those; nor in the loops that numba compiles, which takes plain functions only.
+_UNCHECKED = {"jaxrl.types", "kernels.sparse_delta.loops"}
+_ROOT = Path(__file__).parent
+_MODULES = {
+    ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+    for package in ("jaxrl", "sharding", "kernels")
+    for file in (_ROOT / package).rglob("*.py")
+    if file.stem not in ("__init__", "__main__")  # a package's name would bring all that is in it
+}
+_CHECKED = sorted(_MODULES - _UNCHECKED)
 install_import_hook(_CHECKED, "beartype.beartype")
 
 

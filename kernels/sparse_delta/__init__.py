@@ -1,0 +1,1 @@
+"""Lossless sparse deltas between two versions of a pytree of arrays."""
