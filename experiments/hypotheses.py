@@ -245,6 +245,38 @@ def h5(differences: Mapping[str, Seeds], *, slack: float = 0.01, least_seeds: in
     )
 
 
+def h5_sampled(
+    differences: Mapping[str, Interval],
+    *,
+    seeds: int,
+    slack: float = 0.01,
+    least_seeds: int = 5,
+) -> Verdict:
+    """Negative controls where policies are sampled, not exact.
+
+    Args:
+      differences: per control, ΔJ between the families at equal safety with its 95 % interval
+        over prompts × seeds.
+      seeds: how many seeds stand behind each.
+      slack: as in `h5`; a difference counts as none while its interval meets ± this.
+      least_seeds: fewer are undecided.
+    """
+    claim = "no difference between families on " + ", ".join(differences)
+    short = _undecided("H5", claim, seeds if differences else 0, least=least_seeds)
+    if short:
+        return short
+    none = [d.low <= slack and d.high >= -slack for d in differences.values()]
+    return Verdict(
+        name="H5",
+        claim=claim,
+        outcome="holds" if all(none) else "refuted",
+        numbers=", ".join(
+            f"{name} ΔJ {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+            for name, d in differences.items()
+        ),
+    )
+
+
 def standard_error(values: Seeds) -> float:
     """Of the mean over seeds; NaN for a single seed.
 

@@ -2,7 +2,7 @@
 
 Question: on the embedded world, is the worst decile of prompts safer under the recommended
 recipe than under plain RePO and PPO-Lagrangian *at the same reward*, over at least five seeds?
-And which of the hypotheses H1-H3 hold there? (H4 and H5 are decided by experiments.safety_limit.)
+And which of the hypotheses H1-H3 hold there? (H4 and H5: experiments.safety_controls.)
 
     python -m experiments.safety_seeds                       # 5 seeds
     python -m experiments.safety_seeds --seeds 1 --steps 50  # a look
@@ -15,8 +15,9 @@ frontiers at equal safety.
 Hardware: two CPU cores, about half an hour. Started again with the same folder, it resumes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -86,13 +87,9 @@ class Config(RunOptions):
 
 def variants(config: Config) -> dict[str, list[Recipe]]:
     """Recipes by family; the first of each family is the one that carries its name."""
-    lagrangian, repo, best = map(recipes.get, (LAGRANGIAN, REPO, BEST))
+    repo, best = map(recipes.get, (REPO, BEST))
     return {
-        LAGRANGIAN: [
-            replace(lagrangian, name=_named(LAGRANGIAN, "d", d),
-                    constraint=replace(lagrangian.constraint, margin=-d))
-            for d in sorted(config.thresholds, key=abs)
-        ],
+        LAGRANGIAN: [retuned(d) for d in sorted(config.thresholds, key=abs)],
         REPO: [
             replace(repo, name=_named(REPO, "margin", m),
                     constraint=replace(repo.constraint, margin=m))
@@ -106,26 +103,39 @@ def variants(config: Config) -> dict[str, list[Recipe]]:
     }  # fmt: skip
 
 
+def retuned(threshold: float) -> Recipe:
+    """PPO-Lagrangian with E[C] ≤ d for another d than 0."""
+    recipe = recipes.get(LAGRANGIAN)
+    return replace(
+        recipe,
+        name=_named(LAGRANGIAN, "d", threshold),
+        constraint=replace(recipe.constraint, margin=-threshold),
+    )
+
+
 def _named(family: str, knob: str, value: float) -> str:
     return f"{family} {knob}={value:g}" if value else family
 
 
-def run_seed(run: Run, config: Config, seed: int) -> dict[str, Evaluation]:
-    """Every policy of one seed, evaluated; in a folder of its own that resumes by itself."""
-    one = config.of_seed(seed)
-    with Run.open("safety_seed", one, run.folder / f"seed-{seed}", stream=run.stream) as part:
+def run_seed(
+    run: Run, one: SafetyConfig, folder: Path, policies: Iterable[Recipe]
+) -> dict[str, Evaluation]:
+    """Every policy of one seed on its held-out prompts, the SFT policy first.
+
+    In a folder of its own that resumes by itself.
+    """
+    with Run.open("safety_seed", one, folder, stream=run.stream) as part:
         data = task.load(one)
         work = task.build(one, data, part.folder)
         evaluators = task.exact_evaluators(data)
         sft = stages.fine_tune(part, one, work)
         found = {"sft": stages.evaluate_all(one, work, evaluators, sft, sft)[stages.HELDOUT]}
-        for family in variants(config).values():
-            for recipe in family:
-                anchored = replace(recipe, kl=replace(recipe.kl, coef=one.kl_coef))
-                policy = stages.train(part, one, work, evaluators, anchored, sft)
-                found[recipe.name] = stages.evaluate_all(one, work, evaluators, policy, sft)[
-                    stages.HELDOUT
-                ]
+        for recipe in policies:
+            anchored = replace(recipe, kl=replace(recipe.kl, coef=one.kl_coef))
+            policy = stages.train(part, one, work, evaluators, anchored, sft)
+            found[recipe.name] = stages.evaluate_all(one, work, evaluators, policy, sft)[
+                stages.HELDOUT
+            ]
     return found
 
 
@@ -190,7 +200,7 @@ class Study:
         return found
 
     def verdicts(self) -> list[hypotheses.Verdict]:
-        """H1-H3 on generated text; H4 and H5 are decided on the exact benchmark."""
+        """H1-H3 on generated text; H4 and H5 are those of experiments.safety_controls."""
         s = self.summaries()
         rng = np.random.default_rng(self.config.seed)
 
@@ -215,7 +225,10 @@ class Study:
 def experiment(run: Run) -> None:
     config: Config = run.config
     seeds = range(config.seed, config.seed + config.seeds)
-    found = [run_seed(run, config, seed) for seed in seeds]
+    policies = [recipe for family in variants(config).values() for recipe in family]
+    found = [
+        run_seed(run, config.of_seed(seed), run.folder / f"seed-{seed}", policies) for seed in seeds
+    ]
     study = Study(config=config, kl_coef=QUICK.kl_coef, seeds=found)
     summaries, matched, verdicts = study.summaries(), study.matched(), study.verdicts()
     main = _main_table(summaries)
