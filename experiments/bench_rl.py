@@ -110,7 +110,7 @@ def experiment(run: Run) -> None:
     )
     recompiled = summary["contestants"].get("jaxrl", {}).get("compilations_after_warmup", 0)
     if recompiled:
-        raise RuntimeError(f"nothing may compile after warm-up, but {recompiled:g} programs did")
+        raise ValueError(f"nothing may compile after warm-up, but {recompiled:g} programs did")
 
 
 def gather(config: BenchConfig, run: Run) -> list[Contestant]:

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,12 @@ class Recipe:
             raise ValueError(
                 "a bounded penalty is defined for algorithms without critic: "
                 f"{self.constraint=}; set bound=None or change the advantage"
+            )
+        switched = isinstance(self.constraint, Rectified) and self.constraint.normalise == "unsafe"
+        if switched and not self.value_heads:
+            raise ValueError(
+                "normalise='unsafe' divides whole rewards of unsafe completions by 1 + λ where "
+                f"there is no critic: {self.name}; use normalise='none' (or 'all')"
             )
 
     @property
@@ -437,7 +443,11 @@ _ALL = (
         kl=KL(coef=0.01, placement="reward"),
     ),
     Recipe(name="grpo", summary="GRPO: rewards standardised within the group", **_GRPO),
-    Recipe(name="dr_grpo", summary="GRPO without division by the standard deviation", **_DR_GRPO),
+    Recipe(
+        name="dr_grpo",
+        summary="GRPO without division by the standard deviation; loss per active token",
+        **_DR_GRPO,
+    ),
     Recipe(name="rloo", summary="REINFORCE with the leave-one-out baseline", **_TRL_RLOO),
     Recipe(name="remax", summary="REINFORCE with the greedy completion as baseline", **_REMAX),
     Recipe(
@@ -497,3 +507,62 @@ def get(name: str, **changes: Any) -> Recipe:
     if unknown:
         raise ValueError(f"a recipe has no field {', '.join(unknown)}; it has: {', '.join(fields)}")
     return dataclasses.replace(RECIPES[name], **changes)
+
+
+def with_options(recipe: Recipe, options: Mapping[str, str]) -> Recipe:
+    """The recipe with options given as text, as a command line has them.
+
+    Args:
+      recipe: where to start.
+      options: field to value; a field of the recipe itself, or of its constraint, advantage,
+        objective or KL; "kl.estimator" says which part is meant.
+
+    Raises:
+      ValueError: unknown field (names those there are), a value of the wrong type, or a
+        combination that makes no sense.
+
+    >>> with_options(get("repo"), {"max_value": "50", "rectify": "prompt"}).constraint.max_value
+    50.0
+    """
+    parts = ("constraint", "advantage", "objective", "kl")
+    known = {name: ("", name) for name in ("group_size", "reference_share", "epochs")}
+    for part in parts:
+        for each in dataclasses.fields(getattr(recipe, part)):
+            known[f"{part}.{each.name}"] = (part, each.name)
+            if (part, each.name) != ("kl", "coef"):  # a bare "coef" is the penalty's
+                known.setdefault(each.name, (part, each.name))
+    changes: dict[str, dict[str, Any]] = {}
+    for option, text in options.items():
+        if option not in known:
+            raise ValueError(
+                f"{recipe.name} has no option {option!r}; it has: {', '.join(sorted(known))}"
+            )
+        part, name = known[option]
+        hint = get_type_hints(type(getattr(recipe, part) if part else recipe))[name]
+        changes.setdefault(part, {})[name] = _parsed(f"{recipe.name}.{option}", text, hint)
+    own = changes.pop("", {})
+    for part, fields in changes.items():
+        own[part] = dataclasses.replace(getattr(recipe, part), **fields)
+    return dataclasses.replace(recipe, **own)
+
+
+def _parsed(option: str, text: str, hint: Any) -> Any:
+    """The value that a text stands for under a type such as `float | None` or `Literal[…]`."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        if text in choices:
+            return text
+        raise ValueError(f"{option} must be one of {', '.join(choices)}, got {text!r}")
+    if type(None) in choices and text.lower() == "none":
+        return None
+    kind = next((c for c in choices if c is not type(None)), hint)
+    allowed = {bool: "true or false", int: "an integer", float: "a number"}
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        none = ", or none" if type(None) in choices else ""
+        raise ValueError(
+            f"{option} must be {allowed.get(kind, kind)}{none}, got {text!r}"
+        ) from error

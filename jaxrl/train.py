@@ -211,7 +211,7 @@ class NonFiniteUpdates(ValueError):
         )
 
 
-class SamplerDrift(RuntimeError):
+class SamplerDrift(ValueError):
     """The sampler's log-probabilities are not the trainer's: its weights differ."""
 
     def __init__(self, gap: float, tolerance: float, step: int):

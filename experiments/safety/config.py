@@ -104,6 +104,9 @@ class SafetyConfig(RunOptions):
 
     algorithms: tuple[str, ...] = ("ppo_lagrangian", "repo", recipes.RECOMMENDED)
     """Recipes to train, each from the same SFT policy; see `jaxrl.recipes.RECIPES`."""
+    options: tuple[str, ...] = ()
+    """Options of single algorithms as ALGORITHM.OPTION=VALUE, such as repo.max_value=50
+    repo.rectify=prompt repo_tb.bound=12; a wrong name lists what there is."""
     data: str = "world"
     """"world" for the embedded one (or world_binary, world_shuffled, world_benign: controls), a
     file of labelled pairs, or hub:NAME."""
@@ -146,8 +149,9 @@ class SafetyConfig(RunOptions):
     """Updates between checkpoints."""
     critic_free_learning_rate: float = 1e-3
     """Peak of AdamW's rate for algorithms without a critic, in the place of
-    --optimizer.learning-rate, which is for those with one. Each family has the better one of
-    5e-4 and 1e-3; a critic cannot follow a policy that moves fast."""
+    --optimizer.learning-rate, which is for those with one. Of 5e-4 and 1e-3 this is the better for
+    repo_tb, and the smaller the better for repo, on one seed: its critic cannot follow a policy
+    that moves fast."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4, critic_learning_rate=1e-3)
@@ -231,9 +235,25 @@ class SafetyConfig(RunOptions):
             )
 
     def recipe(self, name: str) -> recipes.Recipe:
-        """The recipe of that name with this run's β."""
-        found = recipes.get(name)
+        """The recipe of that name with this run's β and options."""
+        found = recipes.with_options(recipes.get(name), self._options().get(name, {}))
         return replace(found, kl=replace(found.kl, coef=self.kl_coef))
+
+    def _options(self) -> dict[str, dict[str, str]]:
+        """Option texts by algorithm."""
+        found: dict[str, dict[str, str]] = {}
+        for text in self.options:
+            target, equals, value = text.partition("=")
+            algorithm, dot, option = target.partition(".")
+            if not (equals and dot and algorithm in self.algorithms):
+                raise ValueError(
+                    "options are written ALGORITHM.OPTION=VALUE, with an algorithm of this run "
+                    f"({', '.join(self.algorithms)}): {text!r}"
+                )
+            if option == "kl.coef":
+                raise ValueError(f"the KL coefficient is set by --kl-coef: {text!r}")
+            found.setdefault(algorithm, {})[option] = value
+        return found
 
     def sampling(self, *, eos_id: int, pad_id: int) -> Sampling:
         """How completions are drawn, in training and in evaluation."""

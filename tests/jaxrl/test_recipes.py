@@ -357,6 +357,7 @@ def test_an_unknown_name_or_field_lists_what_there_is():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("rloo", {"constraint": Rectified()}, "normalise='unsafe' divides whole rewards"),
         ("rloo", {"group_size": 1}, "needs group_size ≥ 2"),
         ("rloo", {"reference_share": 0.5}, "bias ClippedSurrogate"),
         ("rloo", {"kl": KL(placement="reward_and_cost")}, "needs a cost critic"),
@@ -369,6 +370,34 @@ def test_an_unknown_name_or_field_lists_what_there_is():
 def test_combinations_that_make_no_sense_are_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         recipes.get(name, **changes)
+
+
+def test_options_from_a_command_line_reach_every_part():
+    text = {"max_value": "none", "rate": "0.2", "switch": "batch", "unsafe_reward": "false",
+            "group_size": "4", "kl.placement": "reward_and_cost"}  # fmt: skip
+    found = recipes.with_options(recipes.get("repo"), text)
+    assert found.constraint == replace(
+        recipes.get("repo").constraint,
+        max_value=None, rate=0.2, switch="batch", unsafe_reward=False,
+    )  # fmt: skip
+    assert (found.group_size, found.kl.placement) == (4, "reward_and_cost")
+    assert recipes.with_options(recipes.get("repo"), {}) == recipes.get("repo")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lambda", "3", r"repo has no option 'lambda'; it has: .*constraint.max_value"),
+        ("max_value", "lots", "repo.max_value must be a number, or none, got 'lots'"),
+        ("group_size", "2.5", "repo.group_size must be an integer, got '2.5'"),
+        ("unsafe_reward", "perhaps", "must be true or false"),
+        ("rectify", "batch", "repo.rectify must be one of sample, prompt, got 'batch'"),
+        ("margin", "-1", "margin"),
+    ],
+)
+def test_wrong_options_say_what_is_allowed(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.with_options(recipes.get("repo"), {option: value})
 
 
 def test_missing_critic_values_or_greedy_scores_are_named():

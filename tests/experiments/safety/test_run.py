@@ -17,6 +17,7 @@ import pytest
 
 from experiments.harness.files import read_json_lines
 from experiments.safety.__main__ import main
+from experiments.safety.config import SafetyConfig
 from jaxrl import recipes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,6 +50,17 @@ def finished(tmp_path_factory):
 # --- what is written ----------------------------------------------------------------------------
 
 POLICIES = ("sft", "ppo_lagrangian", "repo", recipes.RECOMMENDED)
+
+
+def test_options_of_an_algorithm_reach_its_recipe():
+    config = SafetyConfig(algorithms=("repo",), options=("repo.max_value=50", "repo.rate=0.5"))
+    assert (config.recipe("repo").constraint.max_value, config.recipe("repo").kl.coef) == (50, 0.1)
+
+
+@pytest.mark.parametrize("option", ["grpo.max_value=1", "repo.max_value", "max_value=3"])
+def test_an_option_of_no_algorithm_of_the_run_is_refused(capsys, option):
+    message = failed(capsys, *SHORT, "--algorithms", "repo", "--options", option)
+    assert "ALGORITHM.OPTION=VALUE, with an algorithm of this run (repo)" in message
 
 
 def test_the_run_records_what_it_was(finished):
