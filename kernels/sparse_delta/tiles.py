@@ -1,0 +1,301 @@
+"""The tiles of a tensor: boxes in global coordinates that no shard boundary cuts.
+
+A tensor is viewed in three dimensions, (lead, rows, cols), by merging neighbouring dimensions at
+two split points; tiles are boxes 1 × R × C of that view, clipped at its upper ends and numbered in
+row-major order. Because tiles are defined by the tensor and not by who holds it, each trainer
+process encodes the tiles that lie in its shards and each actor decodes those that it needs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+# Large enough that a tile's directory entry (about 3 bytes) is small beside its content at .1 %
+# of changes, and small enough that the tiles of one matrix keep all threads busy.
+TILE_ELEMENTS = 1 << 17
+# 512 columns of 2 bytes are 16 cache lines in a row, and divide the usual tensor-parallel shards.
+TILE_COLUMNS = 512
+# Columns of an accelerator's vector register; a narrower tile wastes lanes.
+_LANES = 128
+# No tile may be larger: bounds what a receiver has to hold for one of them.
+MAX_TILE_ELEMENTS = 1 << 20
+
+Box = tuple[tuple[int, int], ...]  # start and stop along each dimension of the tensor
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """How one tensor is cut into tiles.
+
+    Attributes:
+      shape: of the whole tensor.
+      splits: s1 ≤ s2: lead = Π shape[:s1], rows = Π shape[s1:s2], cols = Π shape[s2:].
+      tile: R rows and C columns.
+    """
+
+    shape: tuple[int, ...]
+    splits: tuple[int, int]
+    tile: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        first, second = self.splits
+        rows, cols = self.tile
+        if not 0 <= first <= second <= len(self.shape):
+            raise ValueError(f"splits must be ordered within the shape: {self}")
+        if rows < 1 or cols < 1 or rows * cols > MAX_TILE_ELEMENTS:
+            raise ValueError(f"a tile has 1 to {MAX_TILE_ELEMENTS} elements: {self}")
+
+    @functools.cached_property
+    def extents(self) -> tuple[int, int, int]:
+        """Lead, rows and cols of the view."""
+        first, second = self.splits
+        groups = (self.shape[:first], self.shape[first:second], self.shape[second:])
+        lead, rows, cols = map(math.prod, groups)
+        return lead, rows, cols
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Number of tiles along lead, rows and cols."""
+        lead, rows, cols = self.extents
+        return lead, -(-rows // self.tile[0]), -(-cols // self.tile[1])
+
+    @property
+    def n_tiles(self) -> int:
+        return math.prod(self.counts)
+
+    def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lead index, first row and first column of tiles, int64."""
+        _, down, across = self.counts
+        rest, col = np.divmod(ids, across)
+        lead, row = np.divmod(rest, down)
+        return lead, row * self.tile[0], col * self.tile[1]
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """Elements of tiles, int64; fewer where the grid is clipped."""
+        _, row, col = self.places(ids)
+        _, rows, cols = self.extents
+        return np.minimum(self.tile[0], rows - row) * np.minimum(self.tile[1], cols - col)
+
+    def origins(self, ids: np.ndarray) -> np.ndarray:
+        """Row-major index in the tensor of the first element of tiles, int64."""
+        lead, row, col = self.places(ids)
+        _, rows, cols = self.extents
+        return (lead * rows + row) * cols + col
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def choose_grid(shape: tuple[int, ...], shard_shapes: tuple[tuple[int, ...], ...] = ()) -> TileGrid:
+    """The grid of a tensor whose tiles no shard cuts.
+
+    Args:
+      shape: of the tensor.
+      shard_shapes: shapes of one shard in each sharding that matters: the trainer's and those of
+        the receivers. Boundaries are taken to be at their multiples.
+
+    >>> choose_grid((4096, 11008)).tile
+    (256, 512)
+    >>> choose_grid((4096, 11008), ((512, 11008), (4096, 1376))).tile  # 344 divides 1376
+    (256, 344)
+    """
+    if 0 in shape:
+        return TileGrid(shape, (0, 0), (1, 1))
+    units = [math.gcd(size, *cuts) for size, *cuts in zip(shape, *shard_shapes, strict=True)]
+    whole = min(TILE_ELEMENTS, math.prod(shape))
+    best: tuple[float, TileGrid] | None = None
+    for second in range(len(shape) + 1):
+        for first in range(second + 1):
+            rows, row_unit = _group(shape[first:second], units[first:second])
+            cols, col_unit = _group(shape[second:], units[second:])
+            wide = _fit(cols, col_unit, TILE_COLUMNS)
+            high = _fit(rows, row_unit, TILE_ELEMENTS // wide)
+            wide = max(wide, _fit(cols, col_unit, TILE_ELEMENTS // high))
+            # Tiles that are too small cost most, narrow ones lanes; a view that is near square
+            # has the matrix's own two dimensions, along which receivers cut.
+            cost = (
+                4.0 * math.log2(max(1.0, whole / (high * wide)))
+                + math.log2(max(1.0, _LANES / wide))
+                + 0.25 * abs(math.log2(rows / cols))
+            )
+            if best is None or cost < best[0]:
+                best = cost, TileGrid(shape, (first, second), (high, wide))
+    assert best is not None
+    return best[1]
+
+
+def _group(sizes: Sequence[int], units: Sequence[int]) -> tuple[int, int]:
+    """Extent of merged dimensions and what a tile's must divide there; 0 where nothing cuts it."""
+    unit = 0
+    rest = 1
+    for size, own in zip(reversed(sizes), reversed(units), strict=True):
+        if own != size:
+            unit = math.gcd(unit, own * rest)
+        rest *= size
+    return rest, unit
+
+
+def _fit(extent: int, unit: int, wanted: int) -> int:
+    """The largest size up to `wanted` that divides `unit`, or that is handy where it is 0."""
+    wanted = max(1, min(wanted, extent))
+    if unit:
+        return next(size for size in range(wanted, 0, -1) if unit % size == 0)
+    if wanted < extent and wanted > _LANES:
+        return wanted - wanted % _LANES
+    return wanted
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def local_tiles(grid: TileGrid, box: Box) -> np.ndarray | None:
+    """Numbers of the tiles of a shard, in the order of the shard's own grid of tiles.
+
+    The shard, viewed in three dimensions at the same splits, has the tiles of the tensor as its
+    own tiles 1 × R × C.
+
+    Args:
+      grid: of the whole tensor.
+      box: the shard.
+
+    Returns:
+      int64 (read-only), or None where the shard cuts a tile.
+    """
+    first, second = grid.splits
+    axes = []
+    for group, size in (
+        (slice(0, first), 1),
+        (slice(first, second), grid.tile[0]),
+        (slice(second, len(grid.shape)), grid.tile[1]),
+    ):
+        axis = _tiles_along(grid.shape[group], box[group], size)
+        if axis is None:
+            return None
+        axes.append(axis)
+    _, down, across = grid.counts
+    lead, row, col = axes
+    ids = ((lead[:, None, None] * down + row[:, None]) * across + col).reshape(-1)
+    ids.flags.writeable = False
+    return ids
+
+
+def _tiles_along(shape: tuple[int, ...], box: Box, size: int) -> np.ndarray | None:
+    """Tile numbers along merged dimensions, one for each `size` local indices; None if cut."""
+    extent = math.prod(shape)
+    lengths = tuple(stop - start for start, stop in box)
+    start = np.arange(0, math.prod(lengths), size)
+    stop = np.minimum(start + size, math.prod(lengths))
+    begin, end = _to_global(start, shape, box), _to_global(stop - 1, shape, box) + 1
+    # The map from local to global indices rises, so equal spans mean that nothing lies between.
+    whole = (begin % size == 0) & (end == np.minimum(begin + size, extent))
+    return begin // size if np.all(whole & (end - begin == stop - start)) else None
+
+
+def _to_global(index: np.ndarray, shape: tuple[int, ...], box: Box) -> np.ndarray:
+    """Row-major index within merged dimensions, from that within the box."""
+    if not shape or not index.size:
+        return index
+    within = np.unravel_index(index, [stop - start for start, stop in box])
+    shifted = [part + start for part, (start, _) in zip(within, box, strict=True)]
+    return np.ravel_multi_index(shifted, shape)
+
+
+def coverage(grid: TileGrid, boxes: Sequence[Box], ids: np.ndarray) -> np.ndarray:
+    """How many elements of each tile lie in some disjoint boxes.
+
+    Args:
+      grid: of the whole tensor.
+      boxes: disjoint.
+      ids: tiles, int64.
+
+    Returns:
+      int64, one a tile; at most `grid.sizes(ids)`.
+    """
+    first, second = grid.splits
+    _, down, across = grid.counts
+    rest, col = np.divmod(ids, max(across, 1))
+    lead, row = np.divmod(rest, max(down, 1))
+    total = np.zeros(len(ids), np.int64)
+    for box in boxes:
+        # A box and a tile are both products over the three groups, and so is what they share.
+        shared = np.ones(len(ids), np.int64)
+        for group, size, index in (
+            (slice(0, first), 1, lead),
+            (slice(first, second), grid.tile[0], row),
+            (slice(second, len(grid.shape)), grid.tile[1], col),
+        ):
+            shared *= _shared_along(grid.shape[group], box[group], size, index)
+        total += shared
+    return total
+
+
+def _shared_along(shape: tuple[int, ...], box: Box, size: int, index: np.ndarray) -> np.ndarray:
+    extent = math.prod(shape)
+    run = 1  # the longest stretch of merged indices that the box holds without a gap
+    split = len(shape)
+    while split > 0:
+        split -= 1
+        run *= box[split][1] - box[split][0]
+        if run < math.prod(shape[split:]):
+            break
+    starts = np.arange(0, math.prod(stop - start for start, stop in box), max(run, 1))
+    starts = _to_global(starts, shape, box)
+    if not run or not starts.size:
+        return np.zeros(len(index), np.int64)
+
+    def before(edge: np.ndarray) -> np.ndarray:
+        """How many indices of the box lie below an edge."""
+        full = np.searchsorted(starts, edge, side="right") - 1
+        part = np.minimum(edge - starts[full], run)
+        return np.where(full < 0, 0, full * run + part)
+
+    begin = index * size
+    return before(np.minimum(begin + size, extent)) - before(begin)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One distinct box of a tensor, of which this process holds a copy.
+
+    Attributes:
+      box: in global coordinates.
+      devices: those of this process that hold it, by rising id.
+      owned: whether this process is the one that speaks for it: the device with the lowest id
+        of all that hold it is here.
+    """
+
+    box: Box
+    devices: tuple[Any, ...]
+    owned: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def pieces(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """What this process holds of a tensor, in the order of the boxes."""
+    holders: dict[Box, list[Any]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        box = tuple(cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True))
+        holders.setdefault(box, []).append(device)
+    found = []
+    for box in sorted(holders):
+        devices = sorted(holders[box], key=lambda device: device.id)
+        here = tuple(d for d in devices if d.process_index == jax.process_index())
+        if here:
+            found.append(Piece(box, here, devices[0] is here[0]))
+    return tuple(found)
+
+
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple((0, size) for size in shape)
+
+
+def box_view(grid: TileGrid, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A shard's own lead, rows and cols, at the splits of the tensor."""
+    first, second = grid.splits
+    return math.prod(shape[:first]), math.prod(shape[first:second]), math.prod(shape[second:])
