@@ -69,6 +69,9 @@ class Op:
     """One operation of the forward pass.
 
     Attributes:
+      name: what rematerialisation policies call its result ("query", "mlp_up"), or "".
+      precision: rate of the matrix unit at which it runs ("bf16", "fp8", "fp4", "fp32"); ""
+        means bf16.
       kind: "dot" (any contraction; runs on the matrix unit), "grouped_dot" (rows sorted by
         expert times the weights of their expert), "attention" (fused, never materialises the
         scores; operands q, k, v), "elementwise", "reduce", "gather", "scatter", "sort", "route"
@@ -98,6 +101,8 @@ class Op:
     residuals: tuple[str, ...] | None = None
     fused: bool = False
     backward: float | None = None
+    name: str = ""
+    precision: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

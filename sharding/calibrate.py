@@ -1,0 +1,189 @@
+"""Fits the constants to tables of runs, within physical bounds, and reports held-out errors.
+
+min over θ of  Σ_rows w·ρ(log predicted/measured) + Σ_θ ((θ - θ₀)/σ)²
+
+θ are the constants on a scale on which they are free: log-odds for shares, logarithms for times.
+θ₀ is the default of `Constants`, and σ says how far data may move it: one constant is shared by
+all runs of a software stack, a chip may shift the efficiency of products and memory. ρ is soft_l1,
+so that a wrong row of a table does not pull the rest.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from sharding.constants import SHARES, Calibration, Constants
+from sharding.runs import Run
+from sharding.table import Table
+
+# How far data may move a constant from its default, in log-odds or in logarithms.
+_SIGMA_SHARE = 1.0
+_SIGMA_TIME = 1.5
+# How far a chip may lie from the others of its stack, in log-odds.
+_SIGMA_CHIP = 0.4
+# Constants that depend on the chip within a stack.
+_OF_CHIP = ("matmul", "hbm")
+# A residual beyond this counts linearly.
+_SOFT = 0.1
+# Shares stay off 0 and 1, where the log-odds end.
+_EDGE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where the constants of a stack lie in a vector, and how they are read back."""
+
+    names: tuple[str, ...]
+    chips: tuple[str, ...]
+
+    @property
+    def start(self) -> np.ndarray:
+        defaults = [_free(name, getattr(Constants(), name)) for name in self.names]
+        return np.asarray(defaults + [0.0] * (len(self.chips) * len(_OF_CHIP)))
+
+    @property
+    def sigma(self) -> np.ndarray:
+        widths = [_SIGMA_SHARE if n in SHARES else _SIGMA_TIME for n in self.names]
+        return np.asarray(widths + [_SIGMA_CHIP] * (len(self.chips) * len(_OF_CHIP)))
+
+    def read(self, vector: np.ndarray) -> tuple[Constants, dict[str, dict[str, float]]]:
+        values = {n: _bound(n, v) for n, v in zip(self.names, vector, strict=False)}
+        shifts = vector[len(self.names) :].reshape(len(self.chips), len(_OF_CHIP))
+        chips = {
+            chip: {name: round(float(s), 4) for name, s in zip(_OF_CHIP, row, strict=True)}
+            for chip, row in zip(self.chips, shifts, strict=True)
+        }
+        return Constants(**values), chips
+
+
+def _free(name: str, value: float) -> float:
+    if name in SHARES:
+        value = min(max(value, _EDGE), 1 - _EDGE)
+        return math.log(value / (1 - value))
+    return math.log(max(value, 1e-9))
+
+
+def _bound(name: str, value: float) -> float:
+    if name in SHARES:
+        return float(f"{1 / (1 + math.exp(-value)):.5g}")
+    return float(f"{math.exp(value):.5g}")
+
+
+def fit(
+    runs: Sequence[Run],
+    *,
+    about: Mapping[str, str] | None = None,
+    start: Calibration | None = None,
+) -> Calibration:
+    """Fits every stack that has runs; the others keep their defaults.
+
+    Args:
+      runs: measured runs; failed launches are ignored.
+      about: kept in the calibration: what the runs are.
+      start: where to begin, for refits of nearly the same runs.
+    """
+    stacks: dict[str, Constants] = {}
+    chips: dict[str, dict[str, float]] = {}
+    measured = [run for run in runs if run.measured_s]
+    for stack in sorted({run.stack for run in measured}):
+        mine = Table.of([run for run in measured if run.stack == stack])
+        constants, shifts = _fit_stack(mine, stack, start)
+        stacks[stack] = constants
+        chips |= {f"{stack}/{chip}": values for chip, values in shifts.items()}
+    return Calibration(stacks=stacks, chips=chips, about=about or {})
+
+
+def _fit_stack(
+    table: Table, stack: str, start: Calibration | None
+) -> tuple[Constants, dict[str, dict[str, float]]]:
+    layout = _Layout(
+        names=tuple(f.name for f in fields(Constants)),
+        chips=tuple(sorted({run.cluster.chip.name for run in table.runs})),
+    )
+    residuals = _residuals(table, layout)
+    begin = layout.start
+    if start is not None and stack in start.stacks:
+        begin = _vector(layout, start, stack)
+    found = least_squares(
+        residuals, begin, method="trf", x_scale=np.maximum(layout.sigma, 0.1), ftol=1e-4, xtol=1e-3,
+        diff_step=1e-3, max_nfev=6 if start is not None else 30,
+    )  # fmt: skip
+    return layout.read(found.x)
+
+
+def _vector(layout: _Layout, calibration: Calibration, stack: str) -> np.ndarray:
+    constants = calibration.stacks[stack]
+    values = [_free(n, getattr(constants, n)) for n in layout.names]
+    shifts = [
+        calibration.chips.get(f"{stack}/{chip}", {}).get(name, 0.0)
+        for chip in layout.chips
+        for name in _OF_CHIP
+    ]
+    return np.asarray(values + shifts)
+
+
+def _residuals(table: Table, layout: _Layout) -> Callable[[np.ndarray], np.ndarray]:
+    measured = np.asarray([run.measured_s for run in table.runs], float)
+    weights = row_weights(table.runs)
+    chip_of = np.asarray([layout.chips.index(run.cluster.chip.name) for run in table.runs])
+    start, sigma = layout.start, layout.sigma
+
+    def residuals(vector: np.ndarray) -> np.ndarray:
+        arrays = _arrays(layout, vector, chip_of)
+        error = np.log(table.evaluate_arrays(arrays) / measured)
+        soft = np.sign(error) * _SOFT * np.sqrt(2 * (np.sqrt(1 + (error / _SOFT) ** 2) - 1))
+        prior = (vector - start) / sigma
+        return np.concatenate([weights * soft / _SOFT, prior])
+
+    return residuals
+
+
+def _arrays(layout: _Layout, vector: np.ndarray, chip_of: np.ndarray) -> dict[str, np.ndarray]:
+    count = len(layout.names)
+    shifts = vector[count:].reshape(len(layout.chips), len(_OF_CHIP))
+    arrays = {}
+    for name, value in zip(layout.names, vector[:count], strict=True):
+        free = np.full(len(chip_of), value)
+        if name in _OF_CHIP:
+            free = free + shifts[chip_of, _OF_CHIP.index(name)]
+        arrays[name] = 1 / (1 + np.exp(-free)) if name in SHARES else np.exp(free)
+    return arrays
+
+
+def row_weights(runs: Sequence[Run]) -> np.ndarray:
+    """Weights that keep a source with many runs from deciding alone: n_source^(-1/4)."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        counts[run.source] = counts.get(run.source, 0) + 1
+    return np.asarray([counts[run.source] ** -0.25 for run in runs])
+
+
+def held_out(
+    runs: Sequence[Run], calibration: Calibration, *, stacks: Sequence[str] | None = None
+) -> np.ndarray:
+    """Predictions of every run by a fit that has not seen any run of its model, seconds.
+
+    Args:
+      runs: measured runs.
+      calibration: the fit of all of them, where each refit begins.
+      stacks: software to do this for; the others get their fitted prediction.
+    """
+    predicted = Table.of(runs).predict(calibration)
+    for stack in stacks if stacks is not None else sorted({run.stack for run in runs}):
+        rows = [i for i, run in enumerate(runs) if run.stack == stack and run.measured_s]
+        names = sorted({model_key(runs[i]) for i in rows})
+        for name in names:
+            seen = [runs[i] for i in rows if model_key(runs[i]) != name]
+            out = [i for i in rows if model_key(runs[i]) == name]
+            refit = fit(seen, start=calibration) if seen else Calibration(
+                stacks={stack: Constants()}, chips={}, about={})  # fmt: skip
+            predicted[out] = Table.of([runs[i] for i in out]).predict(refit)
+    return predicted
+
+
+def model_key(run: Run) -> str:
+    """What "the same model" means: name, depth and width."""
+    return f"{run.config.name} {run.config.layers}x{run.config.d_model}"

@@ -1,0 +1,269 @@
+"""Step time, term by term, of many strategies at once.
+
+Per operation a roofline over its local, tile-padded sizes; per block the collectives that follow
+from the names of its dimensions (see `program`); per step the pipeline's bubble, the reduction of
+gradients and the update. Everything is an array over strategies. Sizes and repetitions of the
+program may be arrays too, so that calibration costs a table of runs as fast as one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sharding import collectives
+from sharding.constants import Calibration, shipped
+from sharding.local import View
+from sharding.machine import Machine, machine
+from sharding.memory import Memory, kept_bytes, memory
+from sharding.program import Block, dtype_bytes
+from sharding.roofline import op_time
+from sharding.strategies import Strategies
+from sharding.topology import Cluster
+from sharding.traffic import fsdp_comm, layer_comm
+
+# Passes over a gradient in an update: its norm, and the update itself.
+_GRADIENT_READS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTime:
+    """Seconds of one repetition of a block for one micro-batch, arrays over strategies.
+
+    Attributes:
+      forward: products and passes over memory.
+      backward: the same of the backward pass.
+      recompute: of the forward pass that is run again.
+      layer_comm: exposed collectives of tensor, context and expert parallelism.
+      fsdp_comm: exposed gathers of parameters and scatters of gradients.
+    """
+
+    forward: np.ndarray
+    backward: np.ndarray
+    recompute: np.ndarray
+    layer_comm: np.ndarray
+    fsdp_comm: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """Of the whole micro-batch."""
+        return self.forward + self.backward + self.recompute + self.layer_comm + self.fsdp_comm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What strategies cost, arrays over strategies.
+
+    Attributes:
+      step_s: seconds of a step.
+      terms: the same, term by term; they sum to `step_s`.
+      memory: bytes of a device.
+      blocks: seconds of a repetition of each block.
+      outside_s: what the step adds to its micro-batches: reduction, update, constant.
+    """
+
+    step_s: np.ndarray
+    terms: Mapping[str, np.ndarray]
+    memory: Memory
+    blocks: tuple[BlockTime, ...]
+    outside_s: np.ndarray
+
+
+def estimate(
+    program: Any,
+    strategies: Strategies,
+    cluster: Cluster | Machine,
+    *,
+    calibration: Calibration | None = None,
+    stack: str = "",
+    sizes: Mapping[str, Any] | None = None,
+    repeats: Sequence[Any] | None = None,
+) -> Estimate:
+    """Costs strategies.
+
+    Args:
+      program: what is run, a `Program`.
+      strategies: how, N of them.
+      cluster: where; or a `Machine` of N entries.
+      calibration: constants; the shipped ones when None.
+      stack: software that runs it; XLA when "".
+      sizes: dimensions in place of the program's, scalars or (N,).
+      repeats: repetitions of blocks in place of the program's, scalars or (N,).
+
+    Returns:
+      Arrays of N entries.
+    """
+    if isinstance(cluster, Cluster):
+        constants = (calibration or shipped()).constants(cluster.chip.name, stack)
+        cluster = machine(cluster, strategies, constants)
+    view = View(program, strategies, sizes)
+    repeats = [b.repeat for b in program.blocks] if repeats is None else list(repeats)
+    blocks = tuple(_block_time(view, block, cluster) for block in program.blocks)
+    return _step(view, blocks, repeats, cluster)
+
+
+def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
+    constants, strategies = machine.constants, view.strategies
+    zero = 0.0 * view.one
+    forward, backward, again, kernels = zero, zero, zero, zero
+    for op in block.ops:
+        busy = op_time(view, op, machine)
+        forward = forward + busy + constants.kernel_s
+        kernels = kernels + 1.0
+        if view.program.training:
+            count = 2.0 if op.kind in ("dot", "grouped_dot") else 1.0
+            backward = backward + op.backward_passes * busy + count * constants.kernel_s
+            repeated = strategies.recomputes(op) * float(block.checkpointed)
+            again = again + repeated * (busy + constants.kernel_s)
+            kernels = kernels + count + repeated
+    # The host launches kernels in order: what it cannot keep up with, it delays.
+    busy = forward + backward + again
+    stretch = np.maximum(1.0, kernels * constants.launch_s / np.maximum(busy, 1e-12))
+    comm = layer_comm(view, block, machine)
+    gathers, scatters = fsdp_comm(view, block, machine)
+    return BlockTime(
+        forward=forward * stretch,
+        backward=backward * stretch,
+        recompute=again * stretch,
+        layer_comm=comm * (1.0 - constants.overlap_tensor),
+        fsdp_comm=_exposed(gathers + scatters, constants.overlap_fsdp * busy * stretch),
+    )
+
+
+def _exposed(comm: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """What does not hide behind compute; smooth, because neither of the two is even."""
+    left = comm - behind
+    return 0.5 * (left + np.sqrt(left**2 + 0.04 * comm * behind))
+
+
+def _step(
+    view: View, blocks: tuple[BlockTime, ...], repeats: Sequence[Any], machine: Machine
+) -> Estimate:
+    strategies, constants = view.strategies, machine.constants
+    count = strategies.microbatches.astype(float)
+    names = ("forward", "backward", "recompute", "layer_comm", "fsdp_comm")
+    terms: dict[str, np.ndarray] = dict.fromkeys(names, 0.0 * view.one)
+    for time, repeat in zip(blocks, repeats, strict=True):
+        for name in names:  # of an average stage
+            terms[name] = terms[name] + count * repeat * getattr(time, name) / strategies.stage
+    terms["bubble"] = _pipeline(view, blocks, repeats) - sum(terms.values())
+    terms["stage_comm"] = _stage_comm(view, machine)
+    reduction = _gradient_comm(view, repeats, machine)
+    last_backward = terms["backward"] / count
+    terms["gradient_comm"] = _exposed(reduction, constants.overlap_data * last_backward)
+    update, accumulate = _update(view, repeats, machine)
+    terms["accumulate"] = accumulate
+    terms["update"] = update
+    terms["offload"] = _offload(view, repeats, machine, sum(terms[n] for n in names))
+    terms["host"] = constants.step_s + count * constants.microbatch_s + 0.0 * view.one
+    # Steps wait for the slowest of all hosts.
+    waiting = constants.jitter * np.log2(np.maximum(machine.hosts, 1.0))
+    terms["waiting"] = waiting * sum(terms.values())
+    total = sum(terms.values())
+    outside = total - _pipeline(view, blocks, repeats)
+    return Estimate(
+        step_s=np.asarray(total),
+        terms=terms,
+        memory=memory(view, repeats),
+        blocks=blocks,
+        outside_s=np.asarray(outside),
+    )
+
+
+def _pipeline(view: View, blocks: Sequence[BlockTime], repeats: Sequence[Any]) -> np.ndarray:
+    """Seconds of all micro-batches through equal stages.
+
+    T = m·t_max + (p-1)/v·t   (1F1B with v stretches a stage; arXiv:2104.04473, section 2.2)
+    The embedding is on the first stage and the head on the last, which is thereby the slowest.
+    """
+    strategies = view.strategies
+    stage = strategies.stage
+    layers, depth, ends, heaviest = (0.0 * view.one for _ in range(4))
+    for block, time, repeat in zip(view.program.blocks, blocks, repeats, strict=True):
+        if block.checkpointed:
+            layers, depth = layers + repeat * time.total, depth + repeat
+        else:
+            ends = ends + repeat * time.total
+            heaviest = np.maximum(heaviest, repeat * time.total)
+    fullest = np.ceil(depth / stage) * stage / np.maximum(depth, 1.0)
+    slowest = layers / stage * fullest + np.where(stage > 1, heaviest, ends)
+    fill = (stage - 1) * layers / stage / strategies.interleave
+    return strategies.microbatches * slowest + fill
+
+
+def _stage_comm(view: View, machine: Machine) -> np.ndarray:
+    """Hand-overs between stages that nothing hides: one each way, micro-batch and stretch."""
+    strategies = view.strategies
+    carry = sorted({n for b in view.program.blocks if b.checkpointed for n in b.carry})
+    size = sum((view.bytes(n) for n in carry), 0.0 * view.one)
+    once = collectives.send(size, machine.speed("stage"), machine.latency("stage"))
+    rounds = strategies.microbatches * strategies.interleave + strategies.stage - 1
+    return once * rounds * (1.0 + view.program.training) * (strategies.stage > 1)
+
+
+def _gradient_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.ndarray:
+    """Sums of gradients over what `fsdp_comm` has not summed them over, once a step."""
+    program, strategies = view.program, view.strategies
+    if not program.training:
+        return 0.0 * view.one
+    dense, routed = local_params(view, repeats)
+    width = dtype_bytes(program.gradient_dtype)
+    ways = np.where(strategies.zero >= 2, strategies.fsdp, 1)
+    total = 0.0 * view.one
+    for axis in ("context", "expert", "data", "fsdp"):
+        members = getattr(strategies, axis)
+        if axis == "fsdp":
+            members = np.where(strategies.zero >= 2, 1, members)
+        count = dense if axis == "expert" else dense + routed
+        total = total + collectives.all_reduce(
+            width * count / ways, members, machine.speed(axis), machine.latency(axis)
+        )
+    return total
+
+
+def local_params(view: View, repeats: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters of the fullest device before FSDP: outside experts and of experts."""
+    dense, routed, ends = 0.0 * view.one, 0.0 * view.one, 0.0 * view.one
+    stage = view.strategies.stage
+    for block, repeat in zip(view.program.blocks, repeats, strict=True):
+        outside, experts = view.params(block)
+        if block.checkpointed:
+            dense = dense + repeat * outside / stage
+            routed = routed + repeat * experts / stage
+        else:
+            ends = np.where(stage > 1, np.maximum(ends, outside), ends + outside)
+    return dense + ends, routed
+
+
+def _update(view: View, repeats: Sequence[Any], machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+    """The optimiser's pass over memory, and the sums of gradients over micro-batches."""
+    program, strategies = view.program, view.strategies
+    if not program.training:
+        return 0.0 * view.one, 0.0 * view.one
+    count = sum(local_params(view, repeats))
+    width = max(dtype_bytes(t.dtype) for t in program.tensors.values() if t.role == "param")
+    gradient = dtype_bytes(program.gradient_dtype)
+    bandwidth = machine.hbm * machine.constants.hbm
+    moved = 2 * width + 2 * program.optimizer_bytes + _GRADIENT_READS * gradient
+    update = moved * count / np.where(strategies.zero >= 1, strategies.fsdp, 1) / bandwidth
+    held = count / np.where(strategies.zero >= 2, strategies.fsdp, 1)
+    sums = 3 * gradient * held * strategies.microbatches * (strategies.microbatches > 1)
+    return update, sums / bandwidth
+
+
+def _offload(view: View, repeats: Sequence[Any], machine: Machine, busy: Any) -> np.ndarray:
+    """Transfers to and from the host's memory that compute does not hide."""
+    strategies = view.strategies
+    if not np.any(strategies.offload != "none"):
+        return 0.0 * view.one
+    kept = 0.0 * view.one
+    for block, repeat in zip(view.program.blocks, repeats, strict=True):
+        if block.checkpointed:
+            kept = kept + repeat / strategies.stage * kept_bytes(view, block)
+    moved = 2 * kept * strategies.microbatches * (strategies.offload == "activations")
+    state = view.program.optimizer_bytes * sum(local_params(view, repeats))
+    state = state / np.where(strategies.zero >= 1, strategies.fsdp, 1)
+    behind = machine.constants.overlap_fsdp * busy
+    hidden = np.maximum(0.0, moved / machine.pcie - behind)
+    return hidden + 2 * state * (strategies.offload == "optimizer") / machine.pcie

@@ -1,0 +1,77 @@
+"""Time of one operation on one device: products on padded tiles, passes over memory."""
+
+from typing import Any
+
+import numpy as np
+
+from sharding.local import View
+from sharding.machine import Machine
+from sharding.program import Op
+
+# Sharpness of the change from memory-bound to compute-bound: (x^p + y^p)^(1/p).
+_ROOFLINE_SHARPNESS = 3.0
+# Rows of a product are padded to the sublanes of a register (8 on TPUs, and Tensor Core tiles).
+_SUBLANES = 8
+
+
+def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
+    """Seconds of one forward execution of an operation on local sizes, (N,).
+
+    T = (t_compute^p + t_memory^p)^(1/p), with t_compute = FLOPs on padded tiles over what the
+    matrix unit reaches, and t_memory = bytes of operands and results over what memory reaches.
+    """
+    constants = machine.constants
+    moved = view.one * 0.0
+    if not op.fused and op.kind != "gather":
+        for name in (*op.inputs, *op.outputs):
+            moved = moved + view.bytes(name)
+    elif op.kind == "gather":
+        moved = 2 * view.bytes(op.outputs[0])
+    memory_s = moved / (machine.hbm * constants.hbm)
+    if not op.is_matmul:
+        return memory_s
+    flops = op.work * op.fraction * _padded(view, op, machine.tile)
+    share = constants.attention if op.kind == "attention" else constants.matmul
+    peak = machine.peak["bf16"]
+    if op.precision in ("fp8", "fp4"):
+        gain = machine.peak.get(op.precision, machine.peak.get("fp8", peak)) / peak
+        share = share * gain**constants.low_precision
+    compute_s = flops / (peak * share)
+    p = _ROOFLINE_SHARPNESS
+    return (compute_s**p + memory_s**p) ** (1 / p)
+
+
+def _padded(view: View, op: Op, tile: Any) -> np.ndarray:
+    """Points of an iteration space, padded as the matrix unit pads them.
+
+    Contracted and output columns fill whole tiles; rows fill sublanes. A grouped product pads the
+    rows of every expert by half a tile on average.
+    """
+    space = view.program.space(op)
+    first = view.program.tensors[op.inputs[0]].dims
+    second = view.program.tensors[op.inputs[1]].dims if len(op.inputs) > 1 else ()
+    if op.kind == "attention":  # the head is padded; sequences are long
+        width = view.sizes[space[-1]]
+        return view.elements(space) * _up(width, tile / 2) / width
+    rows, columns, depth, batch = view.one, view.one, view.one, view.one
+    full = dict(zip(space, view.factors(space), strict=True))
+    for dim in space:
+        if dim in op.contracted:
+            depth = depth * full[dim]
+        elif dim in first and dim in second:
+            batch = batch * full[dim]
+        elif dim in second:
+            columns = columns * full[dim]
+        else:
+            rows = rows * full[dim]
+    if op.kind == "grouped_dot":
+        experts = [d for d in second if view.program.splits.get(d) == "expert"]
+        count = view.elements(experts)
+        rows = rows + count * tile / 2 * (count > 1)
+    else:
+        rows = _up(rows, _SUBLANES)
+    return batch * rows * _up(columns, tile / 2) * _up(depth, tile / 2)
+
+
+def _up(size: np.ndarray, step: Any) -> np.ndarray:
+    return np.ceil(size / step) * step

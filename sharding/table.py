@@ -1,0 +1,169 @@
+"""Costs a whole table of runs at once: rows whose programs have one structure become arrays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sharding.constants import Calibration, Constants
+from sharding.cost import Estimate, estimate
+from sharding.local import View
+from sharding.machine import Machine, machine
+from sharding.memory import memory
+from sharding.program import Program
+from sharding.runs import Run
+from sharding.strategies import Strategies, Strategy
+from sharding.transformer import transformer
+
+# From the least recomputation to the most: what a table leaves blank.
+_REMAT_ORDER = {"xla_tpu": ("none", "dots", "projections", "full")}
+_OTHER_REMAT_ORDER = ("none", "attention", "full")
+# A rate no program runs at, where a chip lacks a precision.
+_PRECISIONS = ("bf16", "fp8", "fp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs whose programs differ in sizes only.
+
+    Attributes:
+      rows: their positions in the table.
+      program: one of them.
+      sizes: dimension to its size in each.
+      repeats: repetitions of each block in each.
+      strategies: of each.
+      machine: of each, without constants.
+    """
+
+    rows: np.ndarray
+    program: Program
+    sizes: Mapping[str, np.ndarray]
+    repeats: tuple[np.ndarray, ...]
+    strategies: Strategies
+    machine: Machine
+
+    def estimate(self, constants: Any) -> Estimate:
+        """Costs the runs under constants, whose attributes are scalars or one a run."""
+        return estimate(
+            self.program,
+            self.strategies,
+            replace(self.machine, constants=constants),
+            sizes=self.sizes,
+            repeats=self.repeats,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Runs, ready to be costed again and again.
+
+    Attributes:
+      runs: the runs, with rematerialisation filled in.
+      groups: the same as arrays.
+    """
+
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Table":
+        """Groups runs and fills in the least rematerialisation that fits."""
+        programs = [transformer(run.config) for run in runs]
+        runs = tuple(_with_remat(run, program) for run, program in zip(runs, programs, strict=True))
+        by_key: dict[Any, list[int]] = {}
+        for index, (run, program) in enumerate(zip(runs, programs, strict=True)):
+            by_key.setdefault(_structure(run, program), []).append(index)
+        groups = tuple(_group(runs, programs, rows) for rows in by_key.values())
+        return cls(runs=runs, groups=groups)
+
+    def predict(self, calibration: Calibration) -> np.ndarray:
+        """Seconds of a step of every run."""
+        return self.evaluate(
+            [calibration.constants(run.cluster.chip.name, run.stack) for run in self.runs]
+        )
+
+    def evaluate(self, constants: Sequence[Constants]) -> np.ndarray:
+        """Seconds of a step of every run under constants of its own."""
+        arrays = {
+            f.name: np.asarray([getattr(c, f.name) for c in constants]) for f in fields(Constants)
+        }
+        return self.evaluate_arrays(arrays)
+
+    def evaluate_arrays(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The same with constants as arrays, one entry a run."""
+        found = np.empty(len(self.runs))
+        for group in self.groups:
+            mine = SimpleNamespace(**{name: values[group.rows] for name, values in arrays.items()})
+            found[group.rows] = group.estimate(mine).step_s
+        return found
+
+    def memory_bytes(self) -> np.ndarray:
+        """Predicted bytes of a device of every run."""
+        found = np.empty(len(self.runs))
+        for group in self.groups:
+            view = View(group.program, group.strategies, group.sizes)
+            found[group.rows] = memory(view, group.repeats).total
+        return found
+
+    def subset(self, rows: Sequence[int]) -> "Table":
+        """A table of some of the runs."""
+        return Table.of([self.runs[i] for i in rows])
+
+
+def _with_remat(run: Run, program: Program) -> Run:
+    if run.remat:
+        return run
+    order = _REMAT_ORDER.get(run.stack, _OTHER_REMAT_ORDER)
+    choices = [replace(run.strategy, remat=policy) for policy in order]
+    need = memory(View(program, Strategies.stack(choices), None),
+                  [b.repeat for b in program.blocks]).total  # fmt: skip
+    fitting = np.flatnonzero(need <= run.cluster.memory_bytes)
+    chosen: Strategy = choices[int(fitting[0])] if len(fitting) else choices[-1]
+    return replace(run, strategy=chosen, remat=chosen.remat)
+
+
+def _structure(run: Run, program: Program) -> Any:
+    blocks = tuple(replace(block, repeat=1) for block in program.blocks)
+    tensors = tuple(program.tensors.values())
+    return (blocks, tensors, program.training, program.optimizer_bytes, program.gradient_dtype,
+            run.cluster.is_torus)  # fmt: skip
+
+
+def _group(runs: Sequence[Run], programs: Sequence[Program], rows: Sequence[int]) -> Group:
+    mine = [runs[i] for i in rows]
+    some = [programs[i] for i in rows]
+    strategies = [run.strategy for run in mine]
+    single = [
+        machine(run.cluster, Strategies.stack([s]), None)
+        for run, s in zip(mine, strategies, strict=True)
+    ]
+    peaks = {name: np.asarray([_peak(m.peak, name) for m in single]) for name in _PRECISIONS}
+    scalars = {
+        name: np.asarray([float(getattr(m, name)) for m in single])
+        for name in ("hbm", "pcie", "tile", "hosts")
+    }
+    return Group(
+        rows=np.asarray(rows),
+        program=some[0],
+        sizes={d: np.asarray([p.dims[d] for p in some]) for d in some[0].dims},
+        repeats=tuple(
+            np.asarray([p.blocks[i].repeat for p in some]) for i in range(len(some[0].blocks))
+        ),
+        strategies=Strategies.stack(strategies),
+        machine=Machine(
+            peak=peaks,
+            torus=mine[0].cluster.is_torus,
+            bandwidth=np.concatenate([m.bandwidth for m in single]),
+            crosses=np.concatenate([m.crosses for m in single]),
+            constants=None,
+            **scalars,
+        ),
+    )
+
+
+def _peak(peak: Mapping[str, float], precision: str) -> float:
+    """A chip without a precision computes in the next wider one that it has."""
+    wider = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
+    return next(peak[name] for name in reversed(wider) if name in peak)

@@ -1,0 +1,459 @@
+"""Clusters: chips, how they are wired, and how fast a group of them exchanges data.
+
+A cluster comes from a name (`v5p:8x8x16x2slices`, `h100:8x8`), from JAX devices, or from a JSON
+file for anything else: mixed chips, links of different speed, a bandwidth matrix between nodes.
+"""
+
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# Axes of a mesh from the innermost, whose members are closest, to the outermost.
+AXES = ("tensor", "context", "expert", "fsdp", "data", "stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One chip of the catalogue; see `catalog/chips.json` for units and sources.
+
+    Attributes:
+      name: its key in the catalogue.
+      kind: "torus" or "switch".
+      peak_flops: operand type ("bf16", "fp8", "fp4") to FLOP/s, dense.
+      memory_bytes: device memory.
+      hbm_bytes_per_s: bandwidth of that memory.
+      link_bytes_per_s: one way; of a torus link, or of a chip into its switch.
+      torus_rank: dimensions of the torus, 0 for a switch.
+      wrap: torus dimensions that are a multiple of this are closed to rings.
+      devices_per_chip: JAX devices that a chip shows.
+      chips_per_host: chips that share a host (torus) or a switch domain (switch).
+      host_bytes_per_s: one way, from a host or domain to the network between them.
+      pcie_bytes_per_s: one way, between a chip and its host's memory.
+      matrix_tile: edge of the matrix unit or of the output tile of a product.
+      largest: largest torus sold, or None.
+      aliases: other spellings, lower case.
+      source: where the figures are from.
+    """
+
+    name: str
+    kind: str
+    peak_flops: Mapping[str, float]
+    memory_bytes: float
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float
+    torus_rank: int
+    wrap: int
+    devices_per_chip: int
+    chips_per_host: int
+    host_bytes_per_s: float
+    pcie_bytes_per_s: float
+    matrix_tile: int
+    largest: tuple[int, ...] | None
+    aliases: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A group of equal chips behind one network interface.
+
+    Attributes:
+      chip: what it holds.
+      count: how many.
+      link_bytes_per_s: one way, a chip to its neighbours in the node.
+      network_bytes_per_s: one way, the node to others.
+    """
+
+    chip: Chip
+    count: int
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Chips and wires.
+
+    Attributes:
+      name: for reports.
+      chip: the chip; of a mixed cluster, the one with the least memory.
+      shape: torus dimensions of one slice, or (nodes, chips a node).
+      slices: tori joined by the data-centre network.
+      nodes: the nodes one by one if they differ, else empty.
+      bandwidth: bytes/s one way between every pair of nodes, or empty.
+      warnings: what is unusual about it.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+    nodes: tuple[Node, ...] = ()
+    bandwidth: tuple[tuple[float, ...], ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.shape or min(self.shape) < 1 or self.slices < 1:
+            raise ValueError(f"cluster needs positive sizes: {self.shape=}, {self.slices=}")
+        if self.bandwidth and any(len(r) != len(self.bandwidth) for r in self.bandwidth):
+            raise ValueError("bandwidth is a square matrix, one row and column a node")
+
+    @property
+    def chip_count(self) -> int:
+        """Chips of all slices or nodes."""
+        if self.nodes:
+            return sum(node.count for node in self.nodes)
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def device_count(self) -> int:
+        """JAX devices."""
+        return self.chip_count * self.chip.devices_per_chip
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of one device, the smallest of a mixed cluster."""
+        return self.chip.memory_bytes / self.chip.devices_per_chip
+
+    @property
+    def is_torus(self) -> bool:
+        """Whether chips are wired as a torus."""
+        return self.chip.kind == "torus"
+
+    @property
+    def node_size(self) -> int:
+        """Devices within the fast domain: a node, or a whole slice."""
+        if self.is_torus:
+            return math.prod(self.shape) * self.chip.devices_per_chip
+        return min((n.count for n in self.nodes), default=self.shape[-1])
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """One way, a chip to its neighbours; the slowest of a mixed cluster."""
+        return min((n.link_bytes_per_s for n in self.nodes), default=self.chip.link_bytes_per_s)
+
+    @property
+    def network_bytes_per_s(self) -> float:
+        """One way and for each device, out of the node or slice; the slowest of a mixed cluster."""
+        if self.bandwidth:
+            pairs = itertools.combinations(range(len(self.bandwidth)), 2)
+            slowest = min(min(self.bandwidth[i][j], self.bandwidth[j][i]) for i, j in pairs)
+            return slowest / self.node_size
+        if self.nodes:
+            return min(n.network_bytes_per_s / n.count for n in self.nodes)
+        per_host = self.chip.chips_per_host * self.chip.devices_per_chip
+        return self.chip.host_bytes_per_s / per_host
+
+    def axis_bandwidth(self, degrees: Sequence[int], first: str = "tensor") -> tuple[float, ...]:
+        """Bytes/s at which the members of each axis' groups exchange, one way and a device.
+
+        An all-gather of V bytes over n members takes V·(n-1)/n divided by this. Torus: a closed
+        ring moves 2·W along each dimension it covers, an open line W (scaling-book, tpus.md);
+        several lines that interleave on one dimension share it. Between nodes or slices the
+        members that a group has within a node pool their network shares.
+
+        Args:
+          degrees: one per axis of `AXES`.
+          first: the axis that takes its torus dimensions first; then inner to outer.
+        """
+        if self.is_torus:
+            torus = _Torus(
+                shape=self.shape,
+                slices=self.slices,
+                wrap=self.chip.wrap,
+                link=self.chip.link_bytes_per_s,
+                cores=self.chip.devices_per_chip,
+                network=self.network_bytes_per_s,
+            )
+            return _torus_bandwidth(torus, tuple(int(d) for d in degrees), first)
+        return _switch_bandwidth(self, tuple(degrees))
+
+    @classmethod
+    def from_name(cls, name: str) -> "Cluster":
+        """Reads `chip:shape`, or a path to a JSON file; see `README.md` for the forms.
+
+        Raises:
+          ValueError: no such chip or shape; the message lists what there is.
+
+        >>> Cluster.from_name("v5p:8x8x16x2slices").device_count
+        2048
+        """
+        if name.endswith(".json"):
+            return cls.from_json(name)
+        match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)(?:x(\d+)slices?)?", name.lower())
+        if match is None or match[1] not in catalog():
+            raise ValueError(
+                f"no cluster is called {name!r}; write CHIP:SHAPE, as v5e:16x16, "
+                f"v5p:8x8x16x2slices or h100:8x8 (nodes x chips), with a chip of "
+                f"{', '.join(catalog())}, or name a .json file"
+            )
+        chip = catalog()[match[1]]
+        shape = tuple(int(size) for size in match[2].split("x"))
+        return cls.of(chip, shape, slices=int(match[3] or 1), name=name)
+
+    @classmethod
+    def of(
+        cls, chip: Chip, shape: tuple[int, ...], *, slices: int = 1, name: str = ""
+    ) -> "Cluster":
+        """A cluster of equal chips.
+
+        Args:
+          chip: what it is made of.
+          shape: torus dimensions or (nodes, chips a node); a single number is split as sold.
+          slices: tori joined by the network.
+          name: for reports.
+
+        Raises:
+          ValueError: a shape of the wrong rank.
+        """
+        rank = chip.torus_rank or 2
+        if len(shape) == 1:
+            shape = _shape_of(chip, shape[0])
+        if len(shape) != rank or (slices > 1 and not chip.torus_rank):
+            form = "x".join("ABC"[:rank]) if chip.torus_rank else "NODESxCHIPS"
+            raise ValueError(
+                f"{chip.name} is wired as {chip.kind} of rank {rank}: write {chip.name}:{form}"
+                f"{'[xNslices]' if chip.torus_rank else ''}, got shape {shape} and {slices=}"
+            )
+        warnings = ()
+        if chip.largest and any(
+            a > b for a, b in zip(sorted(shape), sorted(chip.largest), strict=True)
+        ):
+            largest = "x".join(map(str, chip.largest))
+            warnings = (f"{chip.name} is sold up to {largest} a slice; planning for {shape}",)
+        if not chip.torus_rank and shape[1] > chip.chips_per_host:
+            warnings = (
+                f"{chip.name} is sold with up to {chip.chips_per_host} chips in one switch "
+                f"domain; planning for {shape[1]}",
+            )
+        shown = name or f"{chip.name}:{'x'.join(map(str, shape))}"
+        return cls(name=shown, chip=chip, shape=shape, slices=slices, warnings=warnings)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Cluster":
+        """Reads a file of nodes: `{"nodes": [{"chip": "v100", "count": 4, ...}], ...}`.
+
+        A node may give `repeat`, `link_bytes_per_s`, `network_bytes_per_s`, and any field of
+        `Chip` to override; the file may give `name` and `bandwidth` (bytes/s between nodes).
+
+        Raises:
+          ValueError: not such a file; the message says what is wrong.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+            entries = fields["nodes"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no cluster file ({error!r}); it holds "
+                '{"nodes": [{"chip": NAME, "count": N}], "bandwidth": [[bytes/s]]}'
+            ) from error
+        nodes = tuple(node for entry in entries for node in _nodes(entry))
+        bandwidth = tuple(tuple(float(x) for x in row) for row in fields.get("bandwidth", ()))
+        if bandwidth and len(bandwidth) != len(nodes):
+            raise ValueError(f"bandwidth has {len(bandwidth)} rows for {len(nodes)} nodes")
+        return cls.of_nodes(nodes, name=fields.get("name", str(path)), bandwidth=bandwidth)
+
+    @classmethod
+    def of_nodes(
+        cls,
+        nodes: Sequence[Node],
+        *,
+        name: str,
+        bandwidth: tuple[tuple[float, ...], ...] = (),
+    ) -> "Cluster":
+        """A cluster of nodes that may differ."""
+        if not nodes:
+            raise ValueError("a cluster needs at least one node")
+        least = min((n.chip for n in nodes), key=lambda c: (c.memory_bytes, c.peak_flops["bf16"]))
+        shape = (len(nodes), min(n.count for n in nodes))
+        chip = replace(least, kind="switch", torus_rank=0, devices_per_chip=1)
+        return cls(name=name, chip=chip, shape=shape, nodes=tuple(nodes), bandwidth=bandwidth)
+
+    @classmethod
+    def from_devices(cls, devices: Sequence[Any]) -> "Cluster":
+        """The cluster that JAX devices belong to.
+
+        Raises:
+          ValueError: a device kind that the catalogue does not know.
+        """
+        kind = str(getattr(devices[0], "device_kind", devices[0].platform)).lower()
+        chip = find_chip("cpu" if devices[0].platform == "cpu" else kind)
+        if chip is None:
+            raise ValueError(
+                f"no chip of the catalogue is called {kind!r}: {', '.join(catalog())}; "
+                "describe the cluster in a JSON file"
+            )
+        if not chip.torus_rank:
+            hosts = len({d.process_index for d in devices})
+            return cls.of(chip, (hosts, len(devices) // hosts), name=f"{kind} x {len(devices)}")
+        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        coords = [d.coords[: chip.torus_rank] for d in devices]
+        shape = tuple(1 + max(c[i] for c in coords) - min(c[i] for c in coords) for i in
+                      range(chip.torus_rank))  # fmt: skip
+        return cls.of(chip, shape, slices=slices)
+
+
+@functools.cache
+def catalog() -> Mapping[str, Chip]:
+    """Chips by name."""
+    text = resources.files("sharding").joinpath("catalog/chips.json").read_text()
+    return {
+        name: Chip(
+            name=name,
+            **{
+                **fields,
+                "aliases": tuple(fields["aliases"]),
+                "largest": tuple(fields["largest"]) if fields["largest"] else None,
+            },
+        )
+        for name, fields in json.loads(text)["chips"].items()
+    }
+
+
+def find_chip(text: str) -> Chip | None:
+    """The chip whose name or alias occurs in a text, the longest match; None if there is none.
+
+    >>> find_chip("A100 SXM 40GB (1600 Gb/s RoCE per node)").name
+    'a100-40gb'
+    """
+    text = text.lower()
+    found = [
+        (len(alias), chip)
+        for chip in catalog().values()
+        for alias in (chip.name, *chip.aliases)
+        if re.search(rf"(?<![a-z0-9]){re.escape(alias)}", text)
+    ]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _nodes(entry: Mapping[str, Any]) -> list[Node]:
+    fields = dict(entry)
+    name, count, repeat = fields.pop("chip", None), fields.pop("count", 1), fields.pop("repeat", 1)
+    if name not in catalog():
+        raise ValueError(f"a node's chip is {name!r}; one of {', '.join(catalog())}")
+    chip = catalog()[name]
+    link = fields.pop("link_bytes_per_s", chip.link_bytes_per_s)
+    network = fields.pop("network_bytes_per_s", chip.host_bytes_per_s)
+    unknown = set(fields) - set(Chip.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"a node has no fields {sorted(unknown)}")
+    node = Node(
+        chip=replace(chip, **fields),
+        count=int(count),
+        link_bytes_per_s=float(link),
+        network_bytes_per_s=float(network),
+    )
+    return [node] * int(repeat)
+
+
+def _shape_of(chip: Chip, count: int) -> tuple[int, ...]:
+    """The most cubic torus of `count` chips, or full nodes."""
+    if not chip.torus_rank:
+        per_node = math.gcd(count, chip.chips_per_host) if count > chip.chips_per_host else count
+        return count // per_node, per_node
+    shapes = [s for s in _factorings(count, chip.torus_rank) if list(s) == sorted(s)]
+    return min(shapes, key=lambda s: (max(s) / min(s), s))
+
+
+@functools.cache
+def _factorings(number: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """All ways to write a number as an ordered product of `parts` factors."""
+    if parts == 1:
+        return ((number,),)
+    return tuple(
+        (d, *rest)
+        for d in range(1, number + 1)
+        if number % d == 0
+        for rest in _factorings(number // d, parts - 1)
+    )
+
+
+def _switch_bandwidth(cluster: Cluster, degrees: tuple[int, ...]) -> tuple[float, ...]:
+    stride, found = 1, []
+    for degree in degrees:
+        inside = max(1, min(degree, cluster.node_size // stride)) if stride else 1
+        network = inside * cluster.network_bytes_per_s
+        fits = degree * stride <= cluster.node_size
+        found.append(cluster.link_bytes_per_s if fits else min(cluster.link_bytes_per_s, network))
+        stride *= degree
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Torus:
+    """What the speed of a group depends on, hashable so that it is computed once."""
+
+    shape: tuple[int, ...]
+    slices: int
+    wrap: int
+    link: float
+    cores: int
+    network: float
+
+
+# What a group gets that the wires cannot hold: so slow that no search takes it.
+_IMPOSSIBLE = 1.0
+
+
+@functools.lru_cache(maxsize=200_000)
+def _torus_bandwidth(torus: _Torus, degrees: tuple[int, ...], first: str) -> tuple[float, ...]:
+    """Assigns axes to torus dimensions, each the best left for it, `first` before the others."""
+    # The network between slices goes to the outermost axes that it divides.
+    shares, network_left = [1] * len(AXES), torus.slices
+    for axis in (AXES.index("data"), AXES.index("stage"), AXES.index("fsdp")):
+        shares[axis] = math.gcd(degrees[axis], network_left)
+        network_left //= shares[axis]
+    left, stride, cores = list(torus.shape), [1] * len(torus.shape), torus.cores
+    found = [_IMPOSSIBLE] * len(AXES)
+    if network_left > 1:
+        return tuple(found)
+    for axis in sorted(range(len(AXES)), key=lambda i: (AXES[i] != first, i)):
+        inside = degrees[axis] // shares[axis]
+        on_chip = math.gcd(inside, cores)  # the devices of a chip are nearer than any link
+        cores //= on_chip
+        split = _best_split(torus, inside // on_chip, left, stride)
+        if split is None:
+            return tuple([_IMPOSSIBLE] * len(AXES))
+        speed, factors = split
+        for i, factor in enumerate(factors):
+            left[i] //= factor
+            stride[i] *= factor
+        speed *= on_chip / torus.cores  # the devices of a chip share its links
+        if shares[axis] > 1:
+            speed = min(speed, inside * torus.network)
+        found[axis] = speed
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _splits(
+    torus: _Torus, degree: int, left: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[float, tuple[int, ...]] | None:
+    best = None
+    for factors in _factorings(degree, len(left)):
+        if any(size % factor for size, factor in zip(left, factors, strict=True)):
+            continue
+        speed = 0.0
+        for size, factor, inner, whole in zip(left, factors, stride, torus.shape, strict=True):
+            if factor > 1:
+                closed = factor == size and whole % torus.wrap == 0
+                speed += torus.link * (2 if closed else 1) / inner
+        # Among equals, keep whole dimensions free for the axes that follow.
+        key = (speed, -sum(f > 1 for f in factors), factors)
+        best = max(best, key) if best else key
+    return None if best is None else (best[0], best[2])
+
+
+def _best_split(
+    torus: _Torus, degree: int, left: Sequence[int], stride: Sequence[int]
+) -> tuple[float, tuple[int, ...]] | None:
+    if degree == 1:
+        return 2 * torus.link * len(left), (1,) * len(left)
+    return _splits(torus, degree, tuple(left), tuple(stride))
