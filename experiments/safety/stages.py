@@ -90,8 +90,8 @@ def train(
     reference: Policy,
 ) -> Policy:
     """Trains the SFT policy with one recipe."""
-    trainer = _trainer(run, config, task, evaluators, recipe, reference)
-    state = _initial_state(config, trainer.learner, task, reference)
+    trainer = trainer_of(run, config, task, evaluators, recipe, reference)
+    state = initial_state(config, trainer.learner, task, reference)
     with Checkpointer(run.checkpoints / recipe.name) as checkpoints:
         start, state = _resume(run, recipe.name, checkpoints, state)
         with run.progress(recipe.name, config.steps, start=start) as bar:
@@ -107,7 +107,7 @@ def train(
     return Policy(graphdef=reference.graphdef, params=state.params["policy"])
 
 
-def _trainer(
+def trainer_of(
     run: Run,
     config: SafetyConfig,
     task: Task,
@@ -115,6 +115,7 @@ def _trainer(
     recipe: Recipe,
     reference: Policy,
 ) -> Trainer:
+    """The parts of a run of one recipe that starts from `reference`."""
     critic_def = None
     if recipe.value_heads:
         critic_def = nnx.graphdef(_critic(config, task, recipe))
@@ -157,9 +158,10 @@ def _critic(config: SafetyConfig, task: Task, recipe: Recipe) -> ScalarModel:
     return ScalarModel(decoder, recipe.value_heads, rngs=nnx.Rngs(config.seed))
 
 
-def _initial_state(
+def initial_state(
     config: SafetyConfig, learner: Learner, task: Task, reference: Policy
 ) -> LearnerState:
+    """The state before the first update: the policy is the reference, its critic reads like it."""
     params: dict[str, Any] = {"policy": reference.params}
     if learner.recipe.value_heads:
         critic = _critic(config, task, learner.recipe)

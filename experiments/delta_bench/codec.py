@@ -1,0 +1,75 @@
+"""What a contestant is: two functions and a name; and the checks that all must pass."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from experiments.delta_bench.pairs import Pair, bits_of
+
+T = TypeVar("T")
+Encode = Callable[[Any, Any, int], Any]
+Apply = Callable[[Any, Any, int], Any]
+
+
+class RoundTripError(AssertionError):
+    """A codec did not give back the new weights, bit for bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """One way to send new weights to somebody who holds the old ones.
+
+    Attributes:
+      name: as tables show it.
+      encode: (old, new, threads) to the payload, bytes-like.
+      apply: (old, payload, threads) to the new weights, in memory of their own.
+      takes_arrays: whether weights are handed over as JAX arrays of bfloat16; else as uint16 bits.
+    """
+
+    name: str
+    encode: Encode
+    apply: Apply
+    takes_arrays: bool = False
+
+    def sides(self, pair: Pair) -> tuple[Any, Any]:
+        """Old and new weights in the form that this codec takes."""
+        return pair.arrays if self.takes_arrays else (pair.old, pair.new)
+
+    def payload(self, pair: Pair, threads: int = 1) -> Any:
+        """Encodes a pair.
+
+        Raises:
+          RoundTripError: the payload does not give back the new weights.
+        """
+        old, new = self.sides(pair)
+        payload = self.encode(old, new, threads)
+        self.check(pair, self.apply(old, payload, threads))
+        return payload
+
+    def check(self, pair: Pair, found: Any) -> None:
+        """Compares rebuilt weights with the new ones, bit for bit."""
+        if set(found) != set(pair.new):
+            raise RoundTripError(f"{self.name} on {pair.name}: other tensors than were sent")
+        for name, wanted in pair.new.items():
+            bits = bits_of(found[name]) if self.takes_arrays else found[name]
+            if bits.shape != wanted.shape or not np.array_equal(bits, wanted):
+                wrong = np.count_nonzero(bits != wanted) if bits.shape == wanted.shape else "all"
+                raise RoundTripError(f"{self.name} on {pair.name}: {wrong} elements of {name}")
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="delta-bench")
+
+
+def over_tensors(function: Callable[..., T], *sides: Any, threads: int) -> dict[str, T]:
+    """`function` of each tensor of the sides, by name; on a pool where `threads` is above 1."""
+    names = list(sides[0])
+    if threads == 1:
+        return {name: function(*(side[name] for side in sides)) for name in names}
+    futures = [_pool(threads).submit(function, *(side[n] for side in sides)) for n in names]
+    return {name: future.result() for name, future in zip(names, futures, strict=True)}
