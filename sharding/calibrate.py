@@ -24,6 +24,16 @@ _SIGMA_SHARE = 1.0
 _SIGMA_TIME = 1.5
 # How far a chip may lie from the others of its stack, in log-odds.
 _SIGMA_CHIP = 0.4
+# What is known of a stack before any run. XLA's collectives on TPUs are asynchronous and its
+# programs are one launch; PyTorch and Megatron launch every kernel from the host.
+PRIORS = {
+    "xla_tpu": Constants(matmul=0.85, overlap_tensor=0.6, launch_s=1e-7, kernel_s=2e-6),
+    "xla_gpu": Constants(matmul=0.75, launch_s=2e-6, overlap_tensor=0.4),
+    "megatron_fp16": Constants(launch_s=1e-5, overlap_fsdp=0.3, overlap_data=0.1,
+                               overlap_tensor=0.02, kernel_s=1e-5, link_s=3e-5),
+    "megatron": Constants(launch_s=5e-6, overlap_tensor=0.4, kernel_s=5e-6),
+    "fsdp": Constants(launch_s=1e-5, kernel_s=5e-6),
+}  # fmt: skip
 # Constants that depend on the chip within a stack.
 _OF_CHIP = ("matmul", "hbm")
 # A residual beyond this counts linearly.
@@ -36,12 +46,14 @@ _EDGE = 1e-3
 class _Layout:
     """Where the constants of a stack lie in a vector, and how they are read back."""
 
+    stack: str
     names: tuple[str, ...]
     chips: tuple[str, ...]
 
     @property
     def start(self) -> np.ndarray:
-        defaults = [_free(name, getattr(Constants(), name)) for name in self.names]
+        prior = PRIORS[self.stack]
+        defaults = [_free(name, getattr(prior, name)) for name in self.names]
         return np.asarray(defaults + [0.0] * (len(self.chips) * len(_OF_CHIP)))
 
     @property
@@ -100,6 +112,7 @@ def _fit_stack(
     table: Table, stack: str, start: Calibration | None
 ) -> tuple[Constants, dict[str, dict[str, float]]]:
     layout = _Layout(
+        stack=stack,
         names=tuple(f.name for f in fields(Constants)),
         chips=tuple(sorted({run.cluster.chip.name for run in table.runs})),
     )
@@ -179,7 +192,7 @@ def held_out(
             seen = [runs[i] for i in rows if model_key(runs[i]) != name]
             out = [i for i in rows if model_key(runs[i]) == name]
             refit = fit(seen, start=calibration) if seen else Calibration(
-                stacks={stack: Constants()}, chips={}, about={})  # fmt: skip
+                stacks={stack: PRIORS[stack]}, chips={}, about={})  # fmt: skip
             predicted[out] = Table.of([runs[i] for i in out]).predict(refit)
     return predicted
 

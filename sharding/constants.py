@@ -19,8 +19,10 @@ class Constants:
 
     Attributes:
       matmul: of the matrix unit's peak, for large products; at most 1.
+      grouped: of `matmul`, for products of rows sorted by expert; at most 1.
       attention: of the peak, for fused attention; at most 1.
       hbm: of the memory's bandwidth; at most 1.
+      scatter: of `hbm`, for passes whose addresses depend on data (routing, lookups); at most 1.
       link: of the bandwidth within a node or slice; at most 1.
       network: of the bandwidth between nodes or slices; at most 1.
       low_precision: exponent on the nominal gain of 8- and 4-bit products; 1 is all of it.
@@ -33,12 +35,14 @@ class Constants:
       overlap_tensor: share of layers' own collectives that hide behind compute.
       step_s: seconds a step that grow with nothing.
       microbatch_s: seconds a micro-batch that grow with nothing.
-      jitter: relative slow-down for each doubling of the hosts in step with each other.
+      jitter: relative slow-down for each doubling of the nodes or slices in step.
     """
 
     matmul: float = 0.7
+    grouped: float = 0.8
     attention: float = 0.5
     hbm: float = 0.8
+    scatter: float = 0.4
     link: float = 0.8
     network: float = 0.7
     low_precision: float = 0.6
@@ -62,8 +66,8 @@ class Constants:
                 raise ValueError(f"a constant is not negative: {field.name}")
 
 
-SHARES = ("matmul", "attention", "hbm", "link", "network", "low_precision", "overlap_fsdp",
-          "overlap_data", "overlap_tensor")  # fmt: skip
+SHARES = ("matmul", "grouped", "attention", "hbm", "scatter", "link", "network", "low_precision",
+          "overlap_fsdp", "overlap_data", "overlap_tensor")  # fmt: skip
 
 # Which software runs a program when nothing says so.
 STACKS = ("xla_tpu", "xla_gpu", "megatron_fp16", "megatron", "fsdp")

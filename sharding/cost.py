@@ -157,8 +157,8 @@ def _step(
     terms["update"] = update
     terms["offload"] = _offload(view, repeats, machine, sum(terms[n] for n in names))
     terms["host"] = constants.step_s + count * constants.microbatch_s + 0.0 * view.one
-    # Steps wait for the slowest of all hosts.
-    waiting = constants.jitter * np.log2(np.maximum(machine.hosts, 1.0))
+    # Steps wait for the slowest node or slice.
+    waiting = constants.jitter * np.log2(np.maximum(machine.domains, 1.0))
     terms["waiting"] = waiting * sum(terms.values())
     total = sum(terms.values())
     outside = total - _pipeline(view, blocks, repeats)

@@ -20,7 +20,7 @@ class Machine:
       pcie: bytes/s to its host's memory.
       tile: edge of the matrix unit.
       torus: whether all-to-all pays for distance.
-      hosts: nodes, or hosts of all slices.
+      domains: nodes or slices, which only the network joins.
       bandwidth: bytes/s by axis of `AXES`, (strategies, axes).
       crosses: whether an axis' groups reach beyond a node or slice, (strategies, axes).
       constants: a `Constants`, or anything with its attributes.
@@ -31,7 +31,7 @@ class Machine:
     pcie: Any
     tile: Any
     torus: Any
-    hosts: Any
+    domains: Any
     bandwidth: np.ndarray
     crosses: np.ndarray
     constants: Any
@@ -68,7 +68,7 @@ def machine(cluster: Cluster, strategies: Strategies, constants: Any) -> Machine
         pcie=chip.pcie_bytes_per_s * per_device,
         tile=float(chip.matrix_tile),
         torus=cluster.is_torus,
-        hosts=max(1.0, cluster.chip_count / chip.chips_per_host),
+        domains=max(1.0, cluster.device_count / cluster.node_size),
         bandwidth=table[inverse.reshape(-1)],
         crosses=crosses & (degrees > 1),
         constants=constants,

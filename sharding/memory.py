@@ -11,8 +11,6 @@ from sharding.program import Block, dtype_bytes
 
 # Layers whose gathered parameters are alive at once: the one that computes and the next.
 _GATHERED_LAYERS = 2
-# Copies of the logits that are alive in the loss: themselves, in float32, and their cotangent.
-_FLOAT32 = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +125,7 @@ def _working_set(view: View, block: Block) -> np.ndarray:
     largest = 0.0 * view.one
     for op in block.ops:
         for name in op.outputs:
-            tensor = view.program.tensors[name]
-            size = view.elements(tensor.dims) * (
-                dtype_bytes(tensor.dtype) + _FLOAT32 * (1.0 + view.program.training)
-            )
-            largest = np.maximum(largest, size)
+            largest = np.maximum(largest, view.bytes(name) * (1.0 + view.program.training))
     return largest
 
 

@@ -12,6 +12,10 @@ from sharding.program import Op
 _ROOFLINE_SHARPNESS = 3.0
 # Rows of a product are padded to the sublanes of a register (8 on TPUs, and Tensor Core tiles).
 _SUBLANES = 8
+# Keys of a block of fused attention (512 in Splash and Flash attention's usual settings).
+_ATTENTION_BLOCK = 512
+# Kinds whose addresses depend on data.
+_SCATTERED = ("gather", "scatter", "sort", "route")
 
 
 def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
@@ -28,17 +32,31 @@ def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
     elif op.kind == "gather":
         moved = 2 * view.bytes(op.outputs[0])
     memory_s = moved / (machine.hbm * constants.hbm)
+    if op.kind in _SCATTERED:
+        memory_s = memory_s / constants.scatter
     if not op.is_matmul:
         return memory_s
-    flops = op.work * op.fraction * _padded(view, op, machine.tile)
+    flops = op.work * _fraction(view, op) * _padded(view, op, machine.tile)
     share = constants.attention if op.kind == "attention" else constants.matmul
+    if op.kind == "grouped_dot":
+        share = share * constants.grouped
     peak = machine.peak["bf16"]
-    if op.precision in ("fp8", "fp4"):
-        gain = machine.peak.get(op.precision, machine.peak.get("fp8", peak)) / peak
+    if op.precision not in ("", "bf16"):
+        gain = machine.peak.get(op.precision, peak) / peak
         share = share * gain**constants.low_precision
     compute_s = flops / (peak * share)
     p = _ROOFLINE_SHARPNESS
     return (compute_s**p + memory_s**p) ** (1 / p)
+
+
+def _fraction(view: View, op: Op) -> Any:
+    """Computed share of an iteration space: blocks on the diagonal of a mask are whole.
+
+    Causal attention over S keys in blocks of b computes (1 + b/S)/2 of the square.
+    """
+    if op.fraction == 1.0 or not op.contracted:
+        return op.fraction
+    return op.fraction * (1.0 + np.minimum(1.0, _ATTENTION_BLOCK / view.sizes[op.contracted[0]]))
 
 
 def _padded(view: View, op: Op, tile: Any) -> np.ndarray:

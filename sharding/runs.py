@@ -16,6 +16,7 @@ crashes on it. The rules:
 * experts' degree lies within the data and FSDP degrees.
 * `optimizer_sharding` blank: ZeRO-3 with an `fsdp` degree, on GPUs ZeRO-1 over `dp`,
   in float16 none.
+* `microbatch` is of a replica, or of a device where micro-batch x devices is the global batch.
 * micro-batch blank: the largest power of two that divides a replica's batch, at most 8,192 tokens.
 * rematerialisation blank: the least that fits in memory.
 * software: XLA on TPUs or where the source says so; PyTorch FSDP for ZeRO-2/3 on GPUs; Megatron
@@ -363,7 +364,9 @@ def _strategy(
     remat, offload = _remat(row)
     strategy = Strategy(
         **known,
-        microbatches=max(1, round(batch / (replicas * per_device))),
+        microbatches=1
+        if per_device * devices == batch
+        else max(1, round(batch / (replicas * per_device))),
         interleave=int(virtual[1]) if virtual and known["stage"] > 1 else 1,
         zero=zero,
         remat=remat or "none",
@@ -432,10 +435,13 @@ def _is_old(row: _Row) -> bool:
 def _types(row: _Row, config: TransformerConfig, stack: str) -> TransformerConfig:
     dtype = row.text("dtype").lower()
     notes = row.text("notes").lower()
-    precision = "fp8" if "fp8" in dtype or "int8" in dtype or "int8" in notes else "bf16"
+    precision = "fp8" if "fp8" in dtype else "int8" if "int8" in dtype + notes else "bf16"
     if "fp4" in dtype:
         precision = "fp4"
     changes: dict[str, Any] = {"precision": precision}
+    capacity = re.search(r"capacity(?:[ _]factor)?[ =]+([\d.]+)", notes)
+    if capacity and config.experts:
+        changes["capacity"] = float(capacity[1])
     if stack == "megatron_fp16":
         wide = "fp32 allreduce" in dtype
         changes |= {"flash": False, "weight_dtype": "float16", "optimizer_bytes": 12.0,
@@ -474,7 +480,7 @@ def _measured(row: _Row, config: TransformerConfig, cluster: Cluster) -> float:
 
 def full_flops(config: TransformerConfig) -> float:
     """FLOPs of a forward pass as tables count them: attention in full, nothing padded."""
-    program = transformer(replace(config, capacity=1.0))
+    program = transformer(replace(config, capacity=0.0))
     return sum(
         program.flops(op) / op.fraction * block.repeat
         for block in program.blocks

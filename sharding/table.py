@@ -20,8 +20,7 @@ from sharding.transformer import transformer
 # From the least recomputation to the most: what a table leaves blank.
 _REMAT_ORDER = {"xla_tpu": ("none", "dots", "projections", "full")}
 _OTHER_REMAT_ORDER = ("none", "attention", "full")
-# A rate no program runs at, where a chip lacks a precision.
-_PRECISIONS = ("bf16", "fp8", "fp4")
+_PRECISIONS = ("bf16", "fp8", "fp4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +141,7 @@ def _group(runs: Sequence[Run], programs: Sequence[Program], rows: Sequence[int]
     peaks = {name: np.asarray([_peak(m.peak, name) for m in single]) for name in _PRECISIONS}
     scalars = {
         name: np.asarray([float(getattr(m, name)) for m in single])
-        for name in ("hbm", "pcie", "tile", "hosts")
+        for name in ("hbm", "pcie", "tile", "domains")
     }
     return Group(
         rows=np.asarray(rows),
@@ -165,5 +164,5 @@ def _group(runs: Sequence[Run], programs: Sequence[Program], rows: Sequence[int]
 
 def _peak(peak: Mapping[str, float], precision: str) -> float:
     """A chip without a precision computes in the next wider one that it has."""
-    wider = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
-    return next(peak[name] for name in reversed(wider) if name in peak)
+    wider = {"fp4": ("fp4", "fp8"), "int8": ("int8", "fp8")}.get(precision, (precision,))
+    return next(peak[name] for name in (*wider, "bf16") if name in peak)

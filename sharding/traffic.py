@@ -38,7 +38,8 @@ def _partial_sums(
     total = view.one * 0.0
     outputs_divided = any(view.divided(tensors[n].dims, "tensor") for n in op.outputs)
     # Results of experts are summed over a token's experts before they are reduced: linear.
-    merged = view.elements(["top_k"]) if op.kind == "grouped_dot" and "top_k" in view.local else 1.0
+    routed = any(view.divided(tensors[n].dims, "expert") for n in op.inputs)
+    merged = view.elements(["top_k"]) if routed and "top_k" in view.local else 1.0
 
     def reduce_(name: str) -> np.ndarray:
         return collectives.all_reduce(

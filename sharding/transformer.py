@@ -53,7 +53,8 @@ class TransformerConfig:
       moe_d_ff: hidden width of an expert; None means d_ff.
       shared_experts: experts that every token visits.
       dense_layers: layers without experts.
-      capacity: rows computed for each row routed (padding of dropping implementations).
+      capacity: rows computed for each row routed, where experts have a fixed capacity and rows
+        beyond it are dropped; 0 if experts take whatever comes ("dropless").
       window: tokens that a local layer looks back, 0 if all layers are global.
       global_every: one layer in this many is global.
       query_rank: width of the compressed query of latent attention, 0 for none.
@@ -86,7 +87,7 @@ class TransformerConfig:
     moe_d_ff: int | None = None
     shared_experts: int = 0
     dense_layers: int = 0
-    capacity: float = 1.0
+    capacity: float = 0.0
     window: int = 0
     global_every: int = 1
     query_rank: int = 0
@@ -319,16 +320,19 @@ class _Builder:
         sent, back = self.act("sent", "top_k", "embed"), self.act("back", "top_k", "embed")
         h, g = self.act("h_moe", "top_k", *hidden), self.act("g_moe", "top_k", "moe_mlp")
         out, z = self.act("out_moe", "top_k", "embed"), self.act("z", "embed")
-        work = 2.0 * self.config.capacity
+        # With a fixed capacity the products are of full batches; else of ragged groups.
+        kind_of = "dot" if self.config.capacity else "grouped_dot"
+        rows, work = ("batch", "sequence", "top_k"), 2.0 * (self.config.capacity or 1.0)
         ops = [
             # Every device scores all experts for its tokens: the result is not divided.
             _op("dot", ("b", router), gates, contracted=("embed",), name="router",
                 space=("batch", "sequence", "embed", "expert")),
             _op("route", ("b", gates), sent, work=0.0, name="dispatch"),
-            _op("grouped_dot", (sent, up), h, contracted=("embed",), work=work, name="mlp_up"),
+            _op(kind_of, (sent, up), h, contracted=("embed",), work=work, name="mlp_up",
+                space=(*rows, "embed", *hidden)),
             _op("elementwise", (h,), g, work=8.0, name="activation"),
-            _op("grouped_dot", (g, down), out, contracted=("moe_mlp",), work=work,
-                name="mlp_down"),
+            _op(kind_of, (g, down), out, contracted=("moe_mlp",), work=work, name="mlp_down",
+                space=(*rows, "moe_mlp", "embed")),
             _op("route", (out,), back, work=0.0, name="combine"),
         ]  # fmt: skip
         inputs = (back, gates)
