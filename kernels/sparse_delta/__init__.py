@@ -1,1 +1,28 @@
 """Lossless sparse deltas between two versions of a pytree of arrays."""
+
+from kernels.sparse_delta.decode import apply
+from kernels.sparse_delta.encode import encode, merge
+from kernels.sparse_delta.errors import (
+    CorruptPayload,
+    Damaged,
+    Incomplete,
+    UnknownFormat,
+    WrongBase,
+    WrongModel,
+    WrongTarget,
+)
+from kernels.sparse_delta.trees import TreeDigest
+
+__all__ = [
+    "CorruptPayload",
+    "Damaged",
+    "Incomplete",
+    "TreeDigest",
+    "UnknownFormat",
+    "WrongBase",
+    "WrongModel",
+    "WrongTarget",
+    "apply",
+    "encode",
+    "merge",
+]

@@ -7,6 +7,7 @@ process encodes the tiles that lie in its shards and each actor decodes those th
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,15 +112,18 @@ def choose_grid(shape: tuple[int, ...], shard_shapes: tuple[tuple[int, ...], ...
         for first in range(second + 1):
             rows, row_unit = _group(shape[first:second], units[first:second])
             cols, col_unit = _group(shape[second:], units[second:])
+            splits = (0, first, second, len(shape))
+            torn = sum(_torn(shape[a:b], units[a:b]) for a, b in itertools.pairwise(splits))
             wide = _fit(cols, col_unit, TILE_COLUMNS)
             high = _fit(rows, row_unit, TILE_ELEMENTS // wide)
             wide = max(wide, _fit(cols, col_unit, TILE_ELEMENTS // high))
-            # Tiles that are too small cost most, narrow ones lanes; a view that is near square
-            # has the matrix's own two dimensions, along which receivers cut.
+            # Tiles that are too small cost most, then shards in many parts, then narrow tiles. A
+            # view that is near square has the matrix's own dimensions, along which receivers cut.
             cost = (
                 4.0 * math.log2(max(1.0, whole / (high * wide)))
                 + math.log2(max(1.0, _LANES / wide))
                 + 0.25 * abs(math.log2(rows / cols))
+                + 3.0 * torn
             )
             if best is None or cost < best[0]:
                 best = cost, TileGrid(shape, (first, second), (high, wide))
@@ -138,6 +142,12 @@ def _group(sizes: Sequence[int], units: Sequence[int]) -> tuple[int, int]:
     return rest, unit
 
 
+def _torn(sizes: Sequence[int], units: Sequence[int]) -> bool:
+    """Whether a shard is more than one stretch of merged dimensions."""
+    inner = [own != size for size, own in zip(sizes, units, strict=True) if size > 1][1:]
+    return any(inner)
+
+
 def _fit(extent: int, unit: int, wanted: int) -> int:
     """The largest size up to `wanted` that divides `unit`, or that is handy where it is 0."""
     wanted = max(1, min(wanted, extent))
@@ -148,57 +158,82 @@ def _fit(extent: int, unit: int, wanted: int) -> int:
     return wanted
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a shard that is one box of the tensor's view, without gaps.
+
+    Attributes:
+      cut: its place in the shard's own view (lead, rows, cols).
+      ids: int64, numbers of its tiles in the order of its own grid of tiles 1 × R × C; None where
+        it cuts a tile.
+      origin: row-major index in the tensor of its first element. That index grows by rows · cols
+        along lead, by cols along rows and by 1 along cols, all of the tensor's view.
+    """
+
+    cut: tuple[slice, slice, slice]
+    ids: np.ndarray | None
+    origin: int
+
+
 @functools.lru_cache(maxsize=1 << 14)
-def local_tiles(grid: TileGrid, box: Box) -> np.ndarray | None:
-    """Numbers of the tiles of a shard, in the order of the shard's own grid of tiles.
+def parts(grid: TileGrid, box: Box) -> tuple[Part, ...]:
+    """A shard as boxes of the tensor's view: one, unless it splits dimensions that are merged.
 
-    The shard, viewed in three dimensions at the same splits, has the tiles of the tensor as its
-    own tiles 1 × R × C.
-
-    Args:
-      grid: of the whole tensor.
-      box: the shard.
-
-    Returns:
-      int64 (read-only), or None where the shard cuts a tile.
+    Tile numbers rise from part to part only where there is one part.
     """
     first, second = grid.splits
-    axes = []
-    for group, size in (
-        (slice(0, first), 1),
-        (slice(first, second), grid.tile[0]),
-        (slice(second, len(grid.shape)), grid.tile[1]),
-    ):
-        axis = _tiles_along(grid.shape[group], box[group], size)
-        if axis is None:
-            return None
-        axes.append(axis)
-    _, down, across = grid.counts
-    lead, row, col = axes
-    ids = ((lead[:, None, None] * down + row[:, None]) * across + col).reshape(-1)
-    ids.flags.writeable = False
-    return ids
+    groups = slice(0, first), slice(first, second), slice(second, len(grid.shape))
+    runs = [_runs(grid.shape[group], box[group]) for group in groups]
+    (_, rows, cols), (_, down, across) = grid.extents, grid.counts
+    found = []
+    for one in itertools.product(*runs):
+        axes = [
+            _tiles_of(begin, size, unit, extent)
+            for (_, begin, size), unit, extent in zip(
+                one, (1, *grid.tile), grid.extents, strict=True
+            )
+        ]
+        ids = None
+        lead, row, col = axes
+        if lead is not None and row is not None and col is not None:
+            ids = ((lead[:, None, None] * down + row[:, None]) * across + col).reshape(-1)
+            ids.flags.writeable = False
+        cut = tuple(slice(start, start + size) for start, _, size in one)
+        origin = (one[0][1] * rows + one[1][1]) * cols + one[2][1]
+        found.append(Part((cut[0], cut[1], cut[2]), ids, origin))
+    return tuple(found)
 
 
-def _tiles_along(shape: tuple[int, ...], box: Box, size: int) -> np.ndarray | None:
-    """Tile numbers along merged dimensions, one for each `size` local indices; None if cut."""
-    extent = math.prod(shape)
-    lengths = tuple(stop - start for start, stop in box)
-    start = np.arange(0, math.prod(lengths), size)
-    stop = np.minimum(start + size, math.prod(lengths))
-    begin, end = _to_global(start, shape, box), _to_global(stop - 1, shape, box) + 1
-    # The map from local to global indices rises, so equal spans mean that nothing lies between.
-    whole = (begin % size == 0) & (end == np.minimum(begin + size, extent))
-    return begin // size if np.all(whole & (end - begin == stop - start)) else None
+def _runs(shape: tuple[int, ...], box: Box) -> list[tuple[int, int, int]]:
+    """Stretches of merged indices that a box holds: local start, global start, length."""
+    begins, run = _run_starts(shape, box)
+    return [(at * run, begin, run) for at, begin in enumerate(begins.tolist())] if run else []
 
 
-def _to_global(index: np.ndarray, shape: tuple[int, ...], box: Box) -> np.ndarray:
-    """Row-major index within merged dimensions, from that within the box."""
-    if not shape or not index.size:
-        return index
-    within = np.unravel_index(index, [stop - start for start, stop in box])
-    shifted = [part + start for part, (start, _) in zip(within, box, strict=True)]
-    return np.ravel_multi_index(shifted, shape)
+def _run_starts(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
+    """First merged index of every stretch, and their length, which is one and the same."""
+    lengths = [stop - start for start, stop in box]
+    split = len(shape)
+    run = 1
+    while split > 0:
+        split -= 1
+        run *= lengths[split]
+        if lengths[split] < shape[split]:
+            break
+    while split > 0 and lengths[split - 1] == 1:  # one index: nothing to jump over
+        split -= 1
+    begin = np.zeros(1, np.int64)
+    for axis, (size, (start, stop)) in enumerate(zip(shape, box, strict=True)):
+        inside = np.arange(start, stop) if axis < split else np.asarray([start])
+        begin = (begin[:, None] * size + inside).reshape(-1)
+    return begin, run
+
+
+def _tiles_of(begin: int, size: int, unit: int, extent: int) -> np.ndarray | None:
+    """Numbers of the tiles of `unit` indices in a stretch, or None where it cuts one."""
+    if begin % unit or ((begin + size) % unit and begin + size != extent):
+        return None
+    return np.arange(begin // unit, -(-(begin + size) // unit))
 
 
 def coverage(grid: TileGrid, boxes: Sequence[Box], ids: np.ndarray) -> np.ndarray:
@@ -232,16 +267,8 @@ def coverage(grid: TileGrid, boxes: Sequence[Box], ids: np.ndarray) -> np.ndarra
 
 def _shared_along(shape: tuple[int, ...], box: Box, size: int, index: np.ndarray) -> np.ndarray:
     extent = math.prod(shape)
-    run = 1  # the longest stretch of merged indices that the box holds without a gap
-    split = len(shape)
-    while split > 0:
-        split -= 1
-        run *= box[split][1] - box[split][0]
-        if run < math.prod(shape[split:]):
-            break
-    starts = np.arange(0, math.prod(stop - start for start, stop in box), max(run, 1))
-    starts = _to_global(starts, shape, box)
-    if not run or not starts.size:
+    starts, run = _run_starts(shape, box)
+    if not run:
         return np.zeros(len(index), np.int64)
 
     def before(edge: np.ndarray) -> np.ndarray:

@@ -1,0 +1,303 @@
+"""From two versions of a tree to a payload: `encode`; `merge` joins what several processes made."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from kernels.sparse_delta import codec, host, wire
+from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.tiles import TileGrid, parts
+from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
+from kernels.sparse_delta.wire import ANCHOR, DELTA, Manifest, Run, Tensor, Tiles
+
+_NO_ROOT = bytes(16)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One box to code: a part of a shard of a tensor."""
+
+    tensor: int
+    ids: np.ndarray
+    frame: codec.DigestFrame
+    old: np.ndarray | None
+    new: np.ndarray
+
+
+def encode(
+    old: Any,
+    new: Any,
+    *,
+    version: int | None = None,
+    base_version: int | None = None,
+    base_digest: TreeDigest | None = None,
+    receivers: Sequence[Any] | None = None,
+    threads: int | None = None,
+) -> bytes:
+    """Packs what turns `old` into `new`, bit for bit.
+
+    Where other processes hold some of the arrays, each process calls this with the same arguments
+    and gets its part; `merge` joins the parts.
+
+    Args:
+      old: pytree of arrays with 1-, 2- or 4-byte elements; None packs all of `new` (an anchor).
+      new: the same structure, shapes, dtypes and shardings.
+      version: what the caller calls `new`, 0 … 2^63 − 1; only carried.
+      base_version: what the caller calls `old`; only carried.
+      base_digest: of `old`, as `inspect(payload).target_digest` gave it for the payload that made
+        `old`, or `digest(old)`. It is trusted and saves reading `old` once more.
+      receivers: pytrees like `new` whose leaves are the shardings (or arrays with them) of those
+        who will apply the payload. Tiles are so cut that none lies in two of their shards.
+        Needed where a receiver's tensor is spread over several processes.
+      threads: how many work at once; as many as there are cores where None.
+
+    Returns:
+      The payload: at most 1 % + 4 KiB and the leaves' names more than the weights.
+
+    Raises:
+      TypeError: a leaf is no array of such elements; names it.
+      ValueError: the trees, or a leaf of them, do not match; names it.
+    """
+    leaves, structure = named_leaves(new, role="new")
+    olds = None if old is None else matched(old, leaves, structure)
+    numbers = _version("version", version), _version("base_version", base_version)
+    grids = _grids(leaves, _sharding_trees(receivers, leaves, structure))
+    same = _ties(leaves, olds, grids)
+    threads = host.default_threads() if threads is None else threads
+    spread = not all(host.is_local(leaf) for leaf in leaves)
+
+    base = [(0, 0)] * len(leaves)
+    if olds is not None:
+        base = _base_sums(olds, grids, same, base_digest, spread)
+    work = _work(leaves, olds, grids, same)
+    tables, table_of = _make_tables(leaves, grids, work)
+    runs, chunks, change = [], [], [(0, 0)] * len(leaves)
+    for item in work:
+        leaf = leaves[item.tensor]
+        table = table_of[leaf.dtype.name]
+        coded = codec.encode_box(
+            item.old,
+            item.new,
+            element_format(leaf.dtype),
+            grids[item.tensor].tile,
+            tables[table][1],
+            threads,
+            item.frame,
+        )
+        if olds is None:
+            grown = host.digest_of(item.new, item.frame)
+            change[item.tensor] = add(change[item.tensor], (int(grown[0]), int(grown[1])))
+        change[item.tensor] = add(change[item.tensor], coded.digest_change)
+        kept = np.flatnonzero(coded.mode)
+        if len(kept):
+            at = kept if len(kept) < len(coded.mode) else slice(None)
+            tiles = Tiles(item.ids[at], coded.mode[at], coded.nnz[at], coded.size[at])
+            runs.append(Run(item.tensor, table, tiles))
+            chunks.append(coded.data.data)
+    used = sorted({run.table for run in runs})
+    runs = [dataclasses.replace(run, table=used.index(run.table)) for run in runs]
+    tensors = [
+        Tensor(
+            name=leaf.name,
+            dtype=leaf.dtype.name,
+            grid=grids[index],
+            same=same[index],
+            target=add(base[index], change[same[index]]),
+            base=base[index],
+        )
+        for index, leaf in enumerate(leaves)
+    ]
+    manifest = Manifest(
+        kind=ANCHOR if olds is None else DELTA,
+        part=True,
+        version=numbers[0],
+        base_version=numbers[1],
+        base_root=_NO_ROOT,
+        target_root=_NO_ROOT,
+        tensors=tuple(tensors),
+        tables=tuple((tables[k][0], tables[k][1].to_bytes()) for k in used),
+        runs=tuple(runs),
+    )
+    return wire.write(manifest if spread else _complete(manifest), chunks)
+
+
+def merge(payloads: Sequence[Any]) -> bytes:
+    """Joins the parts that the processes of one `encode` made, in any order.
+
+    Raises:
+      CorruptPayload: a part is damaged, or two hold the same tile.
+      ValueError: no parts, or parts of different encodes.
+    """
+    manifest, chunks = wire.merge(payloads)
+    return wire.write(_complete(manifest), chunks)
+
+
+def matched(old: Any, leaves: Sequence[Leaf], structure: Any) -> list[Leaf]:
+    """The leaves of `old`, which must be those of `new`."""
+    olds, old_structure = named_leaves(old, role="old")
+    for mine, other in zip(olds, leaves, strict=False):
+        if (mine.name, mine.shape, mine.dtype) != (other.name, other.shape, other.dtype):
+            raise ValueError(
+                "old and new must have the same leaves: old has "
+                f"{mine.name!r} {mine.dtype}{list(mine.shape)} where new has "
+                f"{other.name!r} {other.dtype}{list(other.shape)}"
+            )
+    if len(olds) != len(leaves) or old_structure != structure:
+        raise ValueError(
+            "old and new must be trees of one structure; "
+            f"they have {len(olds)} and {len(leaves)} leaves: {old_structure} and {structure}"
+        )
+    return olds
+
+
+def _version(name: str, value: int | None) -> int | None:
+    if value is not None and not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} must be within 0 … 2^63 − 1 or None, got {value}")
+    return value
+
+
+def _sharding_trees(
+    receivers: Sequence[Any] | None, leaves: Sequence[Leaf], structure: Any
+) -> list[list[Any]]:
+    """The receivers' shardings, for each leaf."""
+    found: list[list[Any]] = [[] for _ in leaves]
+    for number, tree in enumerate(receivers or ()):
+        flat, its_structure = jax.tree.flatten(
+            tree, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding)
+        )
+        if its_structure != structure:
+            raise ValueError(
+                f"receivers[{number}] must have the structure of new: "
+                f"{its_structure} is not {structure}"
+            )
+        for leaf, mine in zip(leaves, found, strict=True):
+            sharding = getattr(flat[leaf.place], "sharding", flat[leaf.place])
+            if not isinstance(sharding, jax.sharding.Sharding):
+                raise TypeError(
+                    f"leaf {leaf.name!r} of receivers[{number}] is a "
+                    f"{type(sharding).__name__}, not a sharding"
+                )
+            mine.append(sharding)
+    return found
+
+
+def _grids(leaves: Sequence[Leaf], shardings: Sequence[Sequence[Any]]) -> list[TileGrid]:
+    return [host.grid_of(leaf, more) for leaf, more in zip(leaves, shardings, strict=True)]
+
+
+def _ties(
+    leaves: Sequence[Leaf], olds: Sequence[Leaf] | None, grids: Sequence[TileGrid]
+) -> list[int]:
+    """For each leaf the first one that is the same arrays, or itself."""
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault((id(leaf.value), olds and id(olds[index].value), grids[index]), index)
+        for index, leaf in enumerate(leaves)
+    ]
+
+
+def _base_sums(
+    olds: Sequence[Leaf],
+    grids: Sequence[TileGrid],
+    same: Sequence[int],
+    base_digest: TreeDigest | None,
+    spread: bool,
+) -> list[Sums]:
+    """This process's share of the old tree's sums."""
+    sums: list[Sums] = []
+    for index, (leaf, grid) in enumerate(zip(olds, grids, strict=True)):
+        known = base_digest.sums.get(leaf.name) if base_digest else None
+        if known is not None:
+            # Known as a whole; the first process answers for it.
+            sums.append(known if not spread or jax.process_index() == 0 else (0, 0))
+        elif same[index] != index:
+            sums.append(sums[same[index]])
+        else:
+            sums.append(host.digest_sums(leaf, grid))
+    if base_digest and not spread and tree_digest(olds, sums).root != base_digest.root:
+        raise ValueError("base_digest is not of old: names, shapes, dtypes or weights differ")
+    return sums
+
+
+def _work(
+    leaves: Sequence[Leaf],
+    olds: Sequence[Leaf] | None,
+    grids: Sequence[TileGrid],
+    same: Sequence[int],
+) -> list[_Work]:
+    work = []
+    for index, (leaf, grid) in enumerate(zip(leaves, grids, strict=True)):
+        before = olds[index] if olds else None
+        unchanged = before is not None and before.value is leaf.value
+        if unchanged or same[index] != index or not host.speaks_for(leaf) or not grid.n_tiles:
+            continue
+        for piece in host.held(leaf):
+            if not piece.owned:
+                continue
+            new = host.read_box(leaf, piece.box)
+            old = host.read_box(before, piece.box) if before else None
+            for part in parts(grid, piece.box):
+                assert part.ids is not None, "the grid was chosen so that no shard cuts a tile"
+                work.append(
+                    _Work(
+                        index,
+                        part.ids,
+                        host.frame_of(grid, part),
+                        None if old is None else host.part_of(old, grid, part),
+                        host.part_of(new, grid, part),
+                    )
+                )
+    return work
+
+
+def _make_tables(
+    leaves: Sequence[Leaf], grids: Sequence[TileGrid], work: Sequence[_Work]
+) -> tuple[list[tuple[str, codec.Tables]], dict[str, int]]:
+    """Tables for each dtype that has anything to code."""
+    tables = []
+    by_dtype: dict[str, list[_Work]] = {}
+    for item in work:
+        by_dtype.setdefault(leaves[item.tensor].dtype.name, []).append(item)
+    for name, items in by_dtype.items():
+        pairs = [(item.old, item.new) for item in items if item.old is not None]
+        largest = max(items, key=lambda item: item.new.size)
+        fmt = element_format(leaves[largest.tensor].dtype)
+        tables.append((name, codec.make_tables(fmt, pairs, grids[largest.tensor].tile)))
+    return tables, {name: index for index, (name, _) in enumerate(tables)}
+
+
+def _complete(manifest: Manifest) -> Manifest:
+    """A part that holds everything, as a payload: roots instead of most sums."""
+    leaves = [
+        Leaf(t.name, place, None, t.grid.shape, np.dtype(jax.numpy.dtype(t.dtype)))
+        for place, t in enumerate(manifest.tensors)
+    ]
+
+    def root(sums: list[Sums | None]) -> bytes:
+        return tree_digest(leaves, [pair or (0, 0) for pair in sums]).root
+
+    carried = [
+        dataclasses.replace(
+            tensor,
+            base=None,
+            target=tensor.target if _elements(tensor) >= wire.SUMS_FROM_ELEMENTS else None,
+        )
+        for tensor in manifest.tensors
+    ]
+    bases = [tensor.base for tensor in manifest.tensors]
+    return dataclasses.replace(
+        manifest,
+        part=False,
+        base_root=_NO_ROOT if manifest.kind == ANCHOR else root(bases),
+        target_root=root([tensor.target for tensor in manifest.tensors]),
+        tensors=tuple(carried),
+    )
+
+
+def _elements(tensor: Tensor) -> int:
+    lead, rows, cols = tensor.grid.extents
+    return lead * rows * cols
