@@ -11,18 +11,24 @@ from kernels.sparse_delta.errors import (
     WrongModel,
     WrongTarget,
 )
+from kernels.sparse_delta.host import digest
+from kernels.sparse_delta.report import PayloadInfo, TensorInfo, inspect
 from kernels.sparse_delta.trees import TreeDigest
 
 __all__ = [
     "CorruptPayload",
     "Damaged",
     "Incomplete",
+    "PayloadInfo",
+    "TensorInfo",
     "TreeDigest",
     "UnknownFormat",
     "WrongBase",
     "WrongModel",
     "WrongTarget",
     "apply",
+    "digest",
     "encode",
+    "inspect",
     "merge",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kernels.sparse_delta import loops
 from kernels.sparse_delta.codec import DigestFrame
@@ -21,7 +22,7 @@ from kernels.sparse_delta.tiles import (
     pieces,
     whole_box,
 )
-from kernels.sparse_delta.trees import Leaf, Sums
+from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 
 # XLA's alignment of buffers: a NumPy array that has it becomes a jax.Array without a copy.
 _ALIGNMENT = 64
@@ -181,3 +182,22 @@ def _target(leaf: Leaf, sharding: Any, device: Any) -> Any:
     if sharding is None or not getattr(leaf.value, "committed", True):
         return None  # where JAX puts what nobody placed
     return sharding
+
+
+def digest(tree: Any) -> TreeDigest:
+    """What a tree of weights is known by; reads all of it.
+
+    Where other processes hold some of the arrays, all processes call this together.
+
+    Args:
+      tree: pytree of arrays with 1-, 2- or 4-byte elements.
+
+    Raises:
+      TypeError: a leaf is no array of such elements; names it.
+    """
+    leaves, _ = named_leaves(tree, role="tree")
+    sums = [digest_sums(leaf, grid_of(leaf)) for leaf in leaves]
+    if not all(is_local(leaf) for leaf in leaves):
+        shares = multihost_utils.process_allgather(np.asarray(sums, np.uint32).reshape(-1, 2))
+        sums = [add(*share) for share in np.asarray(shares).transpose(1, 0, 2).tolist()]
+    return tree_digest(leaves, sums)
