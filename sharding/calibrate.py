@@ -25,17 +25,18 @@ _SIGMA_TIME = 1.5
 # How far a chip may lie from the others of its stack, in log-odds.
 _SIGMA_CHIP = 0.4
 # What is known of a stack before any run. XLA's collectives on TPUs are asynchronous and its
-# programs are one launch; PyTorch and Megatron launch every kernel from the host.
+# programs are one launch, without what nobody reads; PyTorch and Megatron launch every kernel from
+# the host, and Megatron's checkpointing repeats a layer to its end.
 PRIORS = {
     "xla_tpu": Constants(matmul=0.85, overlap_tensor=0.6, launch_s=1e-7, kernel_s=2e-6),
     "xla_gpu": Constants(matmul=0.75, launch_s=2e-6, overlap_tensor=0.4),
-    "megatron_fp16": Constants(launch_s=1e-5, overlap_fsdp=0.3, overlap_data=0.1,
-                               overlap_tensor=0.02, kernel_s=1e-5, link_s=3e-5),
-    "megatron": Constants(launch_s=5e-6, overlap_tensor=0.4, kernel_s=5e-6),
-    "fsdp": Constants(launch_s=1e-5, kernel_s=5e-6),
+    "megatron_fp16": Constants(launch_s=7e-5, overlap_fsdp=0.3, overlap_data=0.1,
+                               overlap_tensor=0.02, kernel_s=3e-6, link_s=3e-5, dead=0.97),
+    "megatron": Constants(launch_s=2e-5, overlap_tensor=0.4, kernel_s=3e-6, dead=0.97),
+    "fsdp": Constants(launch_s=2e-5, kernel_s=3e-6),
 }  # fmt: skip
 # Constants that depend on the chip within a stack.
-_OF_CHIP = ("matmul", "hbm")
+_OF_CHIP = ("matmul", "attention", "hbm")
 # A residual beyond this counts linearly.
 _SOFT = 0.1
 # Shares stay off 0 and 1, where the log-odds end.

@@ -33,6 +33,8 @@ class Constants:
       overlap_fsdp: share of compute behind which gathers of parameters hide.
       overlap_data: share of the backward pass behind which gradients' reduction hides.
       overlap_tensor: share of layers' own collectives that hide behind compute.
+      dead: share of a layer's results that no gradient reads which recomputation computes all the
+        same: 0 where a compiler removes them.
       step_s: seconds a step that grow with nothing.
       microbatch_s: seconds a micro-batch that grow with nothing.
       jitter: relative slow-down for each doubling of the nodes or slices in step.
@@ -53,6 +55,7 @@ class Constants:
     overlap_fsdp: float = 0.8
     overlap_data: float = 0.8
     overlap_tensor: float = 0.2
+    dead: float = 0.02
     step_s: float = 1e-3
     microbatch_s: float = 1e-4
     jitter: float = 0.005
@@ -67,7 +70,7 @@ class Constants:
 
 
 SHARES = ("matmul", "grouped", "attention", "hbm", "scatter", "link", "network", "low_precision",
-          "overlap_fsdp", "overlap_data", "overlap_tensor")  # fmt: skip
+          "overlap_fsdp", "overlap_data", "overlap_tensor", "dead")  # fmt: skip
 
 # Which software runs a program when nothing says so.
 STACKS = ("xla_tpu", "xla_gpu", "megatron_fp16", "megatron", "fsdp")

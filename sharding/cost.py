@@ -27,6 +27,9 @@ from sharding.traffic import fsdp_comm, layer_comm
 _GRADIENT_READS = 2
 
 
+_MICROBATCH_TERMS = ("forward", "backward", "recompute", "layer_comm", "fsdp_comm", "launch")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockTime:
     """Seconds of one repetition of a block for one micro-batch, arrays over strategies.
@@ -37,6 +40,7 @@ class BlockTime:
       recompute: of the forward pass that is run again.
       layer_comm: exposed collectives of tensor, context and expert parallelism.
       fsdp_comm: exposed gathers of parameters and scatters of gradients.
+      launch: waiting for the host, which launches kernels in order.
     """
 
     forward: np.ndarray
@@ -44,11 +48,12 @@ class BlockTime:
     recompute: np.ndarray
     layer_comm: np.ndarray
     fsdp_comm: np.ndarray
+    launch: np.ndarray
 
     @property
     def total(self) -> np.ndarray:
         """Of the whole micro-batch."""
-        return self.forward + self.backward + self.recompute + self.layer_comm + self.fsdp_comm
+        return sum((getattr(self, name) for name in _MICROBATCH_TERMS), np.zeros(()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,27 +112,29 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
     constants, strategies = machine.constants, view.strategies
     zero = 0.0 * view.one
     forward, backward, again, kernels = zero, zero, zero, zero
-    for op in block.ops:
+    for index, op in enumerate(block.ops):
         busy = op_time(view, op, machine)
         forward = forward + busy + constants.kernel_s
         kernels = kernels + 1.0
         if view.program.training:
             count = 2.0 if op.kind in ("dot", "grouped_dot") else 1.0
             backward = backward + op.backward_passes * busy + count * constants.kernel_s
-            repeated = strategies.recomputes(op) * float(block.checkpointed)
+            read = 1.0 if index in block.read_again else constants.dead
+            repeated = strategies.recomputes(op) * float(block.checkpointed) * read
             again = again + repeated * (busy + constants.kernel_s)
             kernels = kernels + count + repeated
-    # The host launches kernels in order: what it cannot keep up with, it delays.
+    comm = layer_comm(view, block, machine) * (1.0 - constants.overlap_tensor)
     busy = forward + backward + again
-    stretch = np.maximum(1.0, kernels * constants.launch_s / np.maximum(busy, 1e-12))
-    comm = layer_comm(view, block, machine)
     gathers, scatters = fsdp_comm(view, block, machine)
+    exposed = _exposed(gathers + scatters, constants.overlap_fsdp * busy)
     return BlockTime(
-        forward=forward * stretch,
-        backward=backward * stretch,
-        recompute=again * stretch,
-        layer_comm=comm * (1.0 - constants.overlap_tensor),
-        fsdp_comm=_exposed(gathers + scatters, constants.overlap_fsdp * busy * stretch),
+        forward=forward,
+        backward=backward,
+        recompute=again,
+        layer_comm=comm,
+        fsdp_comm=exposed,
+        # The device waits for the host where the host cannot launch as fast as the device runs.
+        launch=np.maximum(0.0, kernels * constants.launch_s - busy - comm - exposed),
     )
 
 
@@ -142,10 +149,9 @@ def _step(
 ) -> Estimate:
     strategies, constants = view.strategies, machine.constants
     count = strategies.microbatches.astype(float)
-    names = ("forward", "backward", "recompute", "layer_comm", "fsdp_comm")
-    terms: dict[str, np.ndarray] = dict.fromkeys(names, 0.0 * view.one)
+    terms: dict[str, np.ndarray] = dict.fromkeys(_MICROBATCH_TERMS, 0.0 * view.one)
     for time, repeat in zip(blocks, repeats, strict=True):
-        for name in names:  # of an average stage
+        for name in _MICROBATCH_TERMS:  # of an average stage
             terms[name] = terms[name] + count * repeat * getattr(time, name) / strategies.stage
     terms["bubble"] = _pipeline(view, blocks, repeats) - sum(terms.values())
     terms["stage_comm"] = _stage_comm(view, machine)
@@ -155,7 +161,7 @@ def _step(
     update, accumulate = _update(view, repeats, machine)
     terms["accumulate"] = accumulate
     terms["update"] = update
-    terms["offload"] = _offload(view, repeats, machine, sum(terms[n] for n in names))
+    terms["offload"] = _offload(view, repeats, machine, sum(terms[n] for n in _MICROBATCH_TERMS))
     terms["host"] = constants.step_s + count * constants.microbatch_s + 0.0 * view.one
     # Steps wait for the slowest node or slice.
     waiting = constants.jitter * np.log2(np.maximum(machine.domains, 1.0))
@@ -193,10 +199,13 @@ def _pipeline(view: View, blocks: Sequence[BlockTime], repeats: Sequence[Any]) -
 
 
 def _stage_comm(view: View, machine: Machine) -> np.ndarray:
-    """Hand-overs between stages that nothing hides: one each way, micro-batch and stretch."""
+    """Hand-overs between stages that nothing hides: one each way, micro-batch and stretch.
+
+    Every member of a tensor-parallel group sends its share (arXiv:2104.04473, section 4.1).
+    """
     strategies = view.strategies
     carry = sorted({n for b in view.program.blocks if b.checkpointed for n in b.carry})
-    size = sum((view.bytes(n) for n in carry), 0.0 * view.one)
+    size = sum((view.bytes(n) for n in carry), 0.0 * view.one) / strategies.tensor
     once = collectives.send(size, machine.speed("stage"), machine.latency("stage"))
     rounds = strategies.microbatches * strategies.interleave + strategies.stage - 1
     return once * rounds * (1.0 + view.program.training) * (strategies.stage > 1)

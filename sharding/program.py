@@ -18,6 +18,7 @@ How collectives follow from names (kinds of parallelism: data, context, tensor, 
 * a `route` operation moves rows between holders of experts by all-to-all.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -154,6 +155,32 @@ class Block:
     def __post_init__(self) -> None:
         if self.repeat < 1:
             raise ValueError(f"block {self.name} needs at least one repetition: {self.repeat=}")
+
+    @functools.cached_property
+    def read_again(self) -> frozenset[int]:
+        """Positions of the operations whose results some gradient of the block reads.
+
+        The others, as the last product of a layer, need not run again under rematerialisation.
+        """
+        # A carried tensor is read at the start and written at the end under one name.
+        version: dict[str, int] = {}
+        needed: set[tuple[str, int]] = set()
+        reads: list[set[tuple[str, int]]] = []
+        writes: list[set[tuple[str, int]]] = []
+        for index, op in enumerate(self.ops):
+            reads.append({(n, version.get(n, -1)) for n in op.inputs})
+            before = dict(version)
+            version.update(dict.fromkeys(op.outputs, index))
+            writes.append({(n, index) for n in op.outputs})
+            for name in op.residual_names:
+                own = name in op.outputs and name not in op.inputs
+                needed.add((name, index if own else before.get(name, -1)))
+        found: set[int] = set()
+        for index in reversed(range(len(self.ops))):
+            if needed & writes[index]:
+                found.add(index)
+                needed |= reads[index]
+        return frozenset(found)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ crashes on it. The rules:
 * experts' degree lies within the data and FSDP degrees.
 * `optimizer_sharding` blank: ZeRO-3 with an `fsdp` degree, on GPUs ZeRO-1 over `dp`,
   in float16 none.
-* `microbatch` is of a replica, or of a device where micro-batch x devices is the global batch.
+* `microbatch` is of a replica; on TPUs of a device if micro-batch x devices is the global batch.
 * micro-batch blank: the largest power of two that divides a replica's batch, at most 8,192 tokens.
 * rematerialisation blank: the least that fits in memory.
 * software: XLA on TPUs or where the source says so; PyTorch FSDP for ZeRO-2/3 on GPUs; Megatron
@@ -365,7 +365,7 @@ def _strategy(
     strategy = Strategy(
         **known,
         microbatches=1
-        if per_device * devices == batch
+        if cluster.is_torus and per_device * devices == batch
         else max(1, round(batch / (replicas * per_device))),
         interleave=int(virtual[1]) if virtual and known["stage"] > 1 else 1,
         zero=zero,
@@ -444,7 +444,8 @@ def _types(row: _Row, config: TransformerConfig, stack: str) -> TransformerConfi
         changes["capacity"] = float(capacity[1])
     if stack == "megatron_fp16":
         wide = "fp32 allreduce" in dtype
-        changes |= {"flash": False, "weight_dtype": "float16", "optimizer_bytes": 12.0,
+        changes |= {"flash": False, "fused_loss": False, "weight_dtype": "float16",
+                    "optimizer_bytes": 12.0,
                     "gradient_dtype": "float32" if wide else "float16"}  # fmt: skip
     elif stack == "megatron":
         changes |= {"weight_dtype": "bfloat16", "optimizer_bytes": 12.0}

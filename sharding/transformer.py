@@ -5,6 +5,7 @@ latent attention, local and global layers, gated or plain feed-forward.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -61,6 +62,8 @@ class TransformerConfig:
       kv_rank: width of the compressed keys and values of latent attention, 0 for none.
       precision: of products with weights in layers: "bf16", "fp8" or "fp4".
       flash: attention does not materialise its scores.
+      fused_loss: the loss reads the logits once; otherwise each of its steps is a pass in float32
+        over all of them.
       weight_dtype: of stored parameters.
       compute_dtype: of activations and products.
       optimizer_bytes: of optimiser state a parameter, without the parameter itself.
@@ -94,6 +97,7 @@ class TransformerConfig:
     kv_rank: int = 0
     precision: str = "bf16"
     flash: bool = True
+    fused_loss: bool = True
     weight_dtype: str = "float32"
     compute_dtype: str = "bfloat16"
     optimizer_bytes: float = 8.0
@@ -211,7 +215,7 @@ class _Builder:
                    space=("batch", "sequence", "embed"))]  # fmt: skip
         if not self.config.rotary:
             where = self.param("positions", "sequence", "embed")
-            ops.append(_op("elementwise", (x, where), x, work=1.0))
+            ops.append(_op("elementwise", (x, where), x, work=1.0, residuals=()))
         return Block(name="embedding", ops=tuple(ops), carry=("x",), checkpointed=False)
 
     def layer(self, kind: str, repeat: int) -> Block:
@@ -223,10 +227,17 @@ class _Builder:
         y, x1, b = self.act("y", "embed"), self.act("x1", "embed"), self.act("b", "embed")
         ops += [
             _op("dot", ("o", wo), y, contracted=("heads", "value_dim"), name="out"),
-            _op("reduce", ("x", y, self.param(f"{kind}/norm_2", "embed")), x1, b, work=6.0),
+            _op(
+                "reduce",
+                ("x", y, self.param(f"{kind}/norm_2", "embed")),
+                x1,
+                b,
+                work=6.0,
+                residuals=(x1,),
+            ),
         ]
         ops += self._experts(kind) if kind.endswith("experts") else self._mlp(kind, "mlp")
-        ops.append(_op("elementwise", (x1, "z"), "x", work=1.0))
+        ops.append(_op("elementwise", (x1, "z"), "x", work=1.0, residuals=()))
         full_rate = ("attention", "scores", "router")
         ops = [
             replace(op, precision=self.config.precision)
@@ -348,12 +359,20 @@ class _Builder:
         loss = self.raw("loss", "batch", "sequence", dtype="float32")
         self.tensors["loss"] = replace(self.tensors["loss"], role="output")
         table = "embedding" if self.config.tied else self.param("head", "embed", "vocab")
-        ops = (
+        ops = [
             _op("reduce", ("x", self.param("final_norm", "embed")), n, work=4.0),
             _op("dot", (n, table), logits, contracted=("embed",), name="logits"),
-            _op("reduce", (logits,), loss, contracted=("vocab",), work=5.0),
-        )
-        return Block(name="head", ops=ops, carry=("x",), checkpointed=False)
+        ]
+        if not self.config.fused_loss:
+            # Cast, subtract the maximum, exponentiate, divide by the sum.
+            steps = [self.act(f"logits_{i}", "vocab", dtype="float32") for i in range(4)]
+            ops += [
+                _op("elementwise", (a,), b, work=1.0, residuals=())
+                for a, b in itertools.pairwise((logits, *steps))
+            ]
+            logits = steps[-1]
+        ops.append(_op("reduce", (logits,), loss, contracted=("vocab",), work=5.0))
+        return Block(name="head", ops=tuple(ops), carry=("x",), checkpointed=False)
 
 
 def _op(kind: Any, inputs: tuple[str, ...], *outputs: str, **fields_: Any) -> Op:
