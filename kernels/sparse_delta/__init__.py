@@ -1,7 +1,7 @@
 """Lossless sparse deltas between two versions of a pytree of arrays."""
 
 from kernels.sparse_delta.decode import apply
-from kernels.sparse_delta.encode import encode, merge
+from kernels.sparse_delta.encode import encode
 from kernels.sparse_delta.errors import (
     CorruptPayload,
     Damaged,
@@ -12,6 +12,7 @@ from kernels.sparse_delta.errors import (
     WrongTarget,
 )
 from kernels.sparse_delta.host import digest
+from kernels.sparse_delta.merge import merge
 from kernels.sparse_delta.report import PayloadInfo, TensorInfo, inspect
 from kernels.sparse_delta.trees import TreeDigest
 

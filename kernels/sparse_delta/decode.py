@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kernels.sparse_delta import codec, host, wire
+from kernels.sparse_delta import codec, host, parse
 from kernels.sparse_delta.elements import ElementFormat, element_format
 from kernels.sparse_delta.errors import (
     CorruptPayload,
@@ -21,9 +21,10 @@ from kernels.sparse_delta.errors import (
     WrongModel,
     WrongTarget,
 )
+from kernels.sparse_delta.parse import Limits, Payload
 from kernels.sparse_delta.tiles import Box, TileGrid, box_view, parts, whole_box
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
-from kernels.sparse_delta.wire import ANCHOR, Limits, Manifest, Payload, Tiles
+from kernels.sparse_delta.wire import ANCHOR, Manifest, Tiles
 
 _REFUSALS = (
     Damaged, Incomplete, UnknownFormat, WrongBase, WrongModel, WrongTarget, CorruptPayload,
@@ -92,7 +93,7 @@ def apply(
     spread = not all(host.is_local(leaf) for leaf in leaves)
 
     def attempt() -> _Decoded:
-        parsed = wire.read(payload, limits=limits)
+        parsed = parse.read(payload, limits=limits)
         check_model(parsed.manifest, leaves)
         parsed.verify()
         bases = base_sums(leaves, parsed.manifest, base_digest, spread)
@@ -183,7 +184,7 @@ def check_model(manifest: Manifest, leaves: Sequence[Leaf]) -> None:
                 f"has {leaf.name!r} {leaf.dtype.name}{list(leaf.shape)}",
                 tensor=tensor.name,
             )
-    if manifest.part:
+    if manifest.part is not None:
         raise Incomplete("this is one process's part of a payload; merge it with the others'")
 
 

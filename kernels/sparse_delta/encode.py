@@ -1,4 +1,4 @@
-"""From two versions of a tree to a payload: `encode`; `merge` joins what several processes made."""
+"""From two versions of a tree to a payload: `encode`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,11 +10,10 @@ import numpy as np
 
 from kernels.sparse_delta import codec, host, wire
 from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.merge import NO_ROOT, complete
 from kernels.sparse_delta.tiles import TileGrid, parts
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.wire import ANCHOR, DELTA, Manifest, Run, Tensor, Tiles
-
-_NO_ROOT = bytes(16)
 
 
 @dataclass(frozen=True)
@@ -113,27 +112,16 @@ def encode(
     ]
     manifest = Manifest(
         kind=ANCHOR if olds is None else DELTA,
-        part=True,
+        part=(jax.process_index(), jax.process_count()),
         version=numbers[0],
         base_version=numbers[1],
-        base_root=_NO_ROOT,
-        target_root=_NO_ROOT,
+        base_root=NO_ROOT,
+        target_root=NO_ROOT,
         tensors=tuple(tensors),
         tables=tuple((tables[k][0], tables[k][1].to_bytes()) for k in used),
         runs=tuple(runs),
     )
-    return wire.write(manifest if spread else _complete(manifest), chunks)
-
-
-def merge(payloads: Sequence[Any]) -> bytes:
-    """Joins the parts that the processes of one `encode` made, in any order.
-
-    Raises:
-      CorruptPayload: a part is damaged, or two hold the same tile.
-      ValueError: no parts, or parts of different encodes.
-    """
-    manifest, chunks = wire.merge(payloads)
-    return wire.write(_complete(manifest), chunks)
+    return wire.write(manifest if spread else complete(manifest), chunks)
 
 
 def matched(old: Any, leaves: Sequence[Leaf], structure: Any) -> list[Leaf]:
@@ -268,36 +256,3 @@ def _make_tables(
         fmt = element_format(leaves[largest.tensor].dtype)
         tables.append((name, codec.make_tables(fmt, pairs, grids[largest.tensor].tile)))
     return tables, {name: index for index, (name, _) in enumerate(tables)}
-
-
-def _complete(manifest: Manifest) -> Manifest:
-    """A part that holds everything, as a payload: roots instead of most sums."""
-    leaves = [
-        Leaf(t.name, place, None, t.grid.shape, np.dtype(jax.numpy.dtype(t.dtype)))
-        for place, t in enumerate(manifest.tensors)
-    ]
-
-    def root(sums: list[Sums | None]) -> bytes:
-        return tree_digest(leaves, [pair or (0, 0) for pair in sums]).root
-
-    carried = [
-        dataclasses.replace(
-            tensor,
-            base=None,
-            target=tensor.target if _elements(tensor) >= wire.SUMS_FROM_ELEMENTS else None,
-        )
-        for tensor in manifest.tensors
-    ]
-    bases = [tensor.base for tensor in manifest.tensors]
-    return dataclasses.replace(
-        manifest,
-        part=False,
-        base_root=_NO_ROOT if manifest.kind == ANCHOR else root(bases),
-        target_root=root([tensor.target for tensor in manifest.tensors]),
-        tensors=tuple(carried),
-    )
-
-
-def _elements(tensor: Tensor) -> int:
-    lead, rows, cols = tensor.grid.extents
-    return lead * rows * cols

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels.sparse_delta import wire
+from kernels.sparse_delta import parse, wire
 from kernels.sparse_delta.codec import Mode
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.errors import UnknownFormat
@@ -154,7 +154,7 @@ def inspect(payload: Any) -> PayloadInfo:
     Raises:
       CorruptPayload: a subclass says what is wrong with it.
     """
-    parsed = wire.read(payload)
+    parsed = parse.read(payload)
     parsed.verify()
     manifest = parsed.manifest
     runs: dict[int, list[wire.Tiles]] = collections.defaultdict(list)
@@ -164,11 +164,11 @@ def inspect(payload: Any) -> PayloadInfo:
         _tensor_info(manifest, index, runs[tensor.same])
         for index, tensor in enumerate(manifest.tensors)
     )
-    complete = not manifest.part
+    complete = manifest.part is None
     carried = {t.name: t.target for t in manifest.tensors if t.target is not None}
     return PayloadInfo(
         kind="anchor" if manifest.kind == wire.ANCHOR else "delta",
-        part=manifest.part,
+        part=not complete,
         version=manifest.version,
         base_version=manifest.base_version,
         base_digest=manifest.base_root if complete and manifest.kind == wire.DELTA else None,

@@ -38,6 +38,7 @@ def grids_and_boxes(draw):
     return arguments, tuple(box)
 
 
+@settings(deadline=None)  # machines that run several tests are slow at times
 @given(grids_and_boxes())
 def test_sizes_and_origins_are_those_of_the_elements(case):
     grid = TileGrid(*case[0])
@@ -48,27 +49,38 @@ def test_sizes_and_origins_are_those_of_the_elements(case):
     assert grid.origins(ids).tolist() == first
 
 
+@settings(deadline=None)
 @given(grids_and_boxes())
-def test_local_tiles_are_the_tensors_own_or_none(case):
+def test_parts_make_up_the_shard_with_the_tensors_own_tiles(case):
     grid, box = TileGrid(*case[0]), case[1]
     of_element = tile_of_every_element(grid)
     cut = tuple(slice(*edges) for edges in box)
-    local = of_element[cut]
-    inside = np.bincount(local.reshape(-1), minlength=grid.n_tiles)
+    tile, index = (
+        of_element[cut].reshape(tiles.box_view(grid, of_element[cut].shape)),
+        np.arange(of_element.size).reshape(grid.shape)[cut].reshape(-1),
+    )
+    index = index.reshape(tile.shape)
+    seen = np.zeros(tile.shape, int)
+    _, rows, cols = grid.extents
+    inside = np.bincount(tile.reshape(-1), minlength=grid.n_tiles)
     whole = np.bincount(of_element.reshape(-1), minlength=grid.n_tiles)
-    ids = tiles.local_tiles(grid, box)
-    if np.any((inside > 0) & (inside < whole)):
-        assert ids is None
-        return
-    if ids is None:  # the box holds whole tiles, but not as one box of the view
-        return
-    # The shard's own grid, worked out on its own array, has these numbers in this order.
-    own = TileGrid(local.shape, grid.splits, grid.tile)
-    own_tile = tile_of_every_element(own)
-    assert len(ids) == own.n_tiles
-    assert np.array_equal(ids[own_tile], local)
+    for part in tiles.parts(grid, box):
+        seen[part.cut] += 1
+        own = index[part.cut]
+        lead, row, col = np.indices(own.shape)
+        assert np.array_equal(own, part.origin + (lead * rows + row) * cols + col)
+        if part.ids is None:
+            cut_tiles = (inside > 0) & (inside < whole)
+            assert cut_tiles.any() or len(tiles.parts(grid, box)) > 1
+            continue
+        # The part's own grid, worked out on its own array, has these numbers in this order.
+        own_grid = TileGrid(own.shape, (1, 2), grid.tile)
+        assert len(part.ids) == own_grid.n_tiles
+        assert np.array_equal(part.ids[tile_of_every_element(own_grid)], tile[part.cut])
+    assert np.all(seen == 1)
 
 
+@settings(deadline=None)
 @given(grids_and_boxes())
 def test_coverage_counts_the_elements_in_a_box(case):
     grid, box = TileGrid(*case[0]), case[1]
@@ -78,6 +90,7 @@ def test_coverage_counts_the_elements_in_a_box(case):
     assert tiles.coverage(grid, [box], np.arange(grid.n_tiles)).tolist() == want.tolist()
 
 
+@settings(deadline=None)
 @given(grids_and_boxes(), st.data())
 def test_coverage_adds_over_disjoint_boxes(case, data):
     grid = TileGrid(*case[0])
@@ -94,15 +107,13 @@ def test_coverage_adds_over_disjoint_boxes(case, data):
     assert tiles.coverage(grid, halves, ids).tolist() == grid.sizes(ids).tolist()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_chosen_tiles_are_cut_by_no_sharding(data):
     ndim = data.draw(st.integers(1, 4))
     cuts = [data.draw(st.sampled_from([1, 2, 3, 4])) for _ in range(ndim)]
     others = [data.draw(st.sampled_from([1, 2, 3, 4])) for _ in range(ndim)]
-    shape = tuple(
-        a * b * data.draw(st.integers(1, 5)) for a, b in zip(cuts, others, strict=True)
-    )
+    shape = tuple(a * b * data.draw(st.integers(1, 5)) for a, b in zip(cuts, others, strict=True))
     shards = [
         tuple(size // ways for size, ways in zip(shape, split, strict=True))
         for split in (cuts, others)
@@ -111,7 +122,7 @@ def test_chosen_tiles_are_cut_by_no_sharding(data):
     for shard in shards:
         for corner in np.ndindex(*(size // own for size, own in zip(shape, shard, strict=True))):
             box = tuple((at * own, (at + 1) * own) for at, own in zip(corner, shard, strict=True))
-            assert tiles.local_tiles(grid, box) is not None
+            assert all(part.ids is not None for part in tiles.parts(grid, box))
 
 
 @pytest.mark.parametrize(

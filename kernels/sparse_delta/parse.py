@@ -1,0 +1,358 @@
+"""Reading the manifest of a payload that nobody vouches for.
+
+Everything in it is checked against itself and against the limits of whoever reads it, checksums
+before all else; `wire` describes and writes the same bytes.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import xxhash
+import zstandard
+
+from kernels.sparse_delta import wire
+from kernels.sparse_delta.errors import Damaged, UnknownFormat
+from kernels.sparse_delta.tiles import MAX_TILE_ELEMENTS, TileGrid
+from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Sums, Tensor, Tiles
+
+_MAX_NDIM, _MAX_TABLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A payload whose manifest was checked.
+
+    Attributes:
+      manifest: what was read.
+      buckets: tiles, size and checksums of each bucket.
+      offsets: first byte of each bucket in the payload, and the end of the last.
+      data: the whole payload, uint8.
+    """
+
+    manifest: Manifest
+    buckets: np.ndarray
+    offsets: np.ndarray
+    data: np.ndarray
+
+    def verify(self, wanted: np.ndarray | None = None) -> None:
+        """Checks the buckets' checksums.
+
+        Args:
+          wanted: bool, one a bucket; all where None.
+
+        Raises:
+          Damaged: names the first bucket that is not what was written.
+        """
+        for index in range(len(self.buckets)) if wanted is None else np.flatnonzero(wanted):
+            content = self.data.data[self.offsets[index] : self.offsets[index + 1]]
+            if (
+                xxhash.xxh3_64_intdigest(content) != self.buckets[index]["xxh3"]
+                or google_crc32c.value(bytes(content)) != self.buckets[index]["crc32c"]
+            ):
+                raise Damaged(
+                    f"bucket {index} is damaged: its checksums do not match; fetch it again",
+                    bucket=int(index),
+                )
+
+    def located(self) -> Iterator[tuple[Run, np.ndarray, np.ndarray]]:
+        """Runs with the first byte in the payload and the bucket of each of their tiles."""
+        bucket = np.repeat(np.arange(len(self.buckets)), self.buckets["tiles"])
+        at = 0
+        start = int(self.offsets[0])
+        for run in self.manifest.runs:
+            ends = start + np.cumsum(run.tiles.sizes, dtype=np.int64)
+            yield run, ends - run.tiles.sizes, bucket[at : at + len(run.tiles)]
+            at += len(run.tiles)
+            start = int(ends[-1])
+
+
+def read(payload: Any, *, limits: "Limits | None" = None) -> Payload:
+    """Checks and reads header and manifest; the buckets' checksums are `Payload.verify`.
+
+    Args:
+      payload: bytes-like.
+      limits: what the reader's own tensors allow; None bounds by the size of the payload alone.
+
+    Raises:
+      CorruptPayload: names what is wrong.
+    """
+    data = np.frombuffer(payload, np.uint8)
+    if len(data) < HEADER.size:
+        raise Damaged(f"a payload has at least {HEADER.size} bytes, this has {len(data)}")
+    magic, version, manifest_size, total, seal = HEADER.unpack(data[: HEADER.size].tobytes())
+    if magic != wire.MAGIC:
+        raise UnknownFormat(
+            f"no sparse_delta payload: it begins with {magic!r}, not {wire.MAGIC!r}"
+        )
+    if version != wire.FORMAT_VERSION:
+        raise UnknownFormat(
+            f"payload of format version {version}; this code reads {wire.FORMAT_VERSION}"
+        )
+    if total != len(data) or HEADER.size + manifest_size > total:
+        raise Damaged(
+            f"the payload should have {total} bytes with a manifest of {manifest_size}, "
+            f"and has {len(data)}"
+        )
+    head = data[: HEADER.size - 8].tobytes()
+    stored = data[HEADER.size : HEADER.size + manifest_size].tobytes()
+    if xxhash.xxh3_64_intdigest(head + stored) != seal:
+        raise Damaged("the manifest is damaged: its checksum does not match; fetch it again")
+    try:
+        return _Reader(stored, data, limits or Limits()).payload()
+    except (struct.error, UnicodeDecodeError, zstandard.ZstdError, ValueError) as error:
+        raise Damaged(f"the manifest cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the receiver's tensors allow a manifest to hold; None means no limit of this kind.
+
+    Attributes:
+      tensors: number of them.
+      names: bytes of all names.
+      dims: dimensions of all shapes.
+      elements: of all tensors.
+    """
+
+    tensors: int | None = None
+    names: int | None = None
+    dims: int | None = None
+    elements: int | None = None
+
+
+class _Cursor:
+    """Reads columns from bytes, never beyond their end."""
+
+    def __init__(self, raw: bytes, field: str) -> None:
+        self.raw, self.field, self.at = raw, field, 0
+
+    def take(self, size: int) -> bytes:
+        if size < 0 or size > len(self.raw) - self.at:
+            raise Damaged(f"the {self.field} end early: {size} bytes wanted at {self.at}")
+        self.at += size
+        return self.raw[self.at - size : self.at]
+
+    def column(self, dtype: Any, count: int) -> np.ndarray:
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype)
+
+    def planes(self, dtype: str, count: int) -> np.ndarray:
+        width = np.dtype(dtype).itemsize
+        planes = self.column("u1", count * width).reshape(width, count)
+        return np.ascontiguousarray(planes.T).view(dtype).reshape(count)
+
+    def end(self) -> None:
+        if self.at != len(self.raw):
+            raise Damaged(f"{len(self.raw) - self.at} bytes follow the {self.field}")
+
+
+class _Reader:
+    """Reads one manifest."""
+
+    def __init__(self, stored: bytes, data: np.ndarray, limits: Limits) -> None:
+        self.cursor = _Cursor(stored, "manifest")
+        self.data, self.limits, self.manifest_size = data, limits, len(stored)
+
+    def payload(self) -> Payload:
+        (
+            kind, flags, n_tables, part, parts, n_tensors, n_runs, n_buckets, n_tiles,
+            version, base_version, base_root, target_root,
+        ) = wire.FIXED.unpack(self.cursor.take(wire.FIXED.size))  # fmt: skip
+        if kind not in (ANCHOR, DELTA) or flags & ~(wire.HAS_VERSION | wire.HAS_BASE_VERSION):
+            raise UnknownFormat(f"unknown kind {kind} or flags {flags:#x} of payload")
+        self._bound("tensors", n_tensors, self.limits.tensors)
+        self._bound("tiles", n_tiles, self.limits.elements)
+        if n_runs > n_tiles or n_buckets > n_tiles or n_tables > n_runs:
+            raise Damaged(
+                f"fields contradict each other: {n_tiles=}, {n_runs=}, {n_buckets=}, {n_tables=}"
+            )
+        if part >= max(parts, 1):
+            raise Damaged(f"part {part} of {parts} is out of bounds")
+        names, dims = self.limits.names, self.limits.dims
+        ceiling = None
+        if names is not None and dims is not None:
+            ceiling = names + 8 * dims + 64 * n_tensors + 4096
+        tensors, dtypes = self._tensors(
+            self._section("tensor table", ceiling), n_tensors, parts > 0
+        )
+        tables = self._tables(
+            self._section("coder's tables", n_tables * (_MAX_TABLE_BYTES + 5)), n_tables, dtypes
+        )
+        runs = self._runs(
+            self._section("tile directory", 10 * n_runs + 13 * n_tiles),
+            n_runs, n_tiles, tensors, tables,
+        )  # fmt: skip
+        bucket_table = self._section("bucket table", n_buckets * wire.BUCKET.itemsize)
+        buckets = bucket_table.column(wire.BUCKET, n_buckets)
+        bucket_table.end()
+        self.cursor.end()
+        manifest = Manifest(
+            kind=kind,
+            part=(part, parts) if parts else None,
+            version=version if flags & wire.HAS_VERSION else None,
+            base_version=base_version if flags & wire.HAS_BASE_VERSION else None,
+            base_root=base_root,
+            target_root=target_root,
+            tensors=tensors,
+            tables=tables,
+            runs=runs,
+        )
+        return Payload(manifest, buckets, self._offsets(buckets, manifest), self.data)
+
+    def _bound(self, field: str, value: int, limit: int | None) -> None:
+        if limit is not None and value > limit:
+            raise Damaged(f"{value} {field} are more than the receiver's tensors allow: {limit}")
+
+    def _section(self, field: str, ceiling: int | None) -> _Cursor:
+        method, raw_size, stored_size = wire.SECTION.unpack(self.cursor.take(wire.SECTION.size))
+        stored = self.cursor.take(stored_size)
+        self._bound(f"bytes of {field}", raw_size, ceiling)
+        if method == wire.STORED:
+            if raw_size != stored_size:
+                raise Damaged(f"the {field} have two sizes: {raw_size} and {stored_size}")
+            return _Cursor(stored, field)
+        if method != wire.ZSTD:
+            raise UnknownFormat(f"the {field} are stored by unknown method {method}")
+        if raw_size > wire.expansion_limit(len(self.data)):
+            raise Damaged(f"the {field} would be {raw_size} bytes, more than the payload warrants")
+        raw = zstandard.ZstdDecompressor().decompress(
+            stored, max_output_size=raw_size, allow_extra_data=False
+        )
+        if len(raw) != raw_size:
+            raise Damaged(f"the {field} are {len(raw)} bytes, not {raw_size}")
+        return _Cursor(raw, field)
+
+    def _tensors(
+        self, cursor: _Cursor, count: int, part: bool
+    ) -> tuple[tuple[Tensor, ...], list[str]]:
+        lengths = cursor.column("<u2", count).tolist()
+        names = [cursor.take(length).decode() for length in lengths]
+        dtypes = [cursor.take(cursor.take(1)[0]).decode("ascii") for _ in range(cursor.take(1)[0])]
+        dtype_of = cursor.column("u1", count)
+        ndims = cursor.column("u1", count)
+        if any(a.encode() >= b.encode() for a, b in itertools.pairwise(names)):
+            raise Damaged("the tensors' names are not in rising order")
+        if np.any(dtype_of >= len(dtypes)) or np.any(ndims > _MAX_NDIM):
+            raise Damaged("a tensor has a dtype or a number of dimensions out of bounds")
+        ends = np.cumsum(ndims, dtype=np.int64).tolist()
+        dims = cursor.column("<u8", ends[-1] if ends else 0).tolist()
+        splits = cursor.column("u1", 2 * count).reshape(count, 2).tolist()
+        tiles = cursor.column("<u4", 2 * count).reshape(count, 2).tolist()
+        same = cursor.column("<u4", count).tolist()
+        carried = cursor.column("u1", count)
+        if np.any(carried > 1) or (part and not np.all(carried)):
+            raise Damaged("the column of carried sums is not of 0 and 1, or lacks a part's")
+        sums = iter(_pairs(cursor, int(carried.sum())))
+        base: list[Sums | None] = [None] * count
+        if part:
+            base = [*_pairs(cursor, count)]
+        targets = [next(sums) if has else None for has in carried]
+        cursor.end()
+        found: list[Tensor] = []
+        for index, name in enumerate(names):
+            shape = tuple(dims[ends[index] - int(ndims[index]) : ends[index]])
+            grid = TileGrid(shape, tuple(splits[index]), tuple(tiles[index]))
+            tensor = Tensor(
+                name=name,
+                dtype=dtypes[dtype_of[index]],
+                grid=grid,
+                same=same[index],
+                target=targets[index],
+                base=base[index],
+            )
+            self._check_tensor(tensor, index, found)
+            found.append(tensor)
+        return tuple(found), dtypes
+
+    def _check_tensor(self, tensor: Tensor, index: int, before: list[Tensor]) -> None:
+        if tensor.grid.n_tiles >= 1 << 32 or max(tensor.grid.extents) >= 1 << 48:
+            raise Damaged(f"{tensor.name}: more tiles than can be: {tensor.grid}")
+        if tensor.same == index:
+            return
+        if tensor.same > index:
+            raise Damaged(f"{tensor.name}: tied to a tensor that does not come before it")
+        other = before[tensor.same]
+        if (other.same, other.dtype, other.grid) != (tensor.same, tensor.dtype, tensor.grid):
+            raise Damaged(f"{tensor.name}: tied to {other.name}, which is another kind of tensor")
+
+    def _tables(
+        self, cursor: _Cursor, count: int, dtypes: list[str]
+    ) -> tuple[tuple[str, bytes], ...]:
+        tables = []
+        for _ in range(count):
+            dtype, size = struct.unpack("<BI", cursor.take(5))
+            if dtype >= len(dtypes) or size > _MAX_TABLE_BYTES:
+                raise Damaged(f"tables of {size} bytes for dtype {dtype} are out of bounds")
+            tables.append((dtypes[dtype], cursor.take(size)))
+        cursor.end()
+        return tuple(tables)
+
+    def _runs(
+        self,
+        cursor: _Cursor,
+        n_runs: int,
+        n_tiles: int,
+        tensors: tuple[Tensor, ...],
+        tables: tuple[tuple[str, bytes], ...],
+    ) -> tuple[Run, ...]:
+        tensor_of = cursor.planes("<u4", n_runs)
+        table_of = cursor.planes("<u2", n_runs)
+        counts = cursor.planes("<u4", n_runs).astype(np.int64)
+        if counts.sum() != n_tiles or np.any(counts == 0):
+            raise Damaged("the runs of tiles do not add up to the tiles")
+        if np.any(tensor_of >= len(tensors)) or np.any(table_of >= len(tables)):
+            raise Damaged("a run of tiles is of a tensor or of tables that are not there")
+        gaps = cursor.planes("<u4", n_tiles).astype(np.int64)
+        modes = cursor.column("u1", n_tiles)
+        nnz = cursor.planes("<u4", n_tiles)
+        sizes = cursor.planes("<u4", n_tiles)
+        cursor.end()
+        if np.any(nnz > MAX_TILE_ELEMENTS):
+            raise Damaged(f"a tile has more changes than {MAX_TILE_ELEMENTS}, the most elements")
+        runs = []
+        stops = np.cumsum(counts).tolist()
+        for index, stop in enumerate(stops):
+            at = slice(stop - int(counts[index]), stop)
+            tensor = tensors[tensor_of[index]]
+            run_gaps = gaps[at]
+            ids = np.cumsum(run_gaps)
+            if np.any(run_gaps[1:] == 0) or ids[-1] >= tensor.grid.n_tiles:
+                raise Damaged(f"{tensor.name}: its tiles do not rise within its grid")
+            if tensor.same != tensor_of[index] or tables[table_of[index]][0] != tensor.dtype:
+                raise Damaged(f"{tensor.name}: tiles of a tied tensor, or tables of another dtype")
+            tiles = Tiles(ids, modes[at], nnz[at], sizes[at])
+            runs.append(Run(int(tensor_of[index]), int(table_of[index]), tiles))
+        refuse_twice(runs, tensors)
+        return tuple(runs)
+
+    def _offsets(self, buckets: np.ndarray, manifest: Manifest) -> np.ndarray:
+        start = HEADER.size + self.manifest_size
+        offsets = np.concatenate([[start], start + np.cumsum(buckets["size"], dtype=np.int64)])
+        sizes = wire.join([run.tiles.sizes for run in manifest.runs], np.int64)
+        cuts = np.concatenate([[0], np.cumsum(buckets["tiles"], dtype=np.int64)])
+        if cuts[-1] != len(sizes) or np.any(buckets["tiles"] == 0):
+            raise Damaged("the buckets do not hold the tiles of the directory")
+        if np.any(np.add.reduceat(sizes, cuts[:-1]) != buckets["size"] if len(sizes) else False):
+            raise Damaged("the buckets' sizes are not those of their tiles")
+        if offsets[-1] != len(self.data):
+            raise Damaged(f"the buckets end at {offsets[-1]}, the payload at {len(self.data)}")
+        return offsets
+
+
+def _pairs(cursor: _Cursor, count: int) -> list[Sums]:
+    return [(int(a), int(b)) for a, b in cursor.column("<u4", 2 * count).reshape(count, 2)]
+
+
+def refuse_twice(runs: Sequence[Run], tensors: Sequence[Tensor]) -> None:
+    by_tensor: dict[int, list[np.ndarray]] = {}
+    for run in runs:
+        by_tensor.setdefault(run.tensor, []).append(run.tiles.ids)
+    for index, several in by_tensor.items():
+        if len(several) > 1:
+            ids = np.sort(np.concatenate(several))
+            if np.any(ids[1:] == ids[:-1]):
+                raise Damaged(f"{tensors[index].name}: a tile is there twice")
