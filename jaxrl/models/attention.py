@@ -5,20 +5,13 @@ softmax are float32 whatever the compute dtype. What a layout shares it computes
 completions of a prompt attend to one copy of the prompt's keys and values.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxrl.models.cache import CachedKeyValue, KeyValue
+
 _MASKED = -1e30  # finite: a padding query, which sees nothing, must not become NaN
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one layer, [..., kv_heads, head_dim] each."""
-
-    key: Float[Array, "*batch K d"]
-    value: Float[Array, "*batch K d"]
 
 
 def _group(query: Float[Array, "*batch Q d"], kv_heads: int) -> Float[Array, "*batch K h d"]:
@@ -89,25 +82,26 @@ def after_prompt(
 
 def one_token(
     query: Float[Array, "B G Q d"],
-    prompt: KeyValue,
+    prompt: CachedKeyValue,
     prompt_mask: Bool[Array, "B P"],
-    own: KeyValue,
+    own: CachedKeyValue,
     step: Int32[Array, ""],
 ) -> Float[Array, "B G Q d"]:
     """The newest token of each completion attends to its prompt and to what it wrote so far.
 
     Args:
       query: rotated queries of the newest token.
-      prompt: keys and values of the prompts, [B, K, P, d].
+      prompt: keys [B, K, d, P] and values [B, K, P, d] of the prompts.
       prompt_mask: True on real prompt tokens.
-      own: cache of the completions, [B, G, K, T, d]; entries after `step` are not yet written.
+      own: keys [B, K, G, d, T] and values [B, K, G, T, d] of the completions; what follows
+        `step` is not yet written.
       step: index of the newest token.
     """
-    grouped = _group(query, own.key.shape[2])
-    to_prompt = jnp.einsum(
-        "bgkhd,bkpd->bgkhp", grouped, prompt.key, preferred_element_type=jnp.float32
-    )
-    to_own = jnp.einsum("bgkhd,bgktd->bgkht", grouped, own.key, preferred_element_type=jnp.float32)
+    grouped = jnp.swapaxes(_group(query, own.key.shape[1]), 1, 2)  # [B, K, G, h, d]
+    lead, head_dim = grouped.shape[:-1], grouped.shape[-1]
+    together = (*lead[:2], -1)  # the completions of a prompt are rows of one product
+    to_prompt = _scores(grouped.reshape(*together, head_dim), prompt.key).reshape(*lead, -1)
+    to_own = _scores(grouped, own.key)
     visible = jnp.broadcast_to(prompt_mask[:, None, None, None, :], to_prompt.shape)
     written = jnp.broadcast_to(jnp.arange(to_own.shape[-1]) <= step, to_own.shape)
     weights = _softmax(
@@ -115,9 +109,15 @@ def one_token(
         jnp.concatenate([visible, written], axis=-1),
     ).astype(query.dtype)
     on_prompt, on_own = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
-    out = jnp.einsum("bgkhp,bkpd->bgkhd", on_prompt, prompt.value)
-    out += jnp.einsum("bgkht,bgktd->bgkhd", on_own, own.value)
-    return _merge(out)
+    of_prompt = on_prompt.reshape(*together, on_prompt.shape[-1]) @ prompt.value
+    out = of_prompt.reshape(grouped.shape) + on_own @ own.value
+    return _merge(jnp.swapaxes(out, 1, 2))
+
+
+def _scores(
+    query: Float[Array, "*batch N d"], key: Float[Array, "*batch d S"]
+) -> Float32[Array, "*batch N S"]:
+    return jnp.matmul(query, key, preferred_element_type=jnp.float32)
 
 
 def _softmax(

@@ -6,15 +6,15 @@ axes (see `LOGICAL_AXES`); the names are metadata and shard nothing by themselve
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxrl.models import attention
-from jaxrl.models.attention import KeyValue
+from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation
 from jaxrl.models.config import DecoderConfig
 from jaxrl.types import Prompts
 
@@ -83,13 +83,6 @@ def _as_rank(x: Float[Array, "*tail"], rank: int) -> Float[Array, "..."]:
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
-class Rotation(NamedTuple):
-    """Cosine and sine by which rotary embeddings turn each pair at each position."""
-
-    cos: Float32[Array, "*batch 1 half"]
-    sin: Float32[Array, "*batch 1 half"]
-
-
 def rotation(
     positions: Int32[Array, "*batch"], frequencies: Float32[Array, " half"], *, scale: float = 1.0
 ) -> Rotation:
@@ -117,25 +110,6 @@ def rotate(x: Float[Array, "*batch N d"], by: Rotation) -> Float[Array, "*batch 
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-class Cache(NamedTuple):
-    """Keys and values of a batch that is being generated, one entry for each layer.
-
-    Layers stand apart, not stacked, so that a step writes to them in place: it would copy every
-    slice that it took from a stack.
-
-    Attributes:
-      prompt: of the prompts, [B, kv_heads, P, head_dim].
-      prompt_mask: True on real prompt tokens.
-      next_position: position of each prompt's first completion token.
-      own: of the completions, [B, G, kv_heads, T, head_dim].
-    """
-
-    prompt: tuple[KeyValue, ...]
-    prompt_mask: Bool[Array, "B P"]
-    next_position: Int32[Array, " B"]
-    own: tuple[KeyValue, ...]
 
 
 class Layers(nnx.Module):
@@ -248,24 +222,29 @@ class Decoder(nnx.Module):
     def prefill(
         self, prompts: Prompts, *, group_size: int, max_new_tokens: int
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Runs the prompts once and makes room for `group_size` completions of each.
+        """Runs the prompts once, for `group_size` completions of each.
 
         Returns:
-          The hidden state that predicts the first completion token, and the cache.
+          The hidden state that predicts the first completion token, and a cache, as yet without
+          room for completions (`Cache.with_room`).
         """
         c, batch = self.config, prompts.tokens.shape[0]
         segments = prompts.mask.astype(jnp.int32)
         positions = _positions(segments)
 
         def attend(query, kv, _):
-            by_head = KeyValue(*(jnp.swapaxes(x, 1, 2) for x in kv))
-            return attention.causal(query, kv, segments), by_head
+            return attention.causal(query, kv, segments), CachedKeyValue.of_prompt(kv)
 
         x, stacked = self._run(self._embed(prompts.tokens), positions, attend, None)
-        prompt = tuple(KeyValue(*(kv[i] for kv in stacked)) for i in range(c.layers))
-        empty = jnp.zeros((batch, group_size, c.kv_heads, max_new_tokens, c.head_dim), x.dtype)
-        own = (KeyValue(empty, empty),) * c.layers
-        return x[:, -1], Cache(prompt, prompts.mask, positions[:, -1] + 1, own)
+        steps = jnp.arange(1, max_new_tokens + 1, dtype=jnp.int32)
+        empty = CachedKeyValue.empty((batch, c.kv_heads, group_size), c.head_dim, x.dtype)
+        cache = Cache(
+            prompt=tuple(CachedKeyValue(*(kv[i] for kv in stacked)) for i in range(c.layers)),
+            prompt_mask=prompts.mask,
+            turns=self._rotation(positions[None, :, -1] + steps[:, None]),
+            own=(empty,) * c.layers,
+        )
+        return x[:, -1], cache
 
     def layer_weights(self) -> tuple[Weights, ...]:
         """Weights of each layer apart, in the compute dtype: what `decode` reads.
@@ -293,18 +272,28 @@ class Decoder(nnx.Module):
         Returns:
           The hidden state that predicts token `step + 1`, and the new cache.
         """
-        positions = jnp.broadcast_to(cache.next_position[:, None] + step, tokens.shape)
-        x, turn, written = self._embed(tokens), self._rotation(positions), []
+        batch, groups = tokens.shape
+
+        def rows(of_prompts):  # [T, B, …] -> [B·G, …]
+            now = jax.lax.dynamic_index_in_dim(of_prompts, step, keepdims=False)
+            return jnp.repeat(now, groups, axis=0)
+
+        def by_prompt(x):
+            return x.reshape(batch, groups, *x.shape[1:])
+
+        turn, written = jax.tree.map(rows, cache.turns), []
+        x = self._embed(tokens.reshape(-1))  # two axes only: a third is not vectorised on CPU
         for layer, prompt, own in zip(weights, cache.prompt, cache.own, strict=True):
 
             def attend(query, kv, own, prompt=prompt):
-                own = KeyValue(*(_write(old, new, step) for old, new in zip(own, kv, strict=True)))
+                own = own.write(jax.tree.map(by_prompt, kv), step)
+                query = by_prompt(query)
                 return attention.one_token(query, prompt, cache.prompt_mask, own, step), own
 
             x, own = self._layer(layer, x, turn, attend, own)
             written.append(own)
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-        return x, cache._replace(own=tuple(written))
+        return by_prompt(x), cache._replace(own=tuple(written))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits of the next token, always float32."""
@@ -358,12 +347,6 @@ class Decoder(nnx.Module):
         normed = rms_norm(x, weights["mlp_norm"], c.norm_eps)
         gated = jax.nn.silu(project(normed, weights["gate"])) * project(normed, weights["up"])
         return x + project(gated, weights["down"]), state
-
-
-def _write(
-    cache: Float[Array, "B G K T d"], new: Float[Array, "B G K d"], step: Int32[Array, ""]
-) -> Float[Array, "B G K T d"]:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, :, None], step, axis=3)
 
 
 def _positions(segments: Int32[Array, "N S"]) -> Int32[Array, "N S"]:

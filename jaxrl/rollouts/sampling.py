@@ -1,10 +1,11 @@
 """How one token is drawn from logits."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Float32, Int32
 
 from jaxrl.policy import token_log_probs
 
@@ -70,13 +71,49 @@ def truncate(
     return scaled
 
 
+def categorical(
+    uniforms: Float32[Array, "2 *batch"], scaled: Float32[Array, "*batch V"]
+) -> Int32[Array, "*batch"]:
+    """One token of each row, drawn from softmax(scaled).
+
+    By inversion in two levels: first a block of about √V tokens, then a token of it, each with a
+    random number of its own. The Gumbel trick needs V random numbers and 2 V logarithms a row:
+    on CPU it took twenty times as long.
+
+    Args:
+      uniforms: independent, in [0, 1).
+      scaled: logits divided by the temperature. Those 104 below the largest are never drawn.
+
+    >>> categorical(jnp.array([[0.0, 0.9], [0.5, 0.5]]), jnp.log(jnp.array([[0.2, 0.8]] * 2)))
+    Array([1, 1], dtype=int32)
+    """
+    *batch, vocab = scaled.shape
+    width = math.isqrt(vocab - 1) + 1
+    count = -(-vocab // width)
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    weights = jnp.pad(weights, [(0, 0)] * len(batch) + [(0, count * width - vocab)])
+    blocks = weights.reshape(*batch, count, width)
+    block = _invert(uniforms[0], jnp.sum(blocks, axis=-1))
+    chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * width + _invert(uniforms[1], chosen)
+
+
+def _invert(
+    uniform: Float32[Array, "*batch"], weights: Float32[Array, "*batch S"]
+) -> Int32[Array, "*batch"]:
+    """First index whose cumulated weight exceeds `uniform` of the whole; its weight is not 0."""
+    cumulated = jnp.cumsum(weights, axis=-1)
+    passed = cumulated <= (uniform * cumulated[..., -1])[..., None]
+    return jnp.sum(passed, axis=-1, dtype=jnp.int32)
+
+
 def draw(
-    key: PRNGKeyArray, logits: Float32[Array, "*batch V"], sampling: Sampling
+    uniforms: Float32[Array, "2 *batch"], logits: Float32[Array, "*batch V"], sampling: Sampling
 ) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch"]]:
     """One token of each row, with its log-probability.
 
     Args:
-      key: consumed.
+      uniforms: independent, in [0, 1); see `categorical`.
       logits: of the next token.
       sampling: how to draw.
 
@@ -89,5 +126,5 @@ def draw(
     else:
         scaled = logits / sampling.temperature
         scaled = truncate(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
-        tokens = jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+        tokens = categorical(uniforms, scaled)
     return tokens, token_log_probs(logits, tokens, temperature=sampling.temperature)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from jaxrl.models import LOGICAL_AXES, Decoder, DecoderConfig, RopeScaling, ScalarModel, attention
-from jaxrl.models.attention import KeyValue
+from jaxrl.models.cache import CachedKeyValue, KeyValue
 from jaxrl.models.decoder import rms_norm, rotate, rotation
 from jaxrl.types import Prompts
 
@@ -274,9 +274,9 @@ def test_attention_after_a_prompt_against_numpy():
     one = [
         attention.one_token(
             jnp.asarray(q[:, :, t]),
-            KeyValue(*(jnp.asarray(x).swapaxes(1, 2) for x in (pk, pv))),
+            CachedKeyValue(jnp.einsum("bpkd->bkdp", pk), jnp.einsum("bpkd->bkpd", pv)),
             jnp.asarray(mask),
-            KeyValue(*(jnp.asarray(x).swapaxes(2, 3) for x in (k, v))),
+            CachedKeyValue(jnp.einsum("bgtkd->bkgdt", k), jnp.einsum("bgtkd->bkgtd", v)),
             jnp.int32(t),
         )
         for t in range(4)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from jaxrl import policy
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.rollouts import Sampling, draw, generate, generate_from_state, truncate
+from jaxrl.rollouts import Sampling, categorical, draw, generate, generate_from_state, truncate
 from jaxrl.types import Prompts
 
 CONFIG = DecoderConfig(
@@ -65,6 +65,14 @@ def test_log_probs_are_those_of_a_fresh_forward(name, group_size):
     expected = fresh_log_probs(MODEL, out.tokens, out.mask, temperature=sampling.temperature)
     np.testing.assert_allclose(out.log_probs, expected, atol=1e-4)
     assert np.any(out.log_probs < -0.1)
+
+
+def test_log_probs_are_those_of_a_fresh_forward_when_the_cache_grows():
+    model = peaked(dataclasses.replace(CONFIG, max_len=48))
+    sampling = Sampling(max_new_tokens=41, eos_id=NEVER, pad_id=PAD)
+    out = generate(model, PROMPTS, jax.random.key(0), sampling, group_size=2)
+    expected = fresh_log_probs(model, out.tokens, out.mask, temperature=1.0)
+    np.testing.assert_allclose(out.log_probs, expected, atol=1e-4)
 
 
 def test_greedy_takes_the_likeliest_token():
@@ -233,6 +241,48 @@ def test_no_truncation_is_the_identity():
     np.testing.assert_array_equal(truncate(logits, top_k=3, top_p=1.0), logits)
 
 
+jitted_categorical = jax.jit(categorical)
+zero_or_more = st.one_of(st.just(0.0), st.floats(2**-10, 1.0, width=32))
+weight_rows = st.sampled_from([1, 5, 12]).flatmap(
+    lambda size: st.lists(zero_or_more, min_size=size, max_size=size).filter(any)
+)
+edges = st.sampled_from([0.0, 2.0**-23, 0.5, 1 - 2.0**-23])  # 1 − 2⁻²³ is the largest drawn
+uniform = st.one_of(edges, st.floats(0, 1 - 2.0**-23, width=32))
+
+
+@settings(max_examples=200, deadline=None)
+@given(weight_rows, uniform, uniform)
+def test_categorical_inverts_the_distribution_function(row, first, second):
+    with np.errstate(divide="ignore"):
+        scaled = np.log(np.asarray(row, np.float32))
+    scaled = np.where(np.isneginf(scaled), -1e30, scaled).astype(np.float32)
+    uniforms = jnp.asarray([first, second], jnp.float32)
+    got = int(jitted_categorical(uniforms, jnp.asarray(scaled)))
+    assert row[got] > 0
+    weights, width = np.asarray(row, np.float64), int(np.ceil(np.sqrt(len(row))))
+    starts = range(0, len(row), width)
+    sums = [weights[i : i + width].sum() for i in starts]
+    start = width * (got // width)
+    below, within = sum(sums[: got // width]), weights[start:got].sum()
+    for lower, size, whole, u in (
+        (below, sums[got // width], sum(sums), first),
+        (within, weights[got], sums[got // width], second),
+    ):
+        assert lower - 1e-5 * whole <= u * whole <= lower + size + 1e-5 * whole
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 10, 101, 260])
+def test_categorical_draws_every_token_at_its_rate(vocab):
+    scaled = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
+    rows = jnp.broadcast_to(jnp.asarray(scaled), (2**16, vocab))
+    uniforms = jax.random.uniform(jax.random.key(0), (2, 2**16))
+    counts = np.bincount(jitted_categorical(uniforms, rows), minlength=vocab)
+    assert len(counts) == vocab
+    expected = 2**16 * np.exp(scaled) / np.exp(scaled).sum()
+    if vocab > 1:
+        assert stats.chisquare(counts, expected, sum_check=False).pvalue > 1e-3
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 2.0, "top_k": 4, "top_p": 0.8}],
@@ -241,7 +291,8 @@ def test_draws_follow_the_truncated_softmax(changes):
     sampling = Sampling(max_new_tokens=1, eos_id=NEVER, pad_id=PAD, **changes)
     logits = np.asarray([1.3, 0.2, -0.7, 2.0, 0.9, -1.5], np.float32)
     rows = jnp.broadcast_to(jnp.asarray(logits), (8192, 6))
-    tokens, log_probs = jax.jit(draw, static_argnums=2)(jax.random.key(0), rows, sampling)
+    uniforms = jax.random.uniform(jax.random.key(0), (2, 8192))
+    tokens, log_probs = jax.jit(draw, static_argnums=2)(uniforms, rows, sampling)
     scaled = logits / sampling.temperature
     full = scaled - np.log(np.exp(scaled).sum())
     np.testing.assert_allclose(log_probs, full[np.asarray(tokens)], atol=1e-5)
