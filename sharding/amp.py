@@ -8,6 +8,7 @@ second. The authors' released predictions come from this model with ranks placed
 replica by replica; the head shares its matrix with the embedding, which a stage counts once.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def amp_step_time(
         raise ValueError(f"cuts run from 0 to {len(forward_s)} layers: {list(cuts)}")
     count = global_batch // (data * microbatch)
     times = [_PASSES * microbatch * t for t in forward_s]
-    stages = [sum(times[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    stages = [sum(times[a:b]) for a, b in itertools.pairwise(cuts)]
     handover = sum(
         _handover(model, cluster, stage, cuts[stage + 1], tensor, data, microbatch)
         for stage in range(len(stages) - 1)

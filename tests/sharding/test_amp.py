@@ -10,12 +10,12 @@ from sharding.amp import GPT2, AmpCluster, amp_step_time, gigabits
 
 CLUSTERS = {
     "AMP homogeneous": AmpCluster(
-        node_size=4, within=(gigabits(50),) * 4, between=(gigabits(50),) * 4
+        node_size=4, within=(gigabits(50.0),) * 4, between=(gigabits(50.0),) * 4
     ),
     "AMP het_cluster": AmpCluster(
         node_size=4,
-        within=(gigabits(170),) * 3 + (gigabits(50),),
-        between=(gigabits(10),) * 3 + (gigabits(50),),
+        within=(gigabits(170.0),) * 3 + (gigabits(50.0),),
+        between=(gigabits(10.0),) * 3 + (gigabits(50.0),),
     ),
 }
 
