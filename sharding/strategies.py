@@ -1,13 +1,13 @@
 """Strategies: degrees of parallelism, rematerialisation, micro-batches, and where they may go."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from sharding.program import Op, Program
+from sharding.program import Op
 from sharding.topology import AXES
 
 # What rematerialisation keeps of a checkpointed block, by increasing recomputation: kinds and
@@ -153,47 +153,3 @@ def divisors(number: int) -> list[int]:
     """
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
-
-
-def limits(program: Program) -> dict[str, int]:
-    """The most ways each axis can divide a program without padding or idle devices.
-
-    Tensor parallelism divides every dimension that it divides evenly, except heads of keys and
-    values, which are replicated when there are fewer.
-    """
-    found = {"data": 1, "context": 1, "tensor": 0, "expert": 1}
-    for dim, kind in program.splits.items():
-        size = program.dims[dim]
-        if kind == "tensor":
-            if dim not in ("kv_heads", "vocab"):
-                found[kind] = math.gcd(found[kind], size)
-        else:
-            found[kind] = max(found[kind], size)
-    found["tensor"] = max(found["tensor"], 1)
-    repeats = [b.repeat for b in program.blocks if b.checkpointed]
-    found["stage"] = sum(repeats) if program.pipelined and repeats else 1
-    return found
-
-
-def factorings(devices: int, bounds: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """All ways to give devices to the axes within bounds, in a fixed order."""
-    tensor_bound, context_bound = bounds["tensor"], bounds["context"]
-    for tensor in divisors(devices):
-        if tensor_bound % tensor:
-            continue
-        for stage in divisors(devices // tensor):
-            if stage > bounds["stage"]:
-                continue
-            for context in divisors(devices // (tensor * stage)):
-                if context_bound % context:
-                    continue
-                for expert in divisors(devices // (tensor * stage * context)):
-                    if bounds["expert"] % expert:
-                        continue
-                    rest = devices // (tensor * stage * context * expert)
-                    for fsdp in divisors(rest):
-                        data = rest // fsdp
-                        if bounds["data"] % (data * fsdp * expert):
-                            continue
-                        yield {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context,
-                               "expert": expert, "stage": stage}  # fmt: skip

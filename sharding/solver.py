@@ -1,0 +1,233 @@
+"""Branch-and-bound over the search space: the best strategies, with a proof of how good they are.
+
+A lower bound that costs almost nothing (products at the calibrated peak rate, unpadded, with the
+bubble and the recomputation that a strategy asks for, and no communication at all) orders the
+candidates. They are costed exactly in that order, many at once, until the bound of the next
+candidate is above the best found: nothing that is left can be better. If a budget ends the search
+earlier, the gap to the smallest bound left is reported.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sharding.constants import Calibration, shipped
+from sharding.cost import Estimate, estimate
+from sharding.local import View
+from sharding.machine import machine
+from sharding.memory import memory
+from sharding.program import Program
+from sharding.space import Constraints, candidates
+from sharding.strategies import Strategies, Strategy
+from sharding.topology import Cluster
+
+# Candidates that are costed at once.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A strategy with its prediction.
+
+    Attributes:
+      strategy: the strategy.
+      step_s: seconds of a step.
+      memory_bytes: of a device.
+      terms: seconds by term; they sum to `step_s`.
+      memory_terms: bytes by use; they sum to `memory_bytes`, but for `host`.
+    """
+
+    strategy: Strategy
+    step_s: float
+    memory_bytes: float
+    terms: dict[str, float]
+    memory_terms: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What a search found.
+
+    Attributes:
+      best: the strategies, fastest first.
+      bound_s: no strategy of the space that fits is faster than this.
+      gap: (best - bound) / best; 0 if the best is proven.
+      space: strategies in the space.
+      fitting: of these, not known to exceed the memory.
+      costed: of these, costed exactly.
+      search_time_s: seconds of wall time.
+    """
+
+    best: tuple[Candidate, ...]
+    bound_s: float
+    gap: float
+    space: int
+    fitting: int
+    costed: int
+    search_time_s: float
+
+
+def solve(
+    program: Program,
+    cluster: Cluster,
+    *,
+    constraints: Constraints | None = None,
+    calibration: Calibration | None = None,
+    stack: str = "",
+    top: int = 5,
+    budget: int | None = None,
+) -> Solution:
+    """Finds the fastest strategies that fit into memory.
+
+    Args:
+      program: what is run.
+      cluster: where.
+      constraints: what strategies must keep to.
+      calibration: constants; the shipped ones when None.
+      stack: software; XLA when "".
+      top: how many strategies to return.
+      budget: most candidates to cost; None searches until the best is proven.
+
+    Raises:
+      ValueError: no strategy divides the program, or none fits; the message names the smallest
+        overshoot and what would fix it.
+    """
+    began = time.perf_counter()
+    constraints = constraints or Constraints()
+    calibration = calibration or shipped()
+    constants = calibration.constants(cluster.chip.name, stack)
+    space = candidates(program, cluster, constraints)
+    limit = cluster.memory_bytes * constraints.memory_fraction
+    used = _memory_in_chunks(program, space)
+    fitting = np.flatnonzero(used <= limit)
+    if not len(fitting):
+        raise ValueError(_overshoot(program, cluster, space, used, limit))
+    bounds = lower_bound(program, space[fitting], cluster, constants)
+    order = np.lexsort((fitting, bounds))  # ties by position: the same answer every time
+    fitting, bounds = fitting[order], bounds[order]
+    times = np.full(len(fitting), np.inf)
+    done, best, end = 0, np.inf, min(len(fitting), budget or len(fitting))
+    while done < end and bounds[done] < best:
+        rows = slice(done, min(done + _CHUNK, end))
+        some = space[fitting[rows]]
+        times[rows] = estimate(program, some, machine(cluster, some, constants)).step_s
+        best = min(best, float(times[rows].min()))
+        done = rows.stop
+    remaining = float(bounds[done]) if done < len(fitting) else np.inf
+    bound = min(best, remaining)
+    leaders = np.lexsort((fitting[:done], times[:done]))
+    chosen = _distinct(space, fitting, leaders, top)
+    found = evaluate(program, [space.row(int(i)) for i in chosen], cluster,
+                     calibration=calibration, stack=stack)  # fmt: skip
+    return Solution(
+        best=tuple(found),
+        bound_s=bound,
+        gap=max(0.0, (best - bound) / best),
+        space=len(space),
+        fitting=len(fitting),
+        costed=done,
+        search_time_s=time.perf_counter() - began,
+    )
+
+
+def evaluate(
+    program: Program,
+    strategies: list[Strategy],
+    cluster: Cluster,
+    *,
+    calibration: Calibration | None = None,
+    stack: str = "",
+) -> list[Candidate]:
+    """Costs given strategies, whether they fit or not.
+
+    Raises:
+      ValueError: a strategy for another number of devices.
+    """
+    for strategy in strategies:
+        if strategy.devices != cluster.device_count:
+            raise ValueError(
+                f"strategy {strategy.mesh} takes {strategy.devices} devices, {cluster.name} has "
+                f"{cluster.device_count}; change a degree"
+            )
+    result = estimate(program, Strategies.stack(strategies), cluster, calibration=calibration,
+                      stack=stack)  # fmt: skip
+    return [_candidate(strategy, result, i) for i, strategy in enumerate(strategies)]
+
+
+def lower_bound(
+    program: Program, strategies: Strategies, cluster: Cluster, constants: Any
+) -> np.ndarray:
+    """Seconds that no step is faster than: products alone, at the best rate, without padding."""
+    chip = cluster.chip
+    devices = cluster.device_count
+    rate = chip.peak_flops["bf16"] / chip.devices_per_chip
+    products = np.zeros(len(strategies))
+    layers = np.zeros(len(strategies))
+    for block in program.blocks:
+        for index, op in enumerate(block.ops):
+            if not op.is_matmul:
+                continue
+            share = constants.attention if op.kind == "attention" else constants.matmul
+            gain = chip.peak_flops.get(op.precision or "bf16", chip.peak_flops["bf16"])
+            share = share * (gain / chip.peak_flops["bf16"]) ** constants.low_precision
+            once = program.flops(op) * block.repeat / (rate * share * devices)
+            read = 1.0 if index in block.read_again else constants.dead
+            again = strategies.recomputes(op) * float(block.checkpointed) * read
+            spent = once * (1.0 + program.training * (op.backward_passes + again))
+            products = products + spent
+            layers = layers + spent * block.checkpointed
+    bubble = (strategies.stage - 1) / (strategies.microbatches * strategies.interleave)
+    return products + layers * bubble
+
+
+def _memory_in_chunks(program: Program, space: Strategies) -> np.ndarray:
+    repeats = [b.repeat for b in program.blocks]
+    parts = [
+        memory(View(program, space[start : start + 16 * _CHUNK], None), repeats).total
+        for start in range(0, len(space), 16 * _CHUNK)
+    ]
+    return np.concatenate(parts)
+
+
+def _distinct(space: Strategies, fitting: np.ndarray, order: np.ndarray, top: int) -> list[int]:
+    """The first of each mesh: alternatives that differ, not the same with another micro-batch."""
+    seen: set[tuple[int, ...]] = set()
+    chosen: list[int] = []
+    degrees = space.degrees
+    for position in order.tolist():
+        row = int(fitting[position])
+        key = tuple(degrees[row].tolist())
+        if key not in seen:
+            seen.add(key)
+            chosen.append(row)
+        if len(chosen) == top:
+            break
+    return chosen
+
+
+def _candidate(strategy: Strategy, result: Estimate, index: int) -> Candidate:
+    names = ("parameters", "gradients", "optimizer", "activations", "transient", "host")
+    return Candidate(
+        strategy=strategy,
+        step_s=float(result.step_s[index]),
+        memory_bytes=float(result.memory.total[index]),
+        terms={n: float(np.broadcast_to(v, result.step_s.shape)[index])
+               for n, v in result.terms.items()},
+        memory_terms={n: float(getattr(result.memory, n)[index]) for n in names},
+    )  # fmt: skip
+
+
+def _overshoot(
+    program: Program, cluster: Cluster, space: Strategies, used: np.ndarray, limit: float
+) -> str:
+    least = int(np.argmin(used))
+    factor = used[least] / limit
+    return (
+        f"no plan of {program.name} fits {cluster.name}: the smallest needs "
+        f"{used[least] / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable "
+        f"({space.row(least).mesh}, remat {space.remat[least]}); take about {factor:.1f} times "
+        "the devices, chips with more memory, a smaller batch or shorter sequences, or allow "
+        "offload='optimizer'"
+    )
