@@ -231,11 +231,11 @@ def default_thresholds(sample: UInt[Array, "..."], fmt: ElementFormat) -> Int32[
     """
     exponent = exponents(sample, fmt).reshape(-1)
     bins = jnp.arange(256, dtype=jnp.int32)
-    reached = jnp.sum(exponent[:, None] >= bins[None, :], axis=0, dtype=jnp.int32)
+    reached = jnp.sum(exponent[:, None] >= bins[None, :], axis=0, dtype=jnp.float32)
     return thresholds_of_counts(reached)
 
 
-def thresholds_of_counts(reached: Int32[Array, " 256"]) -> Int32[Array, " 7"]:
+def thresholds_of_counts(reached: Float32[Array, " 256"]) -> Int32[Array, " 7"]:
     """`default_thresholds` from how many elements of the sample reach each exponent."""
     top = jnp.sum(4 * reached >= reached[0], dtype=jnp.int32) - 1
     return jnp.clip(top - jnp.arange(CLASSES - 2, -1, -1, dtype=jnp.int32), 0, 255)

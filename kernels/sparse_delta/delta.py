@@ -1,0 +1,497 @@
+"""The device half of `encode`: what changed between two trees, found and compacted where they lie.
+
+`diff` runs under `jax.jit` and, for arrays over several devices, under `shard_map`: every device
+looks at its own shards, and only the few counters behind the class thresholds are exchanged.
+A `Delta` has static shapes: a block of 4096 elements has slots for `capacity` changes. A tile with
+a block that needs more is taken from the dense arrays by the host half, so that any density is
+exact.
+
+On the host, `shard_records` turns slots into the sparse records that the coder takes. On a
+receiver with an accelerator, `class_counts` and `expand` are the device's part of decoding.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from kernels.sparse_delta import reference
+from kernels.sparse_delta.elements import ElementFormat, element_format
+from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records, Slots
+from kernels.sparse_delta.tiles import (
+    Box,
+    Piece,
+    TileGrid,
+    box_view,
+    choose_grid,
+    parts,
+    pieces,
+    whole_box,
+)
+from kernels.sparse_delta.trees import Leaf, named_leaves
+
+Backend = Literal["reference", "tpu", "gpu"]
+
+# Rows and columns of each shard's view that its class thresholds are estimated from.
+_SAMPLE = (64, 64)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Delta:
+    """What changed between two trees, on the devices that hold them: a pytree.
+
+    Leaves are counted in the order of `jax.tree.leaves(new)`.
+
+    Attributes:
+      old: the tree before.
+      new: the tree after.
+      records: of each leaf `reference.Records`; None of an empty one. Over several devices their
+        first axis holds one stretch of tiles for each device in the order of the mesh, and is
+        sharded over all of its axes.
+      thresholds: of each leaf int32[7], the classes that its records count; None of an empty one.
+      grids: of each leaf, its tiles in global coordinates.
+      shardings: of each leaf; None on one device.
+      capacity: slots a block.
+    """
+
+    old: Any
+    new: Any
+    records: tuple[Any, ...]
+    thresholds: tuple[Any, ...]
+    grids: tuple[TileGrid, ...] = field(metadata={"static": True})
+    shardings: tuple[NamedSharding | None, ...] = field(metadata={"static": True})
+    capacity: int = field(metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class _LeafPlan:
+    """What is static about one leaf: `fmt` of its elements, its `grid`, and where it lies."""
+
+    fmt: ElementFormat
+    grid: TileGrid
+    sharding: NamedSharding | None
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        return None if self.sharding is None else self.sharding.mesh
+
+    @property
+    def view(self) -> tuple[int, int, int]:
+        """Lead, rows and cols of one shard."""
+        shape = self.grid.shape
+        return box_view(self.grid, self.sharding.shard_shape(shape) if self.sharding else shape)
+
+
+def diff(
+    old: Any,
+    new: Any,
+    *,
+    receivers: Sequence[Any] = (),
+    thresholds: Mapping[str, Sequence[int]] | None = None,
+    density: float = 0.01,
+    shardings: Any = None,
+    backend: Backend | None = None,
+) -> Delta:
+    """Finds what changed between two trees, and compacts it, on the devices that hold them.
+
+    Args:
+      old: pytree of arrays with 1-, 2- or 4-byte elements.
+      new: the same structure, shapes, dtypes and shardings.
+      receivers: trees like `new` of the shardings of those who will apply the payload, which their
+        tiles respect; as `encode` takes them.
+      thresholds: class thresholds by dtype name, 7 non-decreasing exponents each, such as those of
+        the last payload; others are estimated from the old weights (`default_thresholds`).
+      density: what share of the elements is expected to change; sets how many slots a block has.
+        More changes cost size and time, never exactness.
+      shardings: under `jax.jit`, where arrays do not tell: a tree like `new` of `NamedSharding`s,
+        or None where a leaf is on one device. Not needed with concrete arrays.
+      backend: which kernels; those of the devices' platform where None.
+
+    Returns:
+      The delta, for `finish`.
+
+    Raises:
+      TypeError: a leaf is no array of such elements, or lies over several devices otherwise than
+        by a `NamedSharding`; names it.
+      ValueError: the trees or a leaf of them do not match; names it.
+    """
+    leaves, structure = named_leaves(new, role="new")
+    olds, old_structure = named_leaves(old, role="old")
+    if structure != old_structure:
+        raise ValueError(
+            f"old and new must be trees of one structure: {old_structure} is not {structure}"
+        )
+    places = _leaf_shardings(leaves, olds, shardings, structure)
+    wanted = [_flat_shardings(tree, structure) for tree in receivers]
+    plans, pairs = {}, {}
+    for leaf, other in zip(leaves, olds, strict=True):
+        if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"leaf {leaf.name!r} must have one shape and dtype: {other.dtype}"
+                f"{list(other.shape)} in old, {leaf.dtype}{list(leaf.shape)} in new"
+            )
+        own = places[leaf.place]
+        shards = [own, *(tree[leaf.place] for tree in wanted)]
+        shapes = tuple(s.shard_shape(leaf.shape) for s in shards if s is not None)
+        grid = choose_grid(leaf.shape, shapes)
+        plans[leaf.place] = _LeafPlan(element_format(leaf.dtype), grid, own)
+        pairs[leaf.place] = other.value, leaf.value
+    known = {
+        leaf.place: tuple(thresholds[leaf.dtype.name])
+        for leaf in leaves
+        if thresholds and leaf.dtype.name in thresholds
+    }
+    capacity = reference.capacity_for(density)
+    records: dict[int, Any] = {}
+    classes: dict[int, Any] = {}
+    # One program for each set of devices: all leaves of a mesh, or of a single device.
+    for together in _groups(plans, pairs).values():
+        found = _diff_group(
+            tuple(pairs[i] for i in together),
+            plans=tuple(plans[i] for i in together),
+            known=tuple(known.get(i) for i in together),
+            capacity=capacity,
+            backend=backend or _backend_of(pairs[together[0]][1]),
+        )
+        for place, (own_records, own_classes) in zip(together, found, strict=True):
+            records[place], classes[place] = own_records, own_classes
+    everywhere = range(len(leaves))
+    return Delta(
+        old,
+        new,
+        tuple(records.get(i) for i in everywhere),
+        tuple(classes.get(i) for i in everywhere),
+        tuple(plans[i].grid for i in everywhere),
+        tuple(plans[i].sharding for i in everywhere),
+        capacity,
+    )
+
+
+def _leaf_shardings(
+    leaves: Sequence[Leaf], olds: Sequence[Leaf], shardings: Any, structure: Any
+) -> dict[int, NamedSharding | None]:
+    """The mesh and specification of each leaf over several devices, by place."""
+    given = None if shardings is None else _flat_shardings(shardings, structure)
+    found = {}
+    for leaf, other in zip(leaves, olds, strict=True):
+        if given is not None:
+            found[leaf.place] = _named(given[leaf.place], leaf)
+            continue
+        own, before = (_named(_sharding_of(x.value), x) for x in (leaf, other))
+        if own is None or before is None:
+            alike = own is before
+        else:
+            alike = own.is_equivalent_to(before, len(leaf.shape))
+        if not alike:
+            raise ValueError(
+                f"leaf {leaf.name!r} must lie alike in old and new: {before} in old, {own} in "
+                "new; place one by the other's sharding with jax.device_put"
+            )
+        found[leaf.place] = own
+    return found
+
+
+def _flat_shardings(tree: Any, structure: Any) -> list[Any]:
+    """Shardings of a tree's leaves; its leaves may be shardings, None or arrays that have one."""
+    leaves, own = jax.tree.flatten(
+        tree, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding)
+    )
+    if own.num_leaves != structure.num_leaves:
+        raise ValueError(f"shardings must form a tree like the arrays: {own} is not {structure}")
+    return [getattr(leaf, "sharding", leaf) for leaf in leaves]
+
+
+def _sharding_of(value: Any) -> jax.sharding.Sharding | None:
+    return None if isinstance(value, Tracer) else getattr(value, "sharding", None)
+
+
+def _named(sharding: Any, leaf: Leaf) -> NamedSharding | None:
+    if sharding is None or len(sharding.device_set) == 1:
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"leaf {leaf.name!r} lies over several devices by a {type(sharding).__name__}; "
+            "diff needs a NamedSharding: jax.device_put it onto one"
+        )
+    return sharding
+
+
+def _groups(
+    plans: Mapping[int, _LeafPlan], pairs: Mapping[int, tuple[Any, Any]]
+) -> dict[Any, list[int]]:
+    """Places of the leaves that one program can take, without the empty ones."""
+    groups: dict[Any, list[int]] = {}
+    for place, plan in sorted(plans.items()):
+        if plan.grid.n_tiles and 0 not in plan.grid.shape:
+            one = getattr(_sharding_of(pairs[place][1]), "device_set", None)
+            groups.setdefault(plan.mesh or frozenset(one or ()), []).append(place)
+    return groups
+
+
+def _backend_of(value: Any) -> Backend:
+    sharding = _sharding_of(value)
+    platform = next(iter(sharding.device_set)).platform if sharding else jax.default_backend()
+    return platform_backend(platform)
+
+
+def platform_backend(platform: str) -> Backend:
+    """The kernels for a platform as JAX names it; plain jnp where there are none."""
+    kernels: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+    return kernels.get(platform, "reference")
+
+
+def implementation(backend: Backend) -> ModuleType:
+    """The module of kernels. Pallas is imported by those who use it only."""
+    if backend == "tpu":
+        from kernels.sparse_delta import tpu
+
+        return tpu
+    if backend == "gpu":
+        from kernels.sparse_delta import gpu
+
+        return gpu
+    return reference
+
+
+def dispatch(name: str, backend: Backend, *args: Any, **options: Any) -> Any:
+    """Calls a kernel, or the jnp definition where the backend has none for these arguments."""
+    try:
+        return getattr(implementation(backend), name)(*args, **options)
+    except NotImplementedError:
+        return getattr(reference, name)(*args, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("plans", "known", "capacity", "backend"))
+def _diff_group(
+    pairs: tuple[tuple[Any, Any], ...],
+    *,
+    plans: tuple[_LeafPlan, ...],
+    known: tuple[tuple[int, ...] | None, ...],
+    capacity: int,
+    backend: Backend,
+) -> tuple[tuple[Records, Array], ...]:
+    """Records and thresholds of leaves that lie on one mesh, or on one device."""
+    local = functools.partial(
+        _diff_local, plans=plans, known=known, capacity=capacity, backend=backend
+    )
+    mesh = plans[0].mesh
+    if mesh is None:
+        return local(pairs)
+    own = tuple((plan.sharding.spec,) * 2 for plan in plans if plan.sharding)
+    everywhere = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(
+        functools.partial(local, axes=mesh.axis_names),
+        mesh=mesh,
+        in_specs=(own,),
+        out_specs=tuple((everywhere, PartitionSpec()) for _ in plans),
+        check_vma=False,  # which pallas_call does not support
+    )(pairs)
+
+
+def _diff_local(
+    pairs: tuple[tuple[Any, Any], ...],
+    *,
+    plans: tuple[_LeafPlan, ...],
+    known: tuple[tuple[int, ...] | None, ...],
+    capacity: int,
+    backend: Backend,
+    axes: tuple[str, ...] = (),
+) -> tuple[tuple[Records, Array], ...]:
+    boxes = [
+        tuple(reference.bits_of(x, plan.fmt).reshape(plan.view) for x in pair)
+        for pair, plan in zip(pairs, plans, strict=True)
+    ]
+    reached = {}
+    for (old, _), plan in zip(boxes, plans, strict=True):
+        reached[plan.fmt] = reached.get(plan.fmt, 0.0) + _reached(old, plan.fmt)
+    # Replicas count as often as they are; the shares that matter stay the same.
+    common = {
+        fmt: reference.thresholds_of_counts(jax.lax.psum(counts, axes) if axes else counts)
+        for fmt, counts in reached.items()
+    }
+    found = []
+    for (old, new), plan, given in zip(boxes, plans, known, strict=True):
+        own = common[plan.fmt] if given is None else jnp.array(given, jnp.int32)
+        options = {"fmt": plan.fmt, "tile": plan.grid.tile, "capacity": capacity}
+        found.append((dispatch("compact", backend, old, new, own, **options), own))
+    return tuple(found)
+
+
+def _reached(box: Array, fmt: ElementFormat) -> Float32[Array, " 256"]:
+    """How many elements of a box reach each exponent, estimated from a sample of it."""
+    _, rows, cols = box.shape
+    rows_step, cols_step = max(1, rows // _SAMPLE[0]), max(1, cols // _SAMPLE[1])
+    sample = box[:: max(1, box.shape[0] // 4), ::rows_step, ::cols_step]
+    exponent = reference.exponents(sample, fmt).reshape(-1, 1)
+    bins = jnp.arange(256, dtype=jnp.int32)[None, :]
+    return jnp.mean(exponent >= bins, axis=0, dtype=jnp.float32) * float(box.size)
+
+
+class ShardRecords(NamedTuple):
+    """The sparse records of one shard, on the host, as the coder takes them.
+
+    Attributes:
+      piece: the shard, in global coordinates.
+      ids: numbers of its tiles, in the order of the shard's own view.
+      starts: records [starts[t], starts[t + 1]) are those of tile t.
+      position: within the tile.
+      class_: of the old value.
+      rank: how many earlier elements of the tile have the same class.
+      old: bits before.
+      new: bits after.
+      dense: tiles that did not fit their slots; they have no records here and have to be coded
+        from the arrays.
+    """
+
+    piece: Piece
+    ids: np.ndarray
+    starts: np.ndarray
+    position: np.ndarray
+    class_: np.ndarray
+    rank: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+    dense: np.ndarray
+
+
+def shard_records(delta: Delta, place: int) -> Iterator[ShardRecords]:
+    """The records of those shards of a leaf that this process speaks for.
+
+    Args:
+      delta: of concrete arrays.
+      place: of the leaf among `jax.tree.leaves(delta.new)`.
+    """
+    records, grid = delta.records[place], delta.grids[place]
+    if records is None:
+        return
+    fmt = element_format(jax.tree.leaves(delta.new)[place].dtype)
+    sharding = delta.shardings[place]
+    if sharding is None:
+        whole = Piece(whole_box(grid.shape), (), True)
+        yield _shard(whole, grid, fmt, records)
+        return
+    held = {shard.device: index for index, shard in enumerate(records.places.addressable_shards)}
+    for piece in pieces(sharding, grid.shape):
+        if piece.owned:
+            index = held[piece.devices[0]]
+            own = jax.tree.map(lambda x, index=index: x.addressable_shards[index].data, records)
+            yield _shard(piece, grid, fmt, own)
+
+
+def _shard(piece: Piece, grid: TileGrid, fmt: ElementFormat, records: Records) -> ShardRecords:
+    counts = np.asarray(records.counts)
+    capacity = records.places.shape[-1]
+    fullest = int(counts.max(initial=0, where=counts <= capacity))
+    # Slots that no block uses stay on the device; a step of 32 makes few different programs.
+    width = min(capacity, -(-fullest // 32) * 32)
+    dense = np.any(counts > width, axis=1)
+    used = (np.arange(width) < counts[..., None]) & ~dense[:, None, None]
+    tile, block, _ = np.nonzero(used)
+
+    def fetch(words: Array) -> np.ndarray:
+        return np.asarray(words[..., :width])[used]
+
+    place, value = fetch(records.places), fetch(records.values)
+    class_ = (place >> CLASS_SHIFT).astype(np.uint8)
+    # Elements of each class in the blocks of the tile before this one.
+    members = np.asarray(records.class_counts).astype(np.uint32)
+    before = np.cumsum(members, axis=2, dtype=np.uint32) - members
+    bits = fmt.bits_dtype
+    new_values = records.new_values
+    return ShardRecords(
+        piece=piece,
+        ids=shard_tiles(grid, piece.box),
+        starts=np.concatenate([[0], np.cumsum(used.sum((1, 2)))]),
+        position=(block * BLOCK + (place & (BLOCK - 1))).astype(np.uint32),
+        class_=class_,
+        rank=(place >> RANK_SHIFT & (BLOCK - 1)) + before[tile, class_, block],
+        old=(value >> 16 if new_values is None else value).astype(bits),
+        new=(value & 0xFFFF if new_values is None else fetch(new_values)).astype(bits),
+        dense=dense,
+    )
+
+
+def shard_tiles(grid: TileGrid, box: Box) -> np.ndarray:
+    """Numbers of a shard's tiles, int64, in the order of the shard's own view.
+
+    The shard must cut no tile, which holds for a grid that was chosen with its sharding.
+    """
+    extents = box_view(grid, tuple(stop - start for start, stop in box))
+    counts = reference.tile_counts(extents, grid.tile)
+    ids = np.full(counts, -1, np.int64)
+    for part in parts(grid, box):
+        assert part.ids is not None, "the grid was chosen so that no shard cuts a tile"
+        where = tuple(
+            slice(cut.start // size, -(-cut.stop // size))
+            for cut, size in zip(part.cut, (1, *grid.tile), strict=True)
+        )
+        ids[where] = part.ids.reshape(ids[where].shape)
+    return ids.reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "backend"))
+def class_counts(
+    old: Array, thresholds: Int32[Array, " 7"], *, grid: TileGrid, backend: Backend
+) -> UInt32[Array, "T 2 S"]:
+    """How many elements of each class every sub-block of a shard has: `reference.class_counts`.
+
+    Args:
+      old: one shard, on one device.
+      thresholds: of the classes.
+      grid: of the whole tensor; the shard cuts none of its tiles.
+      backend: which kernels.
+    """
+    fmt = element_format(old.dtype)
+    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
+    return dispatch("class_counts", backend, box, thresholds, fmt=fmt, tile=grid.tile)
+
+
+def expand(
+    old: Array,
+    slots: Slots,
+    thresholds: Int32[Array, " 7"],
+    *,
+    grid: TileGrid,
+    backend: Backend,
+    donate: bool = False,
+) -> Array:
+    """A shard's new values from the old ones and slots of changes: `reference.expand`.
+
+    Args:
+      old: one shard, on one device.
+      slots: changes, by tiles in the order of the shard's own view (`shard_tiles`).
+      thresholds: of the classes.
+      grid: of the whole tensor; the shard cuts none of its tiles.
+      backend: which kernels.
+      donate: gives up `old`: the changes are made in its memory. Otherwise it is copied first.
+    """
+    run = _expand_in_place if donate else _expand
+    return run(old, slots, thresholds, grid=grid, backend=backend)
+
+
+def _expand_shard(
+    old: Array, slots: Slots, thresholds: Array, *, grid: TileGrid, backend: Backend
+) -> Array:
+    fmt = element_format(old.dtype)
+    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
+    new = dispatch("expand", backend, box, slots, thresholds, fmt=fmt, tile=grid.tile)
+    new = new.reshape(old.shape)
+    if old.dtype == jnp.bool_:
+        return new.astype(jnp.bool_)
+    return new if new.dtype == old.dtype else jax.lax.bitcast_convert_type(new, old.dtype)
+
+
+_STATIC = ("grid", "backend")
+_expand: Callable[..., Array] = jax.jit(_expand_shard, static_argnames=_STATIC)
+_expand_in_place: Callable[..., Array] = jax.jit(
+    _expand_shard, static_argnames=_STATIC, donate_argnums=0
+)
