@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from experiments.delta_bench.pairs import Pair, bits_of
+from experiments.delta_bench.pairs import Pair
 
 T = TypeVar("T")
 Encode = Callable[[Any, Any, int], Any]
@@ -27,17 +27,16 @@ class Codec:
       name: as tables show it.
       encode: (old, new, threads) to the payload, bytes-like.
       apply: (old, payload, threads) to the new weights, in memory of their own.
-      takes_arrays: whether weights are handed over as JAX arrays of bfloat16; else as uint16 bits.
+      sides: of a pair, old and new in the form that the functions take: what both ends hold
+        before the clock starts.
+      bits: the uint16 bits of a tensor that `apply` gives.
     """
 
     name: str
     encode: Encode
     apply: Apply
-    takes_arrays: bool = False
-
-    def sides(self, pair: Pair) -> tuple[Any, Any]:
-        """Old and new weights in the form that this codec takes."""
-        return pair.arrays if self.takes_arrays else (pair.old, pair.new)
+    sides: Callable[[Pair], tuple[Any, Any]] = lambda pair: (pair.old, pair.new)
+    bits: Callable[[Any], np.ndarray] = lambda tensor: tensor
 
     def payload(self, pair: Pair, threads: int = 1) -> Any:
         """Encodes a pair.
@@ -55,7 +54,7 @@ class Codec:
         if set(found) != set(pair.new):
             raise RoundTripError(f"{self.name} on {pair.name}: other tensors than were sent")
         for name, wanted in pair.new.items():
-            bits = bits_of(found[name]) if self.takes_arrays else found[name]
+            bits = self.bits(found[name])
             if bits.shape != wanted.shape or not np.array_equal(bits, wanted):
                 wrong = np.count_nonzero(bits != wanted) if bits.shape == wanted.shape else "all"
                 raise RoundTripError(f"{self.name} on {pair.name}: {wrong} elements of {name}")

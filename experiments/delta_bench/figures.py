@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX*h"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 
 Points = Sequence[tuple[float, float]]
@@ -50,12 +50,15 @@ def bits_against_density(
                     *zip(*points, strict=True), label=name, color=INK, lw=1.4, ls=_DASHES[i + 1],
                     zorder=6,
                 )  # fmt: skip
-            axis.set(title=title, xlabel="density", xscale="log", yscale="log")
+            axis.set(title=title, xlabel="changed elements", xscale="log", yscale="log")
             axis.set_ylim(4, 75)
             axis.set_yticks([4, 6, 8, 12, 16, 24, 32, 48, 64], minor=False)
             axis.set_yticks([], minor=True)
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_xticks([1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0], minor=False)
+            axis.set_xticks([], minor=True)
             axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+            axis.set_xlim(7e-4, 1.4)
         axes[0].set_ylabel("bits per changed element")
 
     return draw(paint, columns=len(panels), size=(9.6, 5.6))
@@ -82,7 +85,7 @@ def size_against_speed(
     def paint(*axes: "Axes") -> None:
         titles = ("encode", "apply")
         for axis, title, points, floor in zip(axes, titles, (encode, apply), floors, strict=True):
-            axis.axhline(limit, color=INK, lw=1.2, ls=_DASHES[1], label="limit given exponents")
+            axis.axhline(limit, color=INK, lw=1.2, ls=_DASHES[1], label="limit, exponents known")
             axis.axvline(floor, color=INK, lw=1.2, ls=_DASHES[2], label="NumPy alone")
             for name in order:
                 if name in points:

@@ -283,10 +283,8 @@ def _apply_fixed(old: Bits, payload: Any, threads: int) -> dict[str, np.ndarray]
     return _rebuilt(old, parts, lambda out, part: loops.put_fixed_width(out, *part), threads)
 
 
-COO = Codec(name="COO int32+bf16 (SparseRL-Sync)", encode=_encode_coo, apply=_apply_coo)
-DENSE_XOR = Codec(
-    name="dense XOR + zstd-1 (slime)", encode=_encode_dense_xor, apply=_apply_dense_xor
-)
+COO = Codec(name="COO (SparseRL-Sync)", encode=_encode_coo, apply=_apply_coo)
+DENSE_XOR = Codec(name="XOR + zstd-1 (slime)", encode=_encode_dense_xor, apply=_apply_dense_xor)
 
 
 def peers() -> list[Codec]:
@@ -315,6 +313,6 @@ def peers() -> list[Codec]:
         )
     found.append(Codec(name="block-256, fixed width", encode=_encode_fixed, apply=_apply_fixed))
     if importlib.util.find_spec("blosc2"):
-        name = "blosc2 bitshuffle + zstd"
+        name = "blosc2 bitshuffle"
         found.append(Codec(name=name, encode=_encode_blosc, apply=_apply_blosc))
     return found

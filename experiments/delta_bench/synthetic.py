@@ -31,7 +31,8 @@ class Simulation:
       log_std: standard deviation of its logarithm over the layers.
       snr: of a gradient: its AR(1) part over its white part.
       memory: coefficient of the AR(1) process.
-      b1, b2: Adam's decay rates.
+      b1: decay rate of Adam's first moment.
+      b2: decay rate of its second moment.
       seed: of all of it.
     """
 

@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.delta_bench.measure import FLOOR
 from experiments.delta_bench.peers import MODELLED_BITS
 from experiments.harness.tables import Table
 
 Summary = Mapping[str, Any]
 
 LIMITS = {
-    "given_exponent": "limit given the old exponents",
+    "given_exponent": "limit, exponents known",
     "iid": "limit, i.i.d.",
     "new_value": "limit of sending new values",
 }
@@ -19,12 +18,12 @@ _MODEL = "SparseRL-Sync's model, 60 % of a value kept"
 
 
 def density_text(density: float) -> str:
-    """A density as per cent, with three digits.
+    """A density as per cent, with two digits.
 
-    >>> density_text(0.0062), density_text(0.3), density_text(1.0)
-    ('0.62 %', '30 %', '100 %')
+    >>> density_text(0.00099), density_text(0.00621), density_text(0.3), density_text(1.0)
+    ('0.099 %', '0.62 %', '30 %', '100 %')
     """
-    return f"{100 * density:.3g} %"
+    return f"{float(f'{100 * density:.2g}'):g} %"
 
 
 def pairs_of(summary: Summary, source: str) -> list[str]:
@@ -121,6 +120,32 @@ def excess(summary: Summary, ours: str) -> Table:
     return Table(columns=columns, rows=tuple(rows), caption="Against the limit")
 
 
+def anatomy(summary: Summary, ours: str) -> Table:
+    """Where the bits of our payloads go, and what a full version of the same weights takes."""
+    rows = []
+    for name, pair in summary["pairs"].items():
+        parts, limit = pair["anatomy"], pair["limits"]["given_exponent"]
+        modes = ", ".join(f"{count} {mode}" for mode, count in parts["modes"].items())
+        rows.append(
+            (
+                name,
+                limit,
+                parts["tile_bits"] - limit,
+                parts["manifest_bits"],
+                pair["sizes"][ours]["bits"],
+                modes,
+                pair["anchor"]["ours"],
+                pair["anchor"]["zstd-1"],
+            )
+        )
+    columns = (
+        "", "limit", "+ tiles above it", "+ manifest and tables", "= bits a change", "tiles",
+        "anchor, × smaller", "zstd-1 of it",
+    )  # fmt: skip
+    caption = "Where our bits go; and full versions (anchors) of the same weights"
+    return Table(columns=columns, rows=tuple(rows), caption=caption)
+
+
 def speed(summary: Summary, name: str) -> Table:
     """Speeds of all on one pair, at each number of threads."""
     pair = summary["pairs"][name]
@@ -129,8 +154,7 @@ def speed(summary: Summary, name: str) -> Table:
         for codec, values in found.items():
             record = records.setdefault(codec, {})
             record |= {f"{key}@{threads}": value for key, value in values.items()}
-            if codec != FLOOR:
-                record["bits"] = pair["sizes"][codec]["bits"]
+            record["bits"] = pair["sizes"].get(codec, {}).get("bits")
     columns = {"bits": "bits a change"}
     for what in ("encode", "apply"):
         for threads in summary["speeds"][name]:
@@ -183,4 +207,8 @@ def targets(summary: Summary) -> Table:
         (name, row["wanted"], row["got"], "yes" if row["met"] else "no")
         for name, row in summary["targets"].items()
     )
-    return Table(columns=("", "wanted", "reached", "met"), rows=rows, caption="Wanted and reached")
+    return Table(
+        columns=("", "wanted", "reached", "met"),
+        rows=rows,
+        caption="Numbers that the codec was asked for",
+    )

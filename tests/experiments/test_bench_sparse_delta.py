@@ -1,6 +1,8 @@
 """The bench's limits are entropies, its peers are lossless and its pairs are what they say."""
 
+import json
 import math
+import shutil
 import time
 from collections import Counter
 from dataclasses import replace
@@ -11,19 +13,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.delta_bench import loops, synthetic, tables
+from experiments import bench_sparse_delta, harness
+from experiments.delta_bench import cold, loops, synthetic, tables
 from experiments.delta_bench.codec import Codec, RoundTripError
 from experiments.delta_bench.limits import entropy_bits, limits, order, outward_steps
-from experiments.delta_bench.measure import Size, floor, speeds
+from experiments.delta_bench.measure import FLOOR, Size, floor, speeds
+from experiments.delta_bench.ours import NAME, UNKNOWN
 from experiments.delta_bench.pairs import Pair, bits_of, load_versions, save_versions
 from experiments.delta_bench.peers import DENSE_XOR, peers
 from experiments.delta_bench.recorded import Recording, record
 from experiments.delta_bench.synthetic import Simulation, Trajectory, synthetic_pairs
-from experiments.harness import Run, RunOptions
+from experiments.harness import Run
 from experiments.safety.config import ModelConfig
 
 PEERS = {peer.name: peer for peer in peers()}
 TINY = Simulation(elements=1 << 16, layers=2)
+TINY_RECORDING = Recording(
+    model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16),
+    sft_steps=2,
+    warmup=1,
+)
 
 
 def pair_of(old, new, shape=None):
@@ -158,7 +167,7 @@ def test_a_codec_that_loses_a_bit_is_refused():
 
 def test_coo_sends_six_bytes_a_change_up_to_its_padding():
     pair = changed_pair(4, [(512, 512)], 0.01)
-    payload = PEERS["COO int32+bf16 (SparseRL-Sync)"].payload(pair)
+    payload = PEERS["COO (SparseRL-Sync)"].payload(pair)
     padded = -(-pair.changed // 256) * 256
     assert 6 * padded <= len(payload) <= 6 * padded + 64
 
@@ -174,7 +183,7 @@ def test_fixed_width_blocks_cost_a_byte_each_and_a_byte_and_a_half_a_small_chang
 
 
 def test_versions_survive_their_file(tmp_path):
-    versions = [changed_pair(i, [(9, 4), (3,)], 0.5, far=True).new for i in range(3)]
+    versions = [dict(changed_pair(i, [(9, 4), (3,)], 0.5, far=True).new) for i in range(3)]
     versions[1]["t0"] = versions[0]["t0"].copy()
     save_versions(tmp_path / "v.npz", versions)
     found = load_versions(tmp_path / "v.npz")
@@ -213,23 +222,6 @@ def test_the_last_update_is_adams():
     np.testing.assert_allclose(found.start[0], start, rtol=1e-6)
     np.testing.assert_allclose(found.before[0], total, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.last[0], update, rtol=1e-3, atol=1e-4)
-
-
-def test_recorded_versions_are_of_one_training_and_read_the_second_time(tmp_path, monkeypatch):
-    recording = Recording(
-        model=ModelConfig(layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16),
-        sft_steps=2,
-        warmup=1,
-    )
-    with Run.open("recording", RunOptions(), tmp_path / "run") as run:
-        (made,) = record(run, recording, (1e-3,))
-        monkeypatch.setattr("experiments.safety.stages.fine_tune", lambda *_: pytest.fail("again"))
-        (read,) = record(run, recording, (1e-3,))
-    assert len(made.weights) == len(read.weights) == 9
-    one, eight = read.consecutive(), read.squashed()
-    assert one.old is eight.old
-    assert 0 < one.density < eight.density < 1
-    np.testing.assert_array_equal(one.old["embedding"], made.weights[0]["embedding"])
 
 
 def test_bits_are_rounded_as_bf16_rounds():
@@ -282,3 +274,97 @@ def test_size_counts_bits_per_change_and_the_excess():
 def test_the_nearest_pair_is_nearest_by_its_factor():
     pairs = {n: {"source": "synthetic", "density": d} for n, d in (("a", 0.002), ("b", 0.03))}
     assert tables.nearest({"pairs": pairs}, 0.01) == "b"
+
+
+# The bench
+
+
+def finished_config(out):
+    return bench_sparse_delta.BenchConfig(
+        out=out, densities=(0.01, 1.0), learning_rates=(1e-3,), threads=(1, 2), rounds=1,
+        simulation=TINY, recording=TINY_RECORDING,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a small but whole run; first calls are measured by a test of their own."""
+    out = tmp_path_factory.mktemp("bench") / "run"
+    config = finished_config(out)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = dict.fromkeys(cold.KEYS, 0.5)
+        patch.setattr(cold, "cold_and_cached", lambda _: {"cold": calls, "cached": calls})
+        harness.main(bench_sparse_delta.experiment, "bench_sparse_delta", config)
+    return out
+
+
+def test_recorded_versions_are_of_one_training_and_read_the_second_time(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("experiments.safety.stages.fine_tune", lambda *_: pytest.fail("again"))
+    shutil.copytree(finished / "pairs", tmp_path / "run" / "pairs")
+    shutil.copy(finished / "config.json", tmp_path / "run")
+    config = replace(finished_config(finished), out=tmp_path / "run")
+    with Run.open("bench_sparse_delta", config) as run:
+        (versions,) = record(run, TINY_RECORDING, (1e-3,))
+    assert len(versions.weights) == 9
+    one, eight = versions.consecutive(), versions.squashed()
+    assert one.old is eight.old
+    assert 0 < one.density < eight.density < 1
+    assert {"embedding", "final_norm"} < set(one.old)
+
+
+def test_the_bench_weighs_and_times_everybody_on_every_pair(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(tables.pairs_of(summary, "synthetic")) == {"synthetic, 1 %", "synthetic, 100 %"}
+    for pair in summary["pairs"].values():
+        assert set(pair["sizes"]) == {NAME, *PEERS}
+    for by_threads in summary["speeds"].values():
+        assert all(set(found) == {NAME, UNKNOWN, FLOOR, *PEERS} for found in by_threads.values())
+    (row,) = summary["catch_up"].values()
+    assert row["growth"] > 1
+    assert row["squash_bytes"] < row["sum_bytes"]
+
+
+def test_the_bench_says_what_was_wanted_and_reached(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = summary["targets"]
+    size = summary["pairs"]["synthetic, 1 %"]["sizes"]
+    assert rows["size at 1 %, ÷ slime's"]["got"] == pytest.approx(
+        size[NAME]["payload_bytes"] / size[DENSE_XOR.name]["payload_bytes"]
+    )
+    over = rows["over the conditional limit at 1 %, %"]
+    assert over["met"] == (over["got"] <= 10)
+    assert rows["largest payload ÷ (dense + 1 % + 4 KiB)"]["met"]
+
+
+def test_the_report_shows_plots_tables_and_why_squashing_saves_what_it_saves(finished):
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("<table>") >= 8
+    # √(8 + 2·(7·.9 + 6·.81 + 5·.729 + 4·.6561 + 3·.59049 + 2·.531441 + .4782969)) = √49.5
+    assert "= 7.0 times as far" in page
+    assert "Numbers that the codec was asked for" in (finished / "table.txt").read_text()
+
+
+def test_first_calls_are_timed(tmp_path, capsys):
+    (pair,) = synthetic_pairs(tmp_path, TINY, (0.01,))
+    cold.main(str(synthetic.pair_path(tmp_path, 0.01)))
+    times = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(times) == set(cold.KEYS)
+    assert all(value > 0 for value in times.values())
+    assert pair.changed
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"densities": (0.0,)}, "densities must be above 0 and at most 1"),
+        ({"learning_rates": (-1.0,)}, "learning_rates must be above 0"),
+        ({"threads": (2, 1)}, "threads begin with 1"),
+        ({"rounds": 0}, "rounds must be ≥ 1"),
+    ],
+)
+def test_wrong_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        bench_sparse_delta.BenchConfig(**values)
