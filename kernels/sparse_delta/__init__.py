@@ -14,6 +14,7 @@ from kernels.sparse_delta.errors import (
 from kernels.sparse_delta.host import digest
 from kernels.sparse_delta.merge import merge
 from kernels.sparse_delta.report import PayloadInfo, TensorInfo, inspect
+from kernels.sparse_delta.squash import squash
 from kernels.sparse_delta.trees import TreeDigest
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "encode",
     "inspect",
     "merge",
+    "squash",
 ]

@@ -1,7 +1,7 @@
 """From two versions of a tree to a payload: `encode`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from kernels.sparse_delta import codec, host, wire
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.merge import NO_ROOT, complete
-from kernels.sparse_delta.tiles import TileGrid, parts
+from kernels.sparse_delta.tiles import Part, TileGrid, parts
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.wire import ANCHOR, DELTA, Manifest, Run, Tensor, Tiles
 
@@ -25,6 +25,14 @@ class _Work:
     frame: codec.DigestFrame
     old: np.ndarray | None
     new: np.ndarray
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Tiles of a tensor that may have changed: their numbers, int64 and rising, in a grid."""
+
+    grid: TileGrid
+    ids: np.ndarray
 
 
 def encode(
@@ -61,9 +69,41 @@ def encode(
       TypeError: a leaf is no array of such elements; names it.
       ValueError: the trees, or a leaf of them, do not match; names it.
     """
+    return encode_trees(
+        old,
+        new,
+        versions=(version, base_version),
+        base_digest=base_digest,
+        receivers=receivers,
+        threads=threads,
+    )
+
+
+def encode_trees(
+    old: Any,
+    new: Any,
+    *,
+    versions: tuple[int | None, int | None],
+    base_digest: TreeDigest | None = None,
+    receivers: Sequence[Any] | None = None,
+    threads: int | None = None,
+    touched: Mapping[str, Touched] | None = None,
+) -> bytes:
+    """`encode`, which says what the arguments are, with one hint more.
+
+    Args:
+      old: as for `encode`.
+      new: likewise.
+      versions: of `new` and of `old`.
+      base_digest: as for `encode`.
+      receivers: likewise.
+      threads: likewise.
+      touched: by name of the leaf, the only tiles that may have changed; a leaf that is not named
+        may have changed anywhere.
+    """
     leaves, structure = named_leaves(new, role="new")
     olds = None if old is None else matched(old, leaves, structure)
-    numbers = _version("version", version), _version("base_version", base_version)
+    numbers = _version("version", versions[0]), _version("base_version", versions[1])
     grids = _grids(leaves, _sharding_trees(receivers, leaves, structure))
     same = _ties(leaves, olds, grids)
     threads = host.default_threads() if threads is None else threads
@@ -72,7 +112,7 @@ def encode(
     base = [(0, 0)] * len(leaves)
     if olds is not None:
         base = _base_sums(olds, grids, same, base_digest, spread)
-    work = _work(leaves, olds, grids, same)
+    work = _work(leaves, olds, grids, same, touched or {})
     tables, table_of = _make_tables(leaves, grids, work)
     runs, chunks, change = [], [], [(0, 0)] * len(leaves)
     for item in work:
@@ -216,6 +256,7 @@ def _work(
     olds: Sequence[Leaf] | None,
     grids: Sequence[TileGrid],
     same: Sequence[int],
+    touched: Mapping[str, Touched],
 ) -> list[_Work]:
     work = []
     for index, (leaf, grid) in enumerate(zip(leaves, grids, strict=True)):
@@ -228,18 +269,41 @@ def _work(
                 continue
             new = host.read_box(leaf, piece.box)
             old = host.read_box(before, piece.box) if before else None
+            known = touched.get(leaf.name)
+            only = known.ids if known is not None and known.grid == grid else None
             for part in parts(grid, piece.box):
-                assert part.ids is not None, "the grid was chosen so that no shard cuts a tile"
-                work.append(
-                    _Work(
-                        index,
-                        part.ids,
-                        host.frame_of(grid, part),
-                        None if old is None else host.part_of(old, grid, part),
-                        host.part_of(new, grid, part),
-                    )
-                )
+                whole = None if old is None else host.part_of(old, grid, part)
+                fresh = host.part_of(new, grid, part)
+                for band, ids, origin in _bands(part, fresh.shape, grid, only):
+                    frame = host.frame_of(grid, part)._replace(origin=origin)
+                    before_band = None if whole is None else whole[band]
+                    work.append(_Work(index, ids, frame, before_band, fresh[band]))
     return work
+
+
+def _bands(
+    part: Part, shape: tuple[int, int, int], grid: TileGrid, only: np.ndarray | None
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray, int]]:
+    """Cuts a part to stretches along its first axis of more than one tile that hold given tiles.
+
+    Yields:
+      Where in the part, the numbers of its tiles, and the row-major index of its first element.
+    """
+    assert part.ids is not None, "the grid was chosen so that no shard cuts a tile"
+    if only is None:
+        yield (), part.ids, part.origin
+        return
+    axis = 0 if shape[0] > 1 else 1
+    size = 1 if axis == 0 else grid.tile[0]
+    ids = part.ids.reshape(-(-shape[axis] // size), -1)
+    hot = np.isin(ids, only).any(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], hot, [False]]).astype(np.int8)))
+    _, all_rows, all_cols = grid.extents
+    step = all_rows * all_cols if axis == 0 else grid.tile[0] * all_cols
+    for start, stop in edges.reshape(-1, 2).tolist():
+        cut = slice(start * size, min(stop * size, shape[axis]))
+        band = (cut,) if axis == 0 else (slice(None), cut)
+        yield band, ids[start:stop].reshape(-1), part.origin + start * step
 
 
 def _make_tables(
