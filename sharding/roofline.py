@@ -91,5 +91,5 @@ def _padded(view: View, op: Op, tile: Any) -> np.ndarray:
     return batch * rows * _up(columns, tile / 2) * _up(depth, tile / 2)
 
 
-def _up(size: np.ndarray, step: Any) -> np.ndarray:
+def _up(size: Any, step: Any) -> Any:
     return np.ceil(size / step) * step

@@ -141,7 +141,8 @@ def candidates(program: Program, cluster: Cluster, constraints: Constraints) -> 
             "batch to a multiple of the devices, or loosen the constraints"
         )
     base = np.asarray(rows)
-    columns = dict(zip((*AXES, "microbatches", "interleave"), base.T, strict=True))
+    names: tuple[str, ...] = (*AXES, "microbatches", "interleave")
+    columns: dict[str, np.ndarray] = dict(zip(names, base.T, strict=True))
     return _with_choices(columns, _choices(program, constraints, torus), constraints)
 
 
