@@ -8,15 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding import calibrate, constants, evaluation
+from sharding import calibrate, constants, evaluation, report
+from sharding.program import Program
 from sharding.runs import read_runs
+from sharding.solver import evaluate, solve
+from sharding.space import Constraints
+from sharding.strategies import REMAT, Strategy
 from sharding.table import Table
+from sharding.topology import AXES, Cluster
+from sharding.transformer import named_model, transformer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sharding", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_plan(commands)
+    _add_simulate(commands)
     _add_validate(commands)
     _add_calibrate(commands)
     options = parser.parse_args(arguments)
@@ -25,6 +33,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_problem(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a published model, as llama3-8b")
+    parser.add_argument("--cluster", required=True,
+                        help="CHIP:SHAPE, as v5p:4x4x8 or h100:8x8, or a JSON file")  # fmt: skip
+    parser.add_argument("--global-batch", type=int, help="sequences of a step")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8", "fp4", "int8"))
+    parser.add_argument("--inference", action="store_true", help="a forward pass only")
+    parser.add_argument("--calibration", type=Path, help="constants; the shipped ones if absent")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else")
+
+
+def _problem(options: argparse.Namespace) -> tuple[Program, Cluster]:
+    cluster = Cluster.from_name(options.cluster)
+    config = named_model(
+        options.model,
+        # Two sequences a device keep small and large clusters busy where nothing is said.
+        global_batch=options.global_batch or 2 * cluster.device_count,
+        seq_len=options.seq_len,
+        precision=options.precision,
+        training=not options.inference,
+    )
+    return transformer(config), cluster
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("plan", help="find the fastest division of a model that fits")
+    _add_problem(parser)
+    parser.add_argument("--top", type=int, default=5, help="how many strategies to list")
+    parser.add_argument("--pin", action="append", default=[], metavar="FIELD=VALUE",
+                        help="a choice that is made, as tensor=1 or remat=full")  # fmt: skip
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    program, cluster = _problem(options)
+    constraints = Constraints(pinned=dict(_pin(text) for text in options.pin))
+    calibration = constants.load(options.calibration)
+    found = solve(program, cluster, constraints=constraints, calibration=calibration,
+                  top=max(1, options.top))  # fmt: skip
+    if options.json:
+        stages = report.stage_cuts(program, cluster, found.best[0].strategy)
+        document = report.solution_json(program, cluster, found, stages=stages)
+        print(json.dumps(document, indent=1))
+    else:
+        print(report.solution_text(program, cluster, found))
+    return 0
+
+
+def _pin(text: str) -> tuple[str, int | str]:
+    name, _, value = text.partition("=")
+    if not value:
+        raise ValueError(f"--pin takes FIELD=VALUE, got {text!r}")
+    return name, int(value) if value.isdigit() else value
+
+
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("simulate", help="cost a division that somebody else made")
+    _add_problem(parser)
+    for axis in reversed(AXES):
+        parser.add_argument(f"--{axis}", type=int, default=1, help=f"degree of the {axis} axis")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a step and a replica")
+    parser.add_argument("--interleave", type=int, default=1, help="stretches of layers a stage")
+    parser.add_argument("--zero", type=int, default=3, choices=(0, 1, 2, 3))
+    parser.add_argument("--remat", default="none", choices=tuple(REMAT))
+    parser.add_argument("--offload", default="none", choices=("none", "activations", "optimizer"))
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    program, cluster = _problem(options)
+    fields = (*AXES, "microbatches", "interleave", "zero", "remat", "offload")
+    strategy = Strategy(**{name: getattr(options, name) for name in fields})
+    calibration = constants.load(options.calibration)
+    (found,) = evaluate(program, [strategy], cluster, calibration=calibration)
+    fits = found.memory_bytes <= cluster.memory_bytes
+    if options.json:
+        document = {"model": program.name, "cluster": cluster.name,
+                    **report.candidate_json(found), "fits": fits,
+                    "model_flops_utilisation": report.utilisation(program, cluster, found),
+                    "warnings": list(cluster.warnings)}  # fmt: skip
+        print(json.dumps(document, indent=1))
+        return 0
+    print(report.candidate_text(found))
+    if not fits:
+        print(f"  does not fit into {cluster.memory_bytes / 1e9:.1f} GB")
+    return 0
 
 
 def _add_validate(commands: argparse._SubParsersAction) -> None:

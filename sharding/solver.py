@@ -100,8 +100,9 @@ def solve(
     constants = calibration.constants(cluster.chip.name, stack)
     space = candidates(program, cluster, constraints)
     limit = cluster.memory_bytes * constraints.memory_fraction
-    used = _memory_in_chunks(program, space)
-    fitting = np.flatnonzero(used <= limit)
+    used, host = _memory_in_chunks(program, space)
+    shared = cluster.chip.host_memory_bytes / cluster.chip.devices_per_chip
+    fitting = np.flatnonzero((used <= limit) & (host <= shared))
     if not len(fitting):
         raise ValueError(_overshoot(program, cluster, space, used, limit))
     bounds = lower_bound(program, space[fitting], cluster, constants)
@@ -182,13 +183,14 @@ def lower_bound(
     return products + layers * bubble
 
 
-def _memory_in_chunks(program: Program, space: Strategies) -> np.ndarray:
+def _memory_in_chunks(program: Program, space: Strategies) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of a device and of its share of the host's memory."""
     repeats = [b.repeat for b in program.blocks]
     parts = [
-        memory(View(program, space[start : start + 16 * _CHUNK], None), repeats).total
+        memory(View(program, space[start : start + 16 * _CHUNK], None), repeats)
         for start in range(0, len(space), 16 * _CHUNK)
     ]
-    return np.concatenate(parts)
+    return np.concatenate([p.total for p in parts]), np.concatenate([p.host for p in parts])
 
 
 def _distinct(space: Strategies, fitting: np.ndarray, order: np.ndarray, top: int) -> list[int]:

@@ -36,6 +36,7 @@ class Chip:
       chips_per_host: chips that share a host (torus) or a switch domain (switch).
       host_bytes_per_s: one way, from a host or domain to the network between them.
       pcie_bytes_per_s: one way, between a chip and its host's memory.
+      host_memory_bytes: of the host, a chip's share.
       matrix_tile: edge of the matrix unit or of the output tile of a product.
       largest: largest torus sold, or None.
       aliases: other spellings, lower case.
@@ -54,6 +55,7 @@ class Chip:
     chips_per_host: int
     host_bytes_per_s: float
     pcie_bytes_per_s: float
+    host_memory_bytes: float
     matrix_tile: int
     largest: tuple[int, ...] | None
     aliases: tuple[str, ...]

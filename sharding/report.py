@@ -1,0 +1,123 @@
+"""Strategies and searches as JSON and as text."""
+
+from typing import Any
+
+import numpy as np
+
+from sharding.cost import estimate
+from sharding.pipeline import Cuts, cut_layers
+from sharding.program import Program
+from sharding.solver import Candidate, Solution
+from sharding.strategies import Strategies, Strategy
+from sharding.topology import Cluster
+
+# Terms below this share of the step are not printed.
+_SMALL = 0.005
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """One strategy and its prediction."""
+    strategy = candidate.strategy
+    return {
+        "mesh": strategy.mesh or {"data": 1},
+        "microbatches": strategy.microbatches,
+        "interleave": strategy.interleave,
+        "zero": strategy.zero,
+        "remat": strategy.remat,
+        "offload": strategy.offload,
+        "step_time_s": candidate.step_s,
+        "memory_bytes": round(candidate.memory_bytes),
+        "breakdown": {n: s for n, s in candidate.terms.items() if s},
+        "memory_breakdown": {n: round(b) for n, b in candidate.memory_terms.items()},
+    }
+
+
+def solution_json(
+    program: Program, cluster: Cluster, solution: Solution, *, stages: Cuts | None = None
+) -> dict[str, Any]:
+    """What `python -m sharding plan --json` prints."""
+    best = solution.best[0]
+    return {
+        "model": program.name,
+        "cluster": cluster.name,
+        "devices": cluster.device_count,
+        **candidate_json(best),
+        "stage_layers": list(stages.sizes) if stages else None,
+        "model_flops_utilisation": utilisation(program, cluster, best),
+        "bound_s": solution.bound_s,
+        "gap": solution.gap,
+        "search_time_s": solution.search_time_s,
+        "space": solution.space,
+        "costed": solution.costed,
+        "alternatives": [candidate_json(c) for c in solution.best[1:]],
+        "warnings": list(cluster.warnings),
+    }
+
+
+def utilisation(program: Program, cluster: Cluster, candidate: Candidate) -> float:
+    """Model FLOPs of the step over what the chips could do in its time, without recomputation."""
+    passes = 3 if program.training else 1
+    peak = cluster.chip.peak_flops["bf16"] * cluster.chip_count
+    return passes * program.forward_flops / (candidate.step_s * peak)
+
+
+def stage_cuts(program: Program, cluster: Cluster, strategy: Strategy) -> Cuts | None:
+    """The best cuts of a strategy's pipeline; None without one, or with several stretches a stage.
+
+    Layers are the repetitions of all blocks in order, the ends of the model included.
+    """
+    if strategy.stage == 1 or strategy.interleave > 1:
+        return None
+    result = estimate(program, Strategies.stack([strategy]), cluster)
+    times = [
+        float(time.total[0])
+        for block, time in zip(program.blocks, result.blocks, strict=True)
+        for _ in range(block.repeat)
+    ]
+    return cut_layers(
+        np.tile(np.asarray(times), (strategy.stage, 1)), microbatches=strategy.microbatches
+    )
+
+
+def candidate_text(candidate: Candidate) -> str:
+    """One strategy, its time and memory, term by term."""
+    strategy = candidate.strategy
+    mesh = " x ".join(f"{axis} {size}" for axis, size in strategy.mesh.items()) or "one device"
+    choices = [f"remat {strategy.remat}", f"micro-batches {strategy.microbatches}"]
+    if strategy.fsdp > 1:
+        choices.append(f"ZeRO-{strategy.zero}")
+    if strategy.interleave > 1:
+        choices.append(f"{strategy.interleave} stretches a stage")
+    if strategy.offload != "none":
+        choices.append(f"{strategy.offload} in host memory")
+    time = ", ".join(
+        f"{name} {seconds / candidate.step_s:.1%}"
+        for name, seconds in sorted(candidate.terms.items(), key=lambda item: -item[1])
+        if seconds > _SMALL * candidate.step_s
+    )
+    memory = ", ".join(
+        f"{name} {size / 1e9:.2f} GB" for name, size in candidate.memory_terms.items() if size
+    )
+    return (
+        f"{mesh}; {', '.join(choices)}\n"
+        f"  step {candidate.step_s:.4g} s: {time}\n"
+        f"  memory {candidate.memory_bytes / 1e9:.2f} GB a device: {memory}"
+    )
+
+
+def solution_text(program: Program, cluster: Cluster, solution: Solution) -> str:
+    """The best strategy with its proof, and the alternatives."""
+    best = solution.best[0]
+    lines = [f"warning: {warning}" for warning in cluster.warnings]
+    lines += [
+        f"{program.name} on {cluster.name} ({cluster.device_count} devices)",
+        candidate_text(best),
+        f"  {utilisation(program, cluster, best):.1%} of the chips' bf16 peak, recomputation not "
+        "counted",
+        f"  within {solution.gap:.2%} of the best of {solution.space} strategies "
+        f"({solution.costed} costed in {solution.search_time_s:.2f} s)",
+    ]
+    for other in solution.best[1:]:
+        slower = other.step_s / best.step_s - 1
+        lines += [f"alternative, {slower:.1%} slower:", candidate_text(other)]
+    return "\n".join(lines)
