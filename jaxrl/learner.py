@@ -39,8 +39,8 @@ class OptimizerConfig:
       decay_steps: steps over which it then falls to 0 along a cosine; 0 keeps it constant.
       b1: decay of Adam's first moment.
       b2: decay of its second moment.
-      weight_decay: decoupled, on arrays of two axes or more; the norms of the stacked layers
-        are among them.
+      weight_decay: decoupled, on matrices; not on vectors, nor on norms and biases, which in
+        stacked layers have two axes or more and are known by their names.
       max_grad_norm: gradients of policy and of critic are clipped to this norm, each alone.
     """
 
@@ -81,9 +81,14 @@ class OptimizerConfig:
                 b1=self.b1,
                 b2=self.b2,
                 weight_decay=self.weight_decay,
-                mask=partial(jax.tree.map, lambda p: p.ndim > 1),
+                mask=partial(jax.tree_util.tree_map_with_path, _is_decayed),
             ),
         )
+
+
+def _is_decayed(path: tuple[Any, ...], parameter: Array) -> bool:
+    name = jax.tree_util.keystr(path)
+    return parameter.ndim > 1 and "norm" not in name and "bias" not in name
 
 
 @jax.tree_util.register_dataclass

@@ -232,6 +232,26 @@ def test_the_rate_falls_along_a_cosine_and_decays_matrices_only():
         np.testing.assert_array_equal(updates["norm"], 0.0)
 
 
+def test_weight_decay_spares_the_norms_and_biases_of_stacked_layers():
+    config = DecoderConfig(
+        vocab_size=5, layers=2, embed=4, heads=2, kv_heads=1, head_dim=2, mlp=6, max_len=8,
+        qk_norm=True, attention_bias=True,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.ones_like, nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
+    optimizer = OptimizerConfig(warmup_steps=0, weight_decay=0.5).build()
+
+    @jax.jit
+    def first_updates(params):
+        without_gradient = jax.tree.map(jnp.zeros_like, params)
+        return optimizer.update(without_gradient, optimizer.init(params), params)[0]
+
+    updates = first_updates(params)
+    decayed = {path[-1] for path, u in nnx.to_flat_state(updates) if np.any(u[...] != 0)}
+    assert decayed == {
+        "embedding", "query", "key", "value", "attention_out", "gate", "up", "down",
+    }  # fmt: skip
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     scores = {"reward": ROLLOUTS.reward.at[1, 2].set(jnp.nan)}
     log_probs = ROLLOUTS.behaviour_log_probs.at[0, 0, 0].set(-jnp.inf)
