@@ -15,7 +15,7 @@ _SUBLANES = 8
 # Keys of a block of fused attention (512 in Splash and Flash attention's usual settings).
 _ATTENTION_BLOCK = 512
 # Kinds whose addresses depend on data.
-_SCATTERED = ("gather", "scatter", "sort", "route")
+SCATTERED = ("gather", "scatter", "sort", "route")
 
 
 def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
@@ -32,7 +32,7 @@ def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
     elif op.kind == "gather":
         moved = 2 * view.bytes(op.outputs[0])
     memory_s = moved / (machine.hbm * constants.hbm)
-    if op.kind in _SCATTERED:
+    if op.kind in SCATTERED:
         memory_s = memory_s / constants.scatter
     if not op.is_matmul:
         return memory_s

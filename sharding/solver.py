@@ -1,10 +1,10 @@
 """Branch-and-bound over the search space: the best strategies, with a proof of how good they are.
 
-A lower bound that costs almost nothing (products at the calibrated peak rate, unpadded, with the
-bubble and the recomputation that a strategy asks for, and no communication at all) orders the
-candidates. They are costed exactly in that order, many at once, until the bound of the next
-candidate is above the best found: nothing that is left can be better. If a budget ends the search
-earlier, the gap to the smallest bound left is reported.
+A lower bound that costs almost nothing (products and passes over memory at the calibrated rates,
+unpadded and divided by all devices, with the bubble and the recomputation that a strategy asks
+for, and no communication at all) orders the candidates. They are costed exactly in that order,
+many at once, until the bound of the next candidate is above the best found: nothing that is left
+can be better. If a budget ends the search earlier, the gap to the smallest bound left is reported.
 """
 
 import time
@@ -18,7 +18,8 @@ from sharding.cost import Estimate, estimate
 from sharding.local import View
 from sharding.machine import machine
 from sharding.memory import memory
-from sharding.program import Program
+from sharding.program import Op, Program
+from sharding.roofline import SCATTERED
 from sharding.space import Constraints, candidates
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
@@ -160,27 +161,40 @@ def evaluate(
 def lower_bound(
     program: Program, strategies: Strategies, cluster: Cluster, constants: Any
 ) -> np.ndarray:
-    """Seconds that no step is faster than: products alone, at the best rate, without padding."""
-    chip = cluster.chip
-    devices = cluster.device_count
-    rate = chip.peak_flops["bf16"] / chip.devices_per_chip
-    products = np.zeros(len(strategies))
+    """Seconds that no step is faster than: no padding, no communication, everything divided.
+
+    Products run at the best rate, other operations at that of the memory over their activations,
+    divided by all devices; recomputation and the bubble are those of each strategy.
+    """
+    total = np.zeros(len(strategies))
     layers = np.zeros(len(strategies))
     for block in program.blocks:
         for index, op in enumerate(block.ops):
-            if not op.is_matmul:
-                continue
-            share = constants.attention if op.kind == "attention" else constants.matmul
-            gain = chip.peak_flops.get(op.precision or "bf16", chip.peak_flops["bf16"])
-            share = share * (gain / chip.peak_flops["bf16"]) ** constants.low_precision
-            once = program.flops(op) * block.repeat / (rate * share * devices)
+            once = _least_time(program, op, cluster, constants) * block.repeat
             read = 1.0 if index in block.read_again else constants.dead
             again = strategies.recomputes(op) * float(block.checkpointed) * read
             spent = once * (1.0 + program.training * (op.backward_passes + again))
-            products = products + spent
+            total = total + spent
             layers = layers + spent * block.checkpointed
     bubble = (strategies.stage - 1) / (strategies.microbatches * strategies.interleave)
-    return products + layers * bubble
+    return total + layers * bubble
+
+
+def _least_time(program: Program, op: Op, cluster: Cluster, constants: Any) -> float:
+    chip, devices = cluster.chip, cluster.device_count
+    if op.is_matmul:
+        share = constants.attention if op.kind == "attention" else constants.matmul
+        share *= constants.grouped if op.kind == "grouped_dot" else 1.0
+        peak = chip.peak_flops["bf16"]
+        gain = chip.peak_flops.get(op.precision or "bf16", peak) / peak
+        rate = peak * share * gain**constants.low_precision / chip.devices_per_chip
+        return program.flops(op) / (rate * devices)
+    if op.fused or op.kind == "gather":
+        return 0.0
+    names = [n for n in (*op.inputs, *op.outputs) if program.tensors[n].role == "activation"]
+    share = constants.hbm * (constants.scatter if op.kind in SCATTERED else 1.0)
+    rate = chip.hbm_bytes_per_s * share / chip.devices_per_chip
+    return sum(program.bytes(n) for n in names) / (rate * devices)
 
 
 def _memory_in_chunks(program: Program, space: Strategies) -> tuple[np.ndarray, np.ndarray]:
