@@ -1,8 +1,7 @@
 """From a payload and the old tree to the new one: `apply`, all of it or nothing."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kernels.sparse_delta import codec, host, parse
-from kernels.sparse_delta.elements import ElementFormat, element_format
+from kernels.sparse_delta import host, parse
 from kernels.sparse_delta.errors import (
     CorruptPayload,
     Damaged,
@@ -21,31 +19,14 @@ from kernels.sparse_delta.errors import (
     WrongModel,
     WrongTarget,
 )
-from kernels.sparse_delta.parse import Limits, Payload
-from kernels.sparse_delta.tiles import Box, TileGrid, box_view, parts, whole_box
+from kernels.sparse_delta.parse import Limits
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
-from kernels.sparse_delta.wire import ANCHOR, Manifest, Tiles
+from kernels.sparse_delta.unpack import Unpacker
+from kernels.sparse_delta.wire import ANCHOR, Manifest
 
 _REFUSALS = (
     Damaged, Incomplete, UnknownFormat, WrongBase, WrongModel, WrongTarget, CorruptPayload,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The tiles of one tensor in a payload, by rising number.
-
-    Attributes:
-      tiles: their directory.
-      starts: first byte of each in the payload.
-      buckets: the bucket of each.
-      tables: index of the coder's tables of each.
-    """
-
-    tiles: Tiles
-    starts: np.ndarray
-    buckets: np.ndarray
-    tables: np.ndarray
 
 
 def apply(
@@ -90,7 +71,7 @@ def apply(
         elements=sum(math.prod(leaf.shape) for leaf in leaves),
     )
     threads = host.default_threads() if threads is None else threads
-    spread = not all(host.is_local(leaf) for leaf in leaves)
+    spread = host.is_spread(leaves)
 
     def attempt() -> _Decoded:
         parsed = parse.read(payload, limits=limits)
@@ -99,7 +80,8 @@ def apply(
         bases = base_sums(leaves, parsed.manifest, base_digest, spread)
         if not spread:
             _check_base(parsed.manifest, leaves, bases, base_digest)
-        contents, sums = _decode_all(parsed, leaves, bases, threads)
+        unpacker = Unpacker.of(parsed, threads=threads, spread=spread)
+        contents, sums = _decode_all(unpacker, leaves, bases)
         return _Decoded(parsed.manifest, contents, bases, sums)
 
     done = together(attempt, len(leaves)) if spread else attempt()
@@ -205,7 +187,7 @@ def base_sums(
             # Known as a whole; the first process answers for it.
             pair = known[leaf.name] if not spread or jax.process_index() == 0 else (0, 0)
         else:
-            pair = seen.get(id(leaf.value)) or host.digest_sums(leaf, tensor.grid)
+            pair = seen.get(id(leaf.value)) or host.digest_sums(leaf, tensor.grid, spread)
             seen[id(leaf.value)] = pair
         sums.append(pair)
     return sums
@@ -231,215 +213,33 @@ def _check_base(
 
 
 def _decode_all(
-    parsed: Payload, leaves: Sequence[Leaf], bases: Sequence[Sums], threads: int
+    unpacker: Unpacker, leaves: Sequence[Leaf], bases: Sequence[Sums]
 ) -> tuple[list[list[np.ndarray] | None], list[Sums]]:
     """New bits of every leaf's boxes, None where nothing changed, and the new digest sums."""
-    manifest = parsed.manifest
-    tables = read_tables(manifest)
-    stored = stored_tiles(parsed)
+    manifest = unpacker.payload.manifest
+    anchor = manifest.kind == ANCHOR
     contents: list[list[np.ndarray] | None] = []
     sums: list[Sums] = []
     done: dict[tuple[int, int], int] = {}
     for index, (leaf, tensor) in enumerate(zip(leaves, manifest.tensors, strict=True)):
         twin = done.setdefault((tensor.same, id(leaf.value)), index)
-        tiles = stored.get(tensor.same)
-        if manifest.kind == ANCHOR:
-            _check_all_there(tensor.name, tensor.grid, tiles)
+        stored = unpacker.stored.get(tensor.same)
+        if anchor and tensor.grid.n_tiles != (0 if stored is None else len(stored.tiles)):
+            raise Damaged(
+                f"{tensor.name}: an anchor has to hold all {tensor.grid.n_tiles} tiles",
+                tensor=tensor.name,
+            )
         if twin != index:
             contents.append(contents[twin])
             sums.append(sums[twin])
-        elif tiles is None and manifest.kind != ANCHOR:
+        elif stored is None and not anchor:
             contents.append(None)
             sums.append(bases[index])
         else:
-            content, change = _decode_leaf(parsed, leaf, tensor.grid, tiles, tables, threads)
+            content, change = unpacker.leaf(leaf, tensor.grid, tensor.same)
             contents.append(content)
             sums.append(add(bases[index], change))
     return contents, sums
-
-
-def read_tables(manifest: Manifest) -> list[codec.Tables]:
-    """The coder's tables of a payload.
-
-    Raises:
-      Damaged: no encoder made them.
-    """
-    found = []
-    for index, (dtype, data) in enumerate(manifest.tables):
-        try:
-            tables, used = codec.Tables.from_bytes(data, element_format(jax.numpy.dtype(dtype)))
-        except (codec.Malformed, TypeError) as error:
-            raise Damaged(f"the coder's tables {index} for {dtype}: {error}") from error
-        if used != len(data):
-            raise Damaged(f"the coder's tables {index} for {dtype} have bytes left over")
-        found.append(tables)
-    return found
-
-
-def stored_tiles(parsed: Payload) -> dict[int, Stored]:
-    """The tiles of a payload by tensor."""
-    collected: dict[int, list[Stored]] = {}
-    for run, starts, buckets in parsed.located():
-        tables = np.full(len(starts), run.table)
-        collected.setdefault(run.tensor, []).append(Stored(run.tiles, starts, buckets, tables))
-    return {tensor: _sorted(several) for tensor, several in collected.items()}
-
-
-def _columns(stored: Stored) -> tuple[np.ndarray, ...]:
-    tiles = stored.tiles
-    directory = tiles.ids, tiles.modes, tiles.nnz, tiles.sizes
-    return *directory, stored.starts, stored.buckets, stored.tables
-
-
-def _sorted(several: Sequence[Stored]) -> Stored:
-    if len(several) == 1:
-        return several[0]
-    ids, modes, nnz, sizes, starts, buckets, tables = (
-        np.concatenate(column)
-        for column in zip(
-            *(map(_columns, several)),
-            strict=True,
-        )
-    )
-    order = np.argsort(ids)
-    tiles = Tiles(ids[order], modes[order], nnz[order], sizes[order])
-    return Stored(tiles, starts[order], buckets[order], tables[order])
-
-
-def _check_all_there(name: str, grid: TileGrid, stored: Stored | None) -> None:
-    if grid.n_tiles != (0 if stored is None else len(stored.tiles)):
-        raise Damaged(f"{name}: an anchor has to hold all {grid.n_tiles} tiles", tensor=name)
-
-
-def _decode_leaf(
-    parsed: Payload,
-    leaf: Leaf,
-    grid: TileGrid,
-    stored: Stored | None,
-    tables: Sequence[codec.Tables],
-    threads: int,
-) -> tuple[list[np.ndarray], Sums]:
-    """New bits of the boxes that this process holds, and the change of its share of the sums."""
-    anchor = parsed.manifest.kind == ANCHOR
-    held = host.held(leaf)
-    boxes = [piece.box for piece in held]
-    if any(part.ids is None for box in boxes for part in parts(grid, box)):
-        return _decode_cut(parsed, leaf, grid, stored, tables, threads)
-    contents, total = [], (0, 0)
-    for piece in held:
-        old = None if anchor else host.read_box(leaf, piece.box)
-        out, change = _decode_box(parsed, leaf, grid, piece.box, old, stored, tables, threads)
-        contents.append(out)
-        if piece.owned and host.speaks_for(leaf):
-            total = add(total, change)
-    return contents, total
-
-
-def _decode_box(
-    parsed: Payload,
-    leaf: Leaf,
-    grid: TileGrid,
-    box: Box,
-    old: np.ndarray | None,
-    stored: Stored | None,
-    tables: Sequence[codec.Tables],
-    threads: int,
-) -> tuple[np.ndarray, Sums]:
-    """New bits of a box that cuts no tile, and the change of its digest sums."""
-    fmt = element_format(leaf.dtype)
-    out = host.empty_bits(tuple(stop - start for start, stop in box), fmt.bits_dtype)
-    view = out.reshape(box_view(grid, out.shape))
-    total = (0, 0)
-    for part in parts(grid, box):
-        assert part.ids is not None
-        place = view[part.cut]
-        target = np.ascontiguousarray(place)
-        base = None if old is None else host.part_of(old, grid, part)
-        frame = host.frame_of(grid, part)
-        for chosen, coded, table in _selected(parsed, part.ids, stored, tables, fmt):
-            try:
-                change = codec.decode_box(
-                    base, target, coded, fmt, grid.tile, table, chosen, threads, frame
-                )
-            except codec.Malformed as error:
-                raise _blame(error, leaf, part.ids, stored) from error
-            total = add(total, change)
-        if not np.may_share_memory(target, place):
-            place[...] = target
-    return out, total
-
-
-def _selected(
-    parsed: Payload,
-    ids: np.ndarray,
-    stored: Stored | None,
-    tables: Sequence[codec.Tables],
-    fmt: ElementFormat,
-) -> Iterator[tuple[np.ndarray, codec.CodedTiles, codec.Tables]]:
-    """All tiles of a box, those that are not stored as empty ones, by the tables they need."""
-    mode = np.zeros(len(ids), np.uint8)
-    nnz, size = np.zeros(len(ids), np.uint32), np.zeros(len(ids), np.uint32)
-    offset, table = np.zeros(len(ids), np.int64), np.full(len(ids), -1)
-    if stored is not None:
-        at = np.searchsorted(ids, stored.tiles.ids)
-        mine = np.flatnonzero(ids[np.minimum(at, len(ids) - 1)] == stored.tiles.ids)
-        at = at[mine]
-        mode[at], nnz[at] = stored.tiles.modes[mine], stored.tiles.nnz[mine]
-        size[at], offset[at] = stored.tiles.sizes[mine], stored.starts[mine]
-        table[at] = stored.tables[mine]
-    for index in np.unique(table).tolist():
-        chosen = np.flatnonzero(table == index)
-        coded = codec.CodedTiles(
-            mode[chosen], nnz[chosen], size[chosen], parsed.data, offset[chosen]
-        )
-        yield chosen, coded, tables[index] if index >= 0 else _no_tables(fmt)
-
-
-@functools.cache
-def _no_tables(fmt: ElementFormat) -> codec.Tables:
-    """For tiles that are only copied."""
-    return codec.make_tables(fmt, [], (1, 1))
-
-
-def _blame(
-    error: codec.Malformed, leaf: Leaf, ids: np.ndarray, stored: Stored | None
-) -> CorruptPayload:
-    if error.tile is None or stored is None:
-        return Damaged(f"{leaf.name}: {error}", tensor=leaf.name)
-    tile = int(ids[error.tile])
-    at = int(np.searchsorted(stored.tiles.ids, tile))
-    bucket = int(stored.buckets[min(at, len(stored.buckets) - 1)])
-    return Damaged(
-        f"bucket {bucket} is damaged: {leaf.name}, tile {tile} of the tensor: {error}",
-        bucket=bucket,
-        tensor=leaf.name,
-    )
-
-
-def _decode_cut(
-    parsed: Payload,
-    leaf: Leaf,
-    grid: TileGrid,
-    stored: Stored | None,
-    tables: Sequence[codec.Tables],
-    threads: int,
-) -> tuple[list[np.ndarray], Sums]:
-    """As `_decode_leaf`, where the receiver's shards cut tiles: the tensor is put together."""
-    if not host.is_local(leaf):
-        raise ValueError(
-            f"leaf {leaf.name!r}: tiles {grid.tile} of the payload lie across the shards of "
-            "several processes here; give these shardings to encode as receivers="
-        )
-    whole = whole_box(leaf.shape)
-    old = None if parsed.manifest.kind == ANCHOR else host.read_box(leaf, whole)
-    out, change = _decode_box(parsed, leaf, grid, whole, old, stored, tables, threads)
-    cut = [tuple(slice(*edges) for edges in piece.box) for piece in host.held(leaf)]
-    contents = []
-    for box in cut:
-        bits = host.empty_bits(out[box].shape, out.dtype)
-        bits[...] = out[box]
-        contents.append(bits)
-    return contents, change if host.speaks_for(leaf) else (0, 0)
 
 
 def _check_target(manifest: Manifest, leaves: Sequence[Leaf], sums: Sequence[Sums]) -> None:

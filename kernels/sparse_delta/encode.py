@@ -107,12 +107,12 @@ def encode_trees(
     grids = _grids(leaves, _sharding_trees(receivers, leaves, structure))
     same = _ties(leaves, olds, grids)
     threads = host.default_threads() if threads is None else threads
-    spread = not all(host.is_local(leaf) for leaf in leaves)
+    spread = host.is_spread(leaves)
 
     base = [(0, 0)] * len(leaves)
     if olds is not None:
         base = _base_sums(olds, grids, same, base_digest, spread)
-    work = _work(leaves, olds, grids, same, touched or {})
+    work = _work(leaves, olds, grids, same, touched or {}, spread)
     tables, table_of = _make_tables(leaves, grids, work)
     runs, chunks, change = [], [], [(0, 0)] * len(leaves)
     for item in work:
@@ -245,7 +245,7 @@ def _base_sums(
         elif same[index] != index:
             sums.append(sums[same[index]])
         else:
-            sums.append(host.digest_sums(leaf, grid))
+            sums.append(host.digest_sums(leaf, grid, spread))
     if base_digest and not spread and tree_digest(olds, sums).root != base_digest.root:
         raise ValueError("base_digest is not of old: names, shapes, dtypes or weights differ")
     return sums
@@ -257,12 +257,18 @@ def _work(
     grids: Sequence[TileGrid],
     same: Sequence[int],
     touched: Mapping[str, Touched],
+    spread: bool,
 ) -> list[_Work]:
     work = []
     for index, (leaf, grid) in enumerate(zip(leaves, grids, strict=True)):
         before = olds[index] if olds else None
         unchanged = before is not None and before.value is leaf.value
-        if unchanged or same[index] != index or not host.speaks_for(leaf) or not grid.n_tiles:
+        if (
+            unchanged
+            or same[index] != index
+            or not host.speaks_for(leaf, spread)
+            or not grid.n_tiles
+        ):
             continue
         for piece in host.held(leaf):
             if not piece.owned:

@@ -99,13 +99,13 @@ def frame_of(grid: TileGrid, part: Part) -> DigestFrame:
     return DigestFrame(part.origin, rows * cols, cols)
 
 
-def digest_sums(leaf: Leaf, grid: TileGrid) -> Sums:
-    """Digest sums of what this process speaks for: all of the tensor if there is one process."""
+def digest_sums(leaf: Leaf, grid: TileGrid, spread: bool) -> Sums:
+    """Digest sums of what this process speaks for: all of a tree that is not spread."""
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise TypeError(f"leaf {leaf.name!r} has a shape but no values; pass arrays")
     total = np.zeros(2, np.int64)
     for piece in held(leaf):
-        if piece.owned and speaks_for(leaf):
+        if piece.owned and speaks_for(leaf, spread):
             bits = read_box(leaf, piece.box)
             for part in parts(grid, piece.box):
                 total += digest_of(part_of(bits, grid, part), frame_of(grid, part))
@@ -113,12 +113,18 @@ def digest_sums(leaf: Leaf, grid: TileGrid) -> Sums:
     return int(total[0]), int(total[1])
 
 
-def speaks_for(leaf: Leaf) -> bool:
-    """Whether this process speaks for a leaf, of which it may hold one copy among many.
+def speaks_for(leaf: Leaf, spread: bool) -> bool:
+    """Whether this process speaks for a leaf of a tree, of which it may hold a copy among many.
 
-    What every process holds whole is the first one's; shards have owners of their own.
+    Of a tree that is spread over processes, leaves that every process holds whole are the first
+    one's; shards have owners of their own.
     """
-    return not is_local(leaf) or jax.process_index() == 0
+    return not spread or not is_local(leaf) or jax.process_index() == 0
+
+
+def is_spread(leaves: Sequence[Leaf]) -> bool:
+    """Whether other processes hold some of a tree."""
+    return not all(is_local(leaf) for leaf in leaves)
 
 
 def digest_of(box: np.ndarray, frame: DigestFrame) -> np.ndarray:
@@ -196,8 +202,9 @@ def digest(tree: Any) -> TreeDigest:
       TypeError: a leaf is no array of such elements; names it.
     """
     leaves, _ = named_leaves(tree, role="tree")
-    sums = [digest_sums(leaf, grid_of(leaf)) for leaf in leaves]
-    if not all(is_local(leaf) for leaf in leaves):
+    spread = is_spread(leaves)
+    sums = [digest_sums(leaf, grid_of(leaf), spread) for leaf in leaves]
+    if spread:
         shares = multihost_utils.process_allgather(np.asarray(sums, np.uint32).reshape(-1, 2))
         sums = [add(*share) for share in np.asarray(shares).transpose(1, 0, 2).tolist()]
     return tree_digest(leaves, sums)
