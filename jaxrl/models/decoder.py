@@ -249,10 +249,18 @@ class Decoder(nnx.Module):
     def layer_weights(self) -> tuple[Weights, ...]:
         """Weights of each layer apart, in the compute dtype: what `decode` reads.
 
-        Taken once before a loop of `decode`; inside it every step would copy all of them.
+        Taken once before a loop of `decode`; inside it every step would copy all of them. The
+        projections of queries, keys and values are joined, by key head, in one kernel
+        [embed, kv_heads, heads / kv_heads + 2, head_dim]: each alone is too small at one token
+        a row to be shared among cores.
         """
-        stacked = self._cast(self.layers.weights())
-        return tuple({k: w[i] for k, w in stacked.items()} for i in range(self.config.layers))
+        c, stacked = self.config, self._cast(self.layers.weights())
+        query, key, value = (stacked.pop(name) for name in ("query", "key", "value"))
+        grouped = query.reshape(c.layers, c.embed, c.kv_heads, -1, c.head_dim)
+        stacked["joined"] = jnp.concatenate(
+            [grouped, key[:, :, :, None], value[:, :, :, None]], axis=3
+        )
+        return tuple({k: w[i] for k, w in stacked.items()} for i in range(c.layers))
 
     def decode(
         self,
@@ -328,10 +336,17 @@ class Decoder(nnx.Module):
         frequencies = jnp.asarray(c.rope_scaling.frequencies(c.head_dim, c.rope_theta))
         return rotation(positions, frequencies, scale=c.rope_scaling.attention_factor)
 
+    def _query_key_value(self, weights: Weights, x):
+        if "joined" not in weights:
+            return tuple(project(x, weights[name]) for name in ("query", "key", "value"))
+        joined = project(x, weights["joined"])
+        query = joined[..., :-2, :].reshape(*x.shape[:-1], self.config.heads, -1)
+        return query, joined[..., -2, :], joined[..., -1, :]
+
     def _layer(self, weights: Weights, x, turn: Rotation, attend: Attend, state):
         c, weights = self.config, self._cast(weights)
         normed = rms_norm(x, weights["attention_norm"], c.norm_eps)
-        query, key, value = (project(normed, weights[name]) for name in ("query", "key", "value"))
+        query, key, value = self._query_key_value(weights, normed)
         if c.attention_bias:
             query, key, value = (
                 out + _as_rank(weights[f"{name}_bias"], out.ndim)

@@ -67,6 +67,24 @@ def test_log_probs_are_those_of_a_fresh_forward(name, group_size):
     assert np.any(out.log_probs < -0.1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": True, "qk_norm": False}, {"kv_heads": 4}, {"tie_embeddings": False}],
+    ids=lambda changes: "-".join(changes),
+)
+def test_log_probs_are_those_of_a_fresh_forward_in_other_decoders(changes):
+    model = Decoder(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    noisy = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+    model = nnx.merge(graphdef, noisy)  # biases are not 0 any more, nor norms 1
+    sampling = Sampling(max_new_tokens=5, eos_id=NEVER, pad_id=PAD)
+    out = generate(model, PROMPTS, jax.random.key(0), sampling, group_size=2)
+    expected = fresh_log_probs(model, out.tokens, out.mask, temperature=1.0)
+    np.testing.assert_allclose(out.log_probs, expected, atol=1e-4)
+    assert np.any(out.log_probs < -0.1)
+
+
 def test_log_probs_are_those_of_a_fresh_forward_when_the_cache_grows():
     model = peaked(dataclasses.replace(CONFIG, max_len=48))
     sampling = Sampling(max_new_tokens=41, eos_id=NEVER, pad_id=PAD)
