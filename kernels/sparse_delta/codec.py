@@ -6,6 +6,8 @@ tile is coded on its own, in the smallest of the modes. What the bytes mean is i
 """
 
 import enum
+import functools
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +24,10 @@ CLASSES = loops.CLASSES
 MAX_TILE_ELEMENTS = 1 << 20
 # Output is made in chunks of this many bytes, so that little memory is held beside the result.
 _CHUNK_BYTES = 4 << 20
+
+_PROBABILITIES = 1 << loops.PROBABILITY_BITS
+# A survey of this many elements leaves the tables within .01 bits of the best at 1 % of changes.
+_SURVEY_ELEMENTS = 4 << 20
 
 Tile = tuple[int, int]
 
@@ -74,21 +80,54 @@ class DigestFrame(NamedTuple):
     row_stride: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
     """What the tiles of a format share.
 
     Attributes:
       fmt: the element format they are for.
-      thresholds: t_1 ≤ … ≤ t_7, u8: an element's class is the number of thresholds that its old
+      thresholds: u8[7], t_1 ≤ … ≤ t_7: an element's class is the number of thresholds that its old
         exponent is not below.
+      weights: u16[8], what share of each class's elements is expected to change; only ratios count.
+      frequencies: u16[8, 256], of the symbols of changes in each class, each row of sum 4096 with
+        that of the escape at least 1; of no rows where entropy mode is not used.
     """
 
     fmt: ElementFormat
     thresholds: np.ndarray
+    weights: np.ndarray
+    frequencies: np.ndarray
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Frequencies and their sums of values and gaps, weights, symbols by slot of both."""
+        values, value_symbols = _slots(self.frequencies)
+        gaps, gap_symbols = _gap_slots()
+        return values, gaps, self.weights.astype(np.int64), value_symbols, gap_symbols
 
     def to_bytes(self) -> bytes:
-        return self.thresholds.tobytes()
+        """The tables as FORMAT.md lays them out."""
+        if not self.frequencies.size:
+            return bytes([0])
+        out = bytearray([1])
+        out += self.thresholds.tobytes() + self.weights.astype("<u2").tobytes()
+        before = None
+        for row in self.frequencies:
+            same = before is not None and np.array_equal(row, before)
+            listed = (
+                [] if same else row[: int(np.flatnonzero(row[: loops.ESCAPE])[-1]) + 1].tolist()
+            )
+            before = row
+            out.append(len(listed))
+            k = 0
+            while k < len(listed):
+                out += _varint(listed[k])
+                k += 1
+                if listed[k - 1] == 0:
+                    run = next(n for n, f in enumerate(listed[k:]) if f)
+                    out.append(run)
+                    k += run
+        return bytes(out)
 
     @staticmethod
     def from_bytes(data: memoryview | bytes, fmt: ElementFormat) -> "tuple[Tables, int]":
@@ -100,13 +139,129 @@ class Tables:
         Raises:
           Malformed: not what `to_bytes` writes.
         """
-        view = np.frombuffer(data, np.uint8)
-        if view.size < CLASSES - 1:
-            raise Malformed("tables end early")
-        thresholds = view[: CLASSES - 1].copy()
+        reader = _Reader(data)
+        kind = reader.byte()
+        if kind == 0:
+            return _no_tables(fmt), reader.at
+        if kind != 1:
+            raise Malformed(f"tables of kind {kind} are unknown")
+        thresholds = np.frombuffer(reader.bytes(CLASSES - 1), np.uint8)
         if np.any(thresholds[1:] < thresholds[:-1]):
             raise Malformed(f"thresholds must not decrease, got {thresholds.tolist()}")
-        return Tables(fmt, thresholds), CLASSES - 1
+        weights = np.frombuffer(reader.bytes(2 * CLASSES), "<u2").astype(np.uint16)
+        frequencies = np.zeros((CLASSES, 256), np.uint16)
+        for c in range(CLASSES):
+            listed = reader.byte()
+            if not listed and c:
+                frequencies[c] = frequencies[c - 1]
+                continue
+            k = 0
+            while k < listed:
+                value = reader.varint()
+                if value >= _PROBABILITIES:
+                    raise Malformed(f"a frequency must be below {_PROBABILITIES}, got {value}")
+                frequencies[c, k] = value
+                k += 1 if value else 1 + reader.byte()
+            total = int(frequencies[c].sum())
+            if k != listed or listed > loops.ESCAPE or not 0 < total < _PROBABILITIES:
+                raise Malformed(f"frequencies of class {c} are no table: {total=}, {listed=}")
+            frequencies[c, loops.ESCAPE] = _PROBABILITIES - total
+        return Tables(fmt, thresholds, weights, frequencies), reader.at
+
+
+class _Reader:
+    """Bytes of untrusted tables, one after the other."""
+
+    def __init__(self, data: memoryview | bytes) -> None:
+        self.data = memoryview(data)
+        self.at = 0
+
+    def bytes(self, n: int) -> bytes:
+        if self.at + n > len(self.data):
+            raise Malformed("tables end early")
+        self.at += n
+        return bytes(self.data[self.at - n : self.at])
+
+    def byte(self) -> int:
+        return self.bytes(1)[0]
+
+    def varint(self) -> int:
+        low = self.byte()
+        return low if low < 128 else low - 128 + 128 * self.byte()
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
+
+
+def _no_tables(fmt: ElementFormat) -> Tables:
+    return Tables(
+        fmt,
+        np.full(CLASSES - 1, 255, np.uint8),
+        np.zeros(CLASSES, np.uint16),
+        np.zeros((0, 256), np.uint16),
+    )
+
+
+def _slots(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries of symbols, u32[n, 256], and the symbol of each slot, u8[n, 4096].
+
+    An entry is the symbol's frequency, and in the upper half the sum of those before.
+    """
+    counts = frequencies.astype(np.uint32)
+    sums = np.cumsum(counts, axis=1, dtype=np.uint32) - counts
+    symbols = np.zeros((len(counts), _PROBABILITIES), np.uint8)
+    for row, own in zip(symbols, counts, strict=True):
+        row[:] = np.repeat(np.arange(256), own)
+    return counts | sums << np.uint32(16), symbols
+
+
+@functools.cache
+def _gap_slots() -> tuple[np.ndarray, np.ndarray]:
+    return _slots(gap_frequencies())
+
+
+@functools.cache
+def gap_frequencies() -> np.ndarray:
+    """Frequencies of the symbols of gaps, u16[57, 256], fixed by the format.
+
+    Row ℓ is for gaps that are geometrically distributed with mean μ = 2^((ℓ − 16)/2 + 1/4), the
+    middle of those that `loops.gap_level` puts there: P(gap ≥ g) = q^g, q = μ/(1 + μ).
+
+    Computed in integers, in units of 2^−64, so that every machine gets the same.
+    """
+    one = 1 << 64
+    rows = np.zeros((loops.GAP_LEVELS, 256), np.uint16)
+    starts = [_token_start(t) for t in range(4 * (loops.GAP_BITS - 1) + 1)]
+    for level, row in enumerate(rows):
+        exponent, half = divmod(level - 16, 2)
+        # 2^(1/4) and 2^(3/4) in units of 2^-32; then μ in units of 2^-40, exact for μ ≥ 2^-8.
+        mean = (7223245206 if half else 5107605667) << (exponent + 8)
+        ratio = mean * one // ((1 << 40) + mean)
+        tail = [_power(ratio, start) for start in starts]
+        shares = [a - b for a, b in itertools.pairwise(tail)]
+        counts = [(share * _PROBABILITIES + one // 2) >> 64 for share in shares]
+        missed = tail[-1] + sum(s for s, n in zip(shares, counts, strict=True) if n == 0)
+        escape = 1 + (missed * _PROBABILITIES >> 64)
+        counts[counts.index(max(counts))] += _PROBABILITIES - escape - sum(counts)
+        row[: len(counts)] = counts
+        row[loops.ESCAPE] = escape
+    return rows
+
+
+def _power(base: int, exponent: int) -> int:
+    """base^exponent in units of 2^−64, rounded down at each step, lowest bits first."""
+    result = 1 << 64
+    while exponent:
+        if exponent & 1:
+            result = result * base >> 64
+        base = base * base >> 64
+        exponent >>= 1
+    return result
+
+
+def _token_start(token: int) -> int:
+    return token if token < 4 else (4 + token % 4) << (token // 4 - 1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +307,122 @@ def make_tables(
       boxes: old and new, each (lead, rows, cols) of `fmt.bits_dtype`.
       tile: R and C.
     """
-    return Tables(fmt, np.full(CLASSES - 1, 255, np.uint8))
+    members, changes, symbols = _survey(fmt, boxes, tile)
+    if not changes.any():
+        return _no_tables(fmt)
+    firsts = _best_classes(members, changes, symbols)
+    thresholds = np.full(CLASSES - 1, 255, np.uint8)
+    thresholds[: len(firsts) - 1] = firsts[1:]
+    # Unused classes begin at exponent 255, infinities and NaN of bf16 and f32, with the last one's
+    # statistics.
+    parts = [np.add.reduceat(counts, firsts) for counts in (members, changes, symbols)]
+    pad = CLASSES - len(firsts)
+    members, changes, symbols = (np.concatenate([p, np.repeat(p[-1:], pad, 0)]) for p in parts)
+    weights = np.clip(changes * 65535.0 / np.maximum(members, 1), 1, 65535).astype(np.uint16)
+    return Tables(fmt, thresholds, weights, _quantise(symbols))
+
+
+def _survey(fmt, boxes, tile):
+    members, changes = np.zeros((2, 256), np.int64)
+    symbols = np.zeros((256, 256), np.int64)
+    # Every `stride`-th tile of all boxes, so that each tensor has its share.
+    total = sum(old.size for old, _ in boxes)
+    stride = max(1, total // _SURVEY_ELEMENTS)
+    seen = 0
+    for old, new in boxes:
+        _check(old, fmt, tile)
+        _check(new, fmt, tile)
+        if not old.size:
+            continue
+        lead, rows, cols = old.shape
+        down, across = -(-rows // tile[0]), -(-cols // tile[1])
+        a, b = _flat(old), _flat(new)
+        for t in range(-seen % stride, lead * down * across, stride):
+            row, col = t // across % down * tile[0], t % across * tile[1]
+            height, width = min(tile[0], rows - row), min(tile[1], cols - col)
+            start = (t // across // down * rows + row) * cols + col
+            loops.survey(
+                a, b, start, width, cols, height * width, _numbers(fmt, _no_tables(fmt).thresholds),
+                members, changes, symbols,
+            )  # fmt: skip
+        seen += lead * down * across
+    return members, changes, symbols
+
+
+def _best_classes(members, changes, symbols) -> list[int]:
+    """First exponents of at most 8 classes that code a survey shortest.
+
+    Dynamic programming over where classes end: cost of a class is the entropy of which of its
+    elements change and to what, plus its table.
+    """
+    bins = _bins(members)
+    edges = np.array([*bins, 256])
+    sums = [
+        np.concatenate([np.zeros_like(c[:1]), np.cumsum(c, axis=0)])[edges]
+        for c in (members, changes, symbols)
+    ]
+    n = len(bins)
+    cost = np.full((n, n + 1), np.inf)
+    for i in range(n):
+        m, k, s = (c[i + 1 :] - c[i] for c in sums)
+        listed = np.count_nonzero(s, axis=1)
+        cost[i, i + 1 :] = _entropy(k, m - k) + _entropy(*s.T) + 8.0 * listed
+    best = cost[0].copy()
+    came = [np.zeros(n + 1, np.int64)]
+    for _ in range(CLASSES - 1):
+        through = best[:n, None] + cost
+        before = np.argmin(through, axis=0)
+        fewer = through[before, np.arange(n + 1)] >= best
+        came.append(np.where(fewer, -1, before))
+        best = np.where(fewer, best, through[before, np.arange(n + 1)])
+    firsts = []
+    end = n
+    for step in reversed(came):
+        if step[end] >= 0:
+            end = int(step[end])
+            firsts.append(int(edges[end]))
+        if end == 0:
+            break
+    return firsts[::-1]
+
+
+def _bins(members: np.ndarray) -> list[int]:
+    """Exponents at which a class may begin: each has at least 1/2^12 of the elements before."""
+    floor = members.sum() / 4096
+    bins = [0]
+    held = 0
+    for exponent, count in enumerate(members.tolist()):
+        if held > floor and count:
+            bins.append(exponent)
+            held = 0
+        held += count
+    return bins
+
+
+def _entropy(*counts: np.ndarray) -> np.ndarray:
+    """Bits that code a sequence with these counts of each symbol, Σ n log2(N / n)."""
+    stacked = np.stack(counts).astype(np.float64)
+    total = stacked.sum(axis=0)
+    return xlogy(total) - xlogy(stacked).sum(axis=0)
+
+
+def xlogy(x: np.ndarray) -> np.ndarray:
+    return x * np.log2(np.maximum(x, 1))
+
+
+def _quantise(symbols: np.ndarray) -> np.ndarray:
+    """Frequencies of sum 4096 for each class; symbols too rare for one share the escape."""
+    frequencies = np.zeros((CLASSES, 256), np.uint16)
+    pooled = symbols.sum(axis=0)
+    for c, own in enumerate(symbols):
+        # What a class has not shown it may still do: a little of what all of them did.
+        counts = own + pooled / pooled.sum()
+        share = counts / counts.sum() * (_PROBABILITIES - 1)
+        row = np.floor(share + 0.5).astype(np.int64)
+        row[loops.ESCAPE] = 1 + int(share[row == 0].sum())
+        row[np.argmax(row[: loops.ESCAPE])] += _PROBABILITIES - row.sum()
+        frequencies[c] = row
+    return frequencies
 
 
 def encode_box(
@@ -193,10 +463,12 @@ def encode_box(
         chunks = []
         work = _workspace(tile, fmt)
         while first < last:
-            out = np.empty(_CHUNK_BYTES + tile[0] * tile[1] * fmt.width_bits // 8, np.uint8)
+            out = np.empty(
+                _CHUNK_BYTES + tile[0] * tile[1] * fmt.width_bits // 8 + loops.SLACK, np.uint8
+            )
             first, used = loops.encode_tiles(
-                base, flat, new.shape, tile, first, last, _numbers(fmt), _limits(tables),
-                (), _frame(frame), work, out, modes, changed, sizes, sums,
+                base, flat, new.shape, tile, first, last, _numbers(fmt, tables.thresholds),
+                tables.arrays, _frame(frame), work, out, modes, changed, sizes, sums,
             )  # fmt: skip
             chunks.append(out[:used])
         return chunks, sums
@@ -282,7 +554,8 @@ def decode_box(
         sums = np.zeros(4, np.int64)
         bad, reason = loops.decode_tiles(
             base, out.reshape(-1), in_place, out.shape, tile, ids, first, last,
-            _numbers(fmt), _limits(tables), (), _frame(frame), _workspace(tile, fmt), data,
+            _numbers(fmt, tables.thresholds), tables.arrays, _frame(frame),
+            _workspace(tile, fmt), data,
             coded.mode, coded.nnz, offsets, coded.size, sums,
         )  # fmt: skip
         if reason != loops.OK:
@@ -311,33 +584,42 @@ def _flat(box: np.ndarray) -> np.ndarray:
     return flat
 
 
-def _limits(tables: Tables) -> np.ndarray:
-    fmt = tables.fmt
-    if fmt.kind != "float":
-        limits = [0 if t == 0 else fmt.sign_bit for t in tables.thresholds.tolist()]
-    else:
-        limits = [min(t << fmt.mantissa_bits, fmt.sign_bit) for t in tables.thresholds.tolist()]
-    return np.array(limits, fmt.bits_dtype)
-
-
-def _numbers(fmt: ElementFormat):
-    return fmt.width_bits, fmt.kind == "float", fmt.bits_dtype.type(fmt.magnitude_mask)
+def _numbers(fmt: ElementFormat, thresholds: np.ndarray) -> tuple:
+    """What the loops know of a format and its classes; see `loops.scan`."""
+    bits = fmt.bits_dtype.type
+    shifted = thresholds.astype(np.int64) << fmt.mantissa_bits
+    limits = np.concatenate([[0], np.minimum(shifted, fmt.sign_bit)]).astype(bits)
+    classes = np.searchsorted(thresholds, np.arange(256), side="right").astype(np.uint8)
+    return (
+        fmt.width_bits, fmt.kind == "float", fmt.mantissa_bits, bits(fmt.magnitude_mask), limits,
+        classes,
+    )  # fmt: skip
 
 
 def _frame(frame: DigestFrame | None) -> tuple[bool, int, int, int]:
-    return (False, 0, 0, 0) if frame is None else (True, *frame)
+    if frame is None:
+        return False, 0, 0, 0
+    return True, frame.origin, frame.lead_stride, frame.row_stride
 
 
-def _workspace(tile: Tile, fmt: ElementFormat):
+def _workspace(tile: Tile, fmt: ElementFormat) -> tuple:
+    """Scratch of one thread.
+
+    Two tiles of elements; `reached` and `starts` of sub-blocks, totals of classes; records; symbols
+    and order of the changed; and a coded tile with what `loops.read_entropy` wants around it.
+    """
     blocks = -(-tile[0] * tile[1] // SUB_BLOCK)
     size = blocks * SUB_BLOCK
     return (
         np.empty(size, fmt.bits_dtype),
         np.empty(size, fmt.bits_dtype),
-        np.empty((CLASSES, blocks), np.uint16),
+        np.empty((blocks + 1, CLASSES), np.uint32),
+        np.empty(blocks, np.int64),
         np.empty(CLASSES, np.int64),
-        np.empty((4, size), np.uint32),
+        np.empty((4, size + 8), np.uint32),
         np.empty((2, size), np.uint8),
+        np.empty(size, np.uint32),
+        np.empty(tile[0] * tile[1] * fmt.width_bits // 8 + 24, np.uint8),
     )
 
 
@@ -347,7 +629,7 @@ def _in_threads(function, count: int, threads: int) -> list:
         raise ValueError(f"threads must be at least 1, got {threads}")
     parts = min(threads, count)
     edges = [count * k // max(parts, 1) for k in range(parts + 1)]
-    ranges = list(zip(edges, edges[1:], strict=False))
+    ranges = list(itertools.pairwise(edges))
     if parts <= 1:
         return [function(*r) for r in ranges]
     with ThreadPoolExecutor(parts) as pool:

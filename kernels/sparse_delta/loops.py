@@ -23,6 +23,22 @@ from numba.extending import intrinsic
 SUB_BLOCK = 256
 CLASSES = 8
 
+# rANS: states of 32 bits that keep within [2^16, 2^32) by words of 16 bits.
+PROBABILITY_BITS = 12
+RANS_LOW = 1 << 16
+ONE_STATE_CHANGES = 1024  # fewer in a tile, and one state serves gaps and changes
+ESCAPE = 255  # symbol: the number follows in raw bits
+GAP_BITS = 20  # raw bits of an escaped gap; no tile is larger
+GAP_LEVELS = 57
+
+# Sub-blocks that are scanned before their changes are looked up, and that are asked for ahead.
+_CHUNK_BLOCKS = 16
+_BLOCKS_AHEAD = 8
+_ROWS_AHEAD = 4
+
+# Bytes by which one step of an encoder may pass the end it was given before it looks.
+SLACK = 64
+
 EMPTY = 0
 BLOCK_OFFSET = 1
 BITMAP = 2
@@ -41,6 +57,10 @@ BASE = 7
 MODE = 8
 
 
+# No division here has a divisor of zero, so none needs Python's check for it.
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
+
 def _compiled(function: Any) -> Any:
     """Compile on first use and keep the result on disk, for the user's next process.
 
@@ -48,12 +68,17 @@ def _compiled(function: Any) -> Any:
     cache; then each process compiles for itself.
     """
     try:
-        return numba.njit(cache=True, nogil=True, boundscheck=False)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
-        return numba.njit(nogil=True, boundscheck=False)(function)
+        return numba.njit(**_OPTIONS)(function)
 
 
 # ------------------------------------------------------------------- instructions that numba lacks
+
+
+def _instruction(function: Any) -> Any:
+    # Called with one argument fewer than it has: numba adds the typing context.
+    return intrinsic(function)
 
 
 def _element_pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -76,7 +101,7 @@ def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-@intrinsic
+@_instruction
 def _popcount(typing: Any, bits: Any) -> Any:
     """Number of set bits of a u64, int64."""
 
@@ -86,9 +111,9 @@ def _popcount(typing: Any, bits: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-@intrinsic
+@_instruction
 def _lowest_bit(typing: Any, bits: Any) -> Any:
-    """Index of the lowest set bit of a u64 other than 0, int64."""
+    """Index of the lowest set bit of a u64, int64; 64 of none."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
@@ -96,7 +121,41 @@ def _lowest_bit(typing: Any, bits: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-@intrinsic
+@_instruction
+def _bit_length(typing: Any, number: Any) -> Any:
+    """Bits of an int64 ≥ 0 from its highest set one on, int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zeros = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+        return builder.sub(ir.Constant(ir.IntType(64), 64), zeros)
+
+    return types.int64(types.int64), generate
+
+
+@_instruction
+def _load_64(typing: Any, data: Any, at: Any) -> Any:
+    """Eight bytes from `at` as an int64, little-endian."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element_pointer(context, builder, data, args[0], args[1])
+        return builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()), align=1)
+
+    return types.int64(data, types.intp), generate
+
+
+@_instruction
+def _store_64(typing: Any, data: Any, at: Any, value: Any) -> Any:
+    """Write an int64 as eight bytes from `at`, little-endian."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element_pointer(context, builder, data, args[0], args[1])
+        builder.store(args[2], builder.bitcast(pointer, ir.IntType(64).as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.intp, types.int64), generate
+
+
+@_instruction
 def _changed_64(typing: Any, old: Any, i: Any, new: Any, j: Any) -> Any:
     """Set of 64 bits: bit k is old[i + k] != new[j + k]."""
     width = old.dtype.bitwidth
@@ -111,7 +170,7 @@ def _changed_64(typing: Any, old: Any, i: Any, new: Any, j: Any) -> Any:
     return types.uint64(old, types.intp, new, types.intp), generate
 
 
-@intrinsic
+@_instruction
 def _in_range_64(typing: Any, array: Any, i: Any, mask: Any, low: Any, span: Any) -> Any:
     """Set of 64 bits: bit k is low <= (array[i + k] & mask) < low + span; all of them if span = 0.
 
@@ -133,11 +192,53 @@ def _in_range_64(typing: Any, array: Any, i: Any, mask: Any, low: Any, span: Any
     return types.uint64(array, types.intp, element, element, element), generate
 
 
-@intrinsic
-def _counts_above(typing: Any, array: Any, i: Any, mask: Any, limits: Any, counts: Any) -> Any:
-    """counts[k] = number of the 256 elements from `i` with (array[.] & mask) >= limits[k].
+@_instruction
+def _copy(typing: Any, target: Any, i: Any, source: Any, j: Any, n: Any) -> Any:
+    """target[i : i + n] = source[j : j + n] of one type of elements, which do not overlap."""
 
-    Sums of comparisons in lanes of the elements' own width; a lane of 8 bits takes 8 of them.
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to = _element_pointer(context, builder, target, args[0], args[1])
+        start = _element_pointer(context, builder, source, args[2], args[3])
+        cgutils.raw_memcpy(builder, to, start, args[4], target.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp, types.intp), generate
+
+
+@_instruction
+def _prefetch(typing: Any, array: Any, i: Any) -> Any:
+    """Ask for the 256 elements from `i` on, which need not exist."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = builder.bitcast(
+            _element_pointer(context, builder, array, args[0], args[1]),
+            ir.IntType(8).as_pointer(),
+        )
+        word = ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [data.type, word, word, word]),
+            "llvm.prefetch.p0",
+        )
+        to_read, keep, as_data = (ir.Constant(word, n) for n in (0, 3, 1))
+        for line in range(0, SUB_BLOCK * array.dtype.bitwidth // 8, 64):
+            address = builder.gep(data, [ir.Constant(ir.IntType(64), line)])
+            builder.call(function, [address, to_read, keep, as_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_instruction
+def _count_above(
+    typing: Any, array: Any, i: Any, mask: Any, limits: Any, reached: Any, block: Any
+) -> Any:
+    """Add to row `block` of `reached` what the 256 elements from `i` reach, into the next row.
+
+    reached[block + 1, k] = reached[block, k] + number of elements with
+    (array[.] & mask) >= limits[k], k = 0 … 7.
+
+    Comparisons are summed in lanes of the elements' own width; a lane of 8 bits takes 4 of them.
     """
     width = array.dtype.bitwidth
     lanes = 512 // width
@@ -146,16 +247,17 @@ def _counts_above(typing: Any, array: Any, i: Any, mask: Any, limits: Any, count
         pointer = _element_pointer(context, builder, array, args[0], args[1])
         mask = _splat(builder, args[2], lanes)
         limit_data = context.make_array(limits)(context, builder, args[3]).data
-        count_data = context.make_array(counts)(context, builder, args[4]).data
+        row = builder.mul(args[5], ir.Constant(ir.IntType(64), CLASSES))
+        before = _element_pointer(context, builder, reached, args[4], row)
         vector = ir.VectorType(ir.IntType(width), lanes)
-        at = [ir.Constant(ir.IntType(64), k) for k in range(CLASSES - 1)]
+        at = [ir.Constant(ir.IntType(64), k) for k in range(CLASSES)]
         bounds = [_splat(builder, builder.load(builder.gep(limit_data, [k])), lanes) for k in at]
-        sums = [ir.Constant(vector, None)] * (CLASSES - 1)
+        sums = [ir.Constant(vector, None)] * CLASSES
         for start in range(0, SUB_BLOCK, lanes):
             offset = builder.gep(pointer, [ir.Constant(ir.IntType(64), start)])
             values = builder.and_(_load_vector(builder, offset, width, lanes), mask)
-            for k, bound in enumerate(bounds):
-                above = builder.sext(builder.icmp_unsigned(">=", values, bound), vector)
+            for k in range(1, CLASSES):
+                above = builder.sext(builder.icmp_unsigned(">=", values, bounds[k]), vector)
                 sums[k] = builder.sub(sums[k], above)
         wide = ir.VectorType(ir.IntType(max(width, 16)), lanes)
         reduce = cgutils.get_or_insert_function(
@@ -163,16 +265,20 @@ def _counts_above(typing: Any, array: Any, i: Any, mask: Any, limits: Any, count
             ir.FunctionType(wide.element, [wide]),
             f"llvm.vector.reduce.add.v{lanes}i{wide.element.width}",
         )
-        for k, total in zip(at, sums, strict=True):
-            if width < 16:
-                total = builder.zext(total, wide)
+        word = ir.IntType(32)
+        counts = ir.Constant(ir.VectorType(word, CLASSES), [SUB_BLOCK] + [0] * (CLASSES - 1))
+        for k in range(1, CLASSES):
+            total = builder.zext(sums[k], wide) if width < 16 else sums[k]
             total = builder.call(reduce, [total])
-            if width > 16:
-                total = builder.trunc(total, ir.IntType(16))
-            builder.store(total, builder.gep(count_data, [k]))
+            total = builder.zext(total, word) if width < 32 else total
+            counts = builder.insert_element(counts, total, ir.Constant(word, k))
+        counts = builder.add(counts, _load_vector(builder, before, 32, CLASSES))
+        after = builder.gep(before, [ir.Constant(ir.IntType(64), CLASSES)])
+        builder.store(counts, builder.bitcast(after, counts.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, array.dtype, limits, counts), generate
+    signature = types.void(array, types.intp, array.dtype, limits, reached, types.intp)
+    return signature, generate
 
 
 # ------------------------------------------------------------------------------------ one element
@@ -220,120 +326,184 @@ def changed_bits(old, code, sign, is_float):
 @_compiled
 def _gather(flat, start, width, stride, size, scratch):
     """Copy a tile's rows to the front of `scratch` and fill its last sub-block with zeros."""
-    done = 0
-    while done < size:
-        scratch[done : done + width] = flat[start : start + width]
-        done += width
-        start += stride
-    end = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
-    scratch[size:end] = 0
+    for line in range(size // width):
+        here = start + line * stride
+        # The rows of a tile are too short for the processor to see where they go on.
+        for column in range(0, width, SUB_BLOCK):
+            _prefetch(flat, here + _ROWS_AHEAD * stride + column)
+        _copy(scratch, line * width, flat, here, width)
+    scratch[size : (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK] = 0
 
 
 @_compiled
-def _count_block(flat, i, mask, limits, block, end, counts, totals, above):
-    """Count the classes of the sub-block from `i`, of which `end` elements are the tile's."""
-    _counts_above(flat, i, mask, limits, above)
-    left = SUB_BLOCK
-    if end < SUB_BLOCK:
-        # What fills the last sub-block is zeros: they are above those limits that are zero.
-        left = end
-        for k in range(CLASSES - 1):
-            if limits[k] == 0:
-                above[k] -= np.uint16(SUB_BLOCK - end)
-    for k in range(CLASSES - 1):
-        reached = np.int64(above[k])
-        counts[k, block] = left - reached
-        totals[k] += left - reached
-        left = reached
-    counts[CLASSES - 1, block] = left
-    totals[CLASSES - 1] += left
+def _class_set(flat, i, mask, low, span):
+    """Elements from `i` on whose masked bits are in a class's range, as four sets of 64."""
+    return (
+        _in_range_64(flat, i, mask, low, span),
+        _in_range_64(flat, i + 64, mask, low, span),
+        _in_range_64(flat, i + 128, mask, low, span),
+        _in_range_64(flat, i + 192, mask, low, span),
+    )
 
 
 @_compiled
-def _class_set(flat, i, mask, limits, c, members):
-    """The elements of class `c` of the sub-block from `i`, as four sets of 64."""
-    low = np.int64(limits[c - 1]) if c > 0 else 0
-    high = np.int64(limits[c]) if c < CLASSES - 1 else 0
-    for word in range(4):
-        members[c, word] = _in_range_64(flat, i + 64 * word, mask, low, high - low)
+def _first_bits(n):
+    """Set of the lowest min(max(n, 0), 64) bits."""
+    n = min(max(n, 0), 64)
+    # A shift by 64 is undefined, so it is done in two.
+    half = np.uint64(n >> 1)
+    return ~((~np.uint64(0) << half) << np.uint64(n - (n >> 1)))
 
 
 @_compiled
-def count_classes(flat, i, width, stride, size, mask, limits, counts, totals):
-    """Count the classes of a tile: the receiver's half of `scan`, with the same arguments."""
-    above = np.empty(CLASSES, np.uint16)
-    totals[:] = 0
-    column = 0
+def _rank(members, at):
+    """Number of members of a sub-block's set before element `at` of it."""
+    return (
+        _popcount(members[0] & _first_bits(at))
+        + _popcount(members[1] & _first_bits(at - 64))
+        + _popcount(members[2] & _first_bits(at - 128))
+        + _popcount(members[3] & _first_bits(at - 192))
+    )
+
+
+@_compiled
+def _select(members, rank):
+    """Element of a sub-block that is a member and has `rank` members before it.
+
+    Which way to go nobody can predict, so all choices are arithmetic: `past` is −1 or 0.
+    """
+    one = _popcount(members[0])
+    two = one + _popcount(members[1])
+    three = two + _popcount(members[2])
+    bits = members[0]
+    past = ~((rank - one) >> 63)
+    bits ^= (members[0] ^ members[1]) & np.uint64(past)
+    before = one & past
+    position = 64 & past
+    past = ~((rank - two) >> 63)
+    bits ^= (members[1] ^ members[2]) & np.uint64(past)
+    before += (two - one) & past
+    position += 64 & past
+    past = ~((rank - three) >> 63)
+    bits ^= (members[2] ^ members[3]) & np.uint64(past)
+    before += (three - two) & past
+    position += 64 & past
+    rank -= before
+    rank, bits, position = _halve(rank, bits, position, 32)
+    rank, bits, position = _halve(rank, bits, position, 16)
+    rank, bits, position = _halve(rank, bits, position, 8)
+    rank, bits, position = _halve(rank, bits, position, 4)
+    rank, bits, position = _halve(rank, bits, position, 2)
+    rank, bits, position = _halve(rank, bits, position, 1)
+    return position
+
+
+@_compiled
+def _halve(rank, bits, position, step):
+    """Go on in the half of `2 · step` bits that has the set bit with `rank` set ones before it."""
+    below = _popcount(bits & np.uint64((1 << step) - 1))
+    past = ~((rank - below) >> 63)
+    return rank - (below & past), bits >> np.uint64(step & past), position + (step & past)
+
+
+@_compiled
+def _drop_filling(size, limits, reached):
+    """Take out of the last row what the zeros that fill the last sub-block reached."""
+    blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
+    filling = blocks * SUB_BLOCK - size
+    for k in range(CLASSES):
+        if limits[k] == 0:
+            reached[blocks, k] -= np.uint32(filling)
+
+
+@_compiled
+def count_classes(flat, i, size, mask, limits, reached, starts):
+    """Count the classes of a tile that is in one piece: the receiver's half of `scan`."""
+    reached[0] = 0
     for block in range((size + SUB_BLOCK - 1) // SUB_BLOCK):
-        end = min(SUB_BLOCK, size - block * SUB_BLOCK)
-        _count_block(flat, i, mask, limits, block, end, counts, totals, above)
-        i += SUB_BLOCK
-        column += SUB_BLOCK
-        if column == width:
-            column = 0
-            i += stride - width
+        starts[block] = i + block * SUB_BLOCK
+        _count_above(flat, i + block * SUB_BLOCK, mask, limits, reached, block)
+    _drop_filling(size, limits, reached)
+
+
+@_compiled
+def _find_changes(old, new, i, block, n, records):
+    """Append to the `n` records the positions of a sub-block's changes; returns how many are."""
+    for word in range(0, SUB_BLOCK, 64):
+        changed = _changed_64(old, i + word, new, i + word)
+        end = n + _popcount(changed)
+        # Four at a time whether there are so many or not: a branch that goes either way costs more
+        # than writes that the next word's overwrite.
+        while True:
+            for k in range(4):
+                records[0, n + k] = block * SUB_BLOCK + word + _lowest_bit(changed)
+                changed &= changed - np.uint64(1)
+            n += 4
+            if changed == np.uint64(0):
+                break
+        n = end
+    return n
 
 
 @_compiled
 def scan(
-    old, i, new, j, width, stride, size, mask, limits, sign, is_float, counts, totals, records
-):
+    old, i, new, width, stride, size, mask, limits, shift, classes, sign, is_float,
+    reached, starts, records,
+):  # fmt: skip
     """Find the changed elements of a tile and count the classes of its old values.
 
-    Args:
-      old, new: flat arrays of elements, the tile's first at `i` and `j`.
+    Takes:
+      old, new: flat arrays of elements, the tile's first at `i` in both.
       width, stride: elements of a row of the tile, a multiple of 256, and between its rows.
       size: elements; those of the last sub-block beyond it are zero in both arrays.
-      mask, limits[7]: of the elements' type: an element's class is the number of limits that
-        old & mask is not below.
+      mask: of the elements' type; the exponent is (bits & mask) >> shift.
+      limits[8]: of the elements' type: 0 and the thresholds, shifted like an exponent.
+      shift: mantissa bits.
+      classes[256]: class of each exponent, u8.
       sign, is_float: of the element format.
-      counts[8, sub-blocks]: u16, filled with the number of elements of each class.
-      totals[8]: int64, filled with their sums.
-      records[4, size]: u32, filled with position, class, rank within the class, and code.
+      reached[sub-blocks + 1, 8]: u32, filled with the number of elements of the sub-blocks before
+        that are not below each limit.
+      starts[sub-blocks]: int64, filled with the index of each sub-block's first element.
+      records[4, ≥ size + 8]: u32, filled with position, class, rank within the class, and code.
 
     Returns:
       The number of changed elements.
     """
-    above = np.empty(CLASSES, np.uint16)
-    members = np.empty((CLASSES, 4), np.uint64)
-    none = np.uint64(0)
-    one = np.uint64(1)
-    totals[:] = 0
+    blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
+    per_line = width // SUB_BLOCK
+    for block in range(blocks):
+        line = np.int64(np.uint64(block) // np.uint64(per_line))
+        starts[block] = i + line * (stride - width) + block * SUB_BLOCK
+    reached[0] = 0
     n_changed = 0
-    column = 0
-    for block in range((size + SUB_BLOCK - 1) // SUB_BLOCK):
-        end = min(SUB_BLOCK, size - block * SUB_BLOCK)
-        _count_block(old, i, mask, limits, block, end, counts, totals, above)
-        known = 0
-        for word in range(4):
-            changed = _changed_64(old, i + 64 * word, new, j + 64 * word)
-            while changed != none:
-                bit = _lowest_bit(changed)
-                changed &= changed - one
-                at = 64 * word + bit
-                bits = np.int64(old[i + at])
-                c = 0
-                for k in range(CLASSES - 1):
-                    c += np.int64((bits & np.int64(mask)) >= np.int64(limits[k]))
-                if not (known >> c) & 1:
-                    known |= 1 << c
-                    _class_set(old, i, mask, limits, c, members)
-                rank = totals[c] - np.int64(counts[c, block])
-                for before in range(word):
-                    rank += _popcount(members[c, before])
-                rank += _popcount(members[c, word] & ((one << np.uint64(bit)) - one))
-                records[0, n_changed] = block * SUB_BLOCK + at
-                records[1, n_changed] = c
-                records[2, n_changed] = rank
-                records[3, n_changed] = change_code(bits, np.int64(new[j + at]), sign, is_float)
-                n_changed += 1
-        i += SUB_BLOCK
-        j += SUB_BLOCK
-        column += SUB_BLOCK
-        if column == width:
-            column = 0
-            i += stride - width
-            j += stride - width
+    # Chunks that stay in the first-level cache until their changes have been looked up.
+    for first in range(0, blocks, _CHUNK_BLOCKS):
+        end = min(first + _CHUNK_BLOCKS, blocks)
+        n_before = n_changed
+        for block in range(first, end):
+            # The rows of a tile may be too short for the processor to see where they go on.
+            ahead = starts[min(block + _BLOCKS_AHEAD, blocks - 1)]
+            _prefetch(old, ahead)
+            _prefetch(new, ahead)
+            _count_above(old, starts[block], mask, limits, reached, block)
+            n_changed = _find_changes(old, new, starts[block], block, n_changed, records)
+        if end == blocks:
+            _drop_filling(size, limits, reached)
+        for r in range(n_before, n_changed):
+            position = np.int64(records[0, r])
+            start = starts[position >> 8]
+            at = position & 255
+            bits = np.int64(old[start + at])
+            c = np.int64(classes[(bits & np.int64(mask)) >> shift])
+            low = np.int64(limits[c])
+            rank = np.int64(reached[position >> 8, c])
+            span = -low
+            if c < CLASSES - 1:
+                rank -= np.int64(reached[position >> 8, c + 1])
+                span += np.int64(limits[c + 1])
+            records[1, r] = c
+            records[2, r] = rank + _rank(_class_set(old, start, mask, low, span), at)
+            records[3, r] = change_code(bits, np.int64(new[start + at]), sign, is_float)
     return n_changed
 
 
@@ -440,48 +610,48 @@ def _read_codes(data, at, end, n, bits, width_bits, records):
 
 
 @_compiled
-def write_fixed(records, n, size, width_bits, out, at):
-    """Write the changes of a tile as block-offset or bitmap, whichever is smaller.
-
-    Args:
-      records[4, ≥ n]: u32, in order of position.
-      n: changed elements, at least 1.
-      size: elements of the tile.
-      width_bits: of an element.
-      out: u8.
-      at: where to write; nothing is written unless it is smaller than the dense tile.
-
-    Returns:
-      The mode and the end of what was written; `DENSE` and `at` where that would be smaller.
-    """
+def choose_fixed(records, n, size, width_bits):
+    """The smallest of block-offset, bitmap and dense, bits of an inline code, and bytes."""
     blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
     bits, escapes = _code_bits(records, n, width_bits)
     codes = 1 + (n * bits + 7) // 8 + escapes * (width_bits // 8)
     bitmap = codes + (size + 7) // 8
     block_offset = codes + blocks + n
-    if n > (SUB_BLOCK - 1):
-        # A count of 256 has no byte.
-        run = 0
-        for r in range(n):
-            run = run + 1 if r and records[0, r] >> 8 == records[0, r - 1] >> 8 else 1
-            if run == SUB_BLOCK:
-                block_offset = bitmap + 1
-    if min(bitmap, block_offset) >= size * (width_bits // 8):
-        return DENSE, at
+    run = 0
+    for r in range(n):
+        run = run + 1 if r and records[0, r] >> 8 == records[0, r - 1] >> 8 else 1
+        if run == SUB_BLOCK:  # a count that has no byte
+            block_offset = bitmap + 1
+    dense = size * (width_bits // 8)
+    if min(bitmap, block_offset) >= dense:
+        return DENSE, 0, dense
+    if block_offset <= bitmap:
+        return BLOCK_OFFSET, bits, block_offset
+    return BITMAP, bits, bitmap
+
+
+@_compiled
+def write_fixed(mode, bits, records, n, size, width_bits, out, at):
+    """Write the changes of a tile in a mode and width of codes that `choose_fixed` gave.
+
+    Returns:
+      The end of what was written.
+    """
     out[at] = bits
     at += 1
-    if block_offset <= bitmap:
+    if mode == BLOCK_OFFSET:
+        blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
         out[at : at + blocks] = 0
         for r in range(n):
             out[at + np.int64(records[0, r] >> 8)] += np.uint8(1)
             out[at + blocks + r] = records[0, r] & 255
-        return BLOCK_OFFSET, _write_codes(records, n, bits, width_bits, out, at + blocks + n)
+        return _write_codes(records, n, bits, width_bits, out, at + blocks + n)
     words = (size + 7) // 8
     out[at : at + words] = 0
     for r in range(n):
         position = np.int64(records[0, r])
         out[at + (position >> 3)] |= np.uint8(1 << (position & 7))
-    return BITMAP, _write_codes(records, n, bits, width_bits, out, at + words)
+    return _write_codes(records, n, bits, width_bits, out, at + words)
 
 
 @_compiled
@@ -527,6 +697,329 @@ def read_fixed(mode, data, at, end, n, size, width_bits, records):
     return _read_codes(data, at, end, n, np.int64(data[positions - 1]), width_bits, records)
 
 
+# ------------------------------------------------------------------------------------ entropy mode
+
+
+@_compiled
+def _token(value):
+    """Symbol of a number ≥ 0: itself below 8, else 4 for each power of two; and its raw bits."""
+    extra = _bit_length(value | 4) - 3
+    return 4 * extra + (value >> extra), extra
+
+
+@_compiled
+def _token_start(token):
+    """Inverse of `_token`: the smallest number of a symbol, and its raw bits."""
+    extra = max((token >> 2) - 1, 0)
+    return (token - 4 * extra) << extra, extra
+
+
+@_compiled
+def gap_level(members, changed):
+    """Which geometric table codes the gaps of a class of which some, not all, members changed.
+
+    Twice the binary logarithm of the mean gap (members − changed) / changed, rounded down, from
+    2^−8 on.
+    """
+    ratio = ((members - changed) << 32) // changed
+    top = _bit_length(ratio) - 1
+    mantissa = ratio >> (top - 15) if top >= 15 else ratio << (15 - top)
+    level = 2 * (top - 32) + np.int64(mantissa >= 46341) + 16
+    return min(max(level, 0), GAP_LEVELS - 1)
+
+
+@_compiled
+def _put_bits(out, held, at, value, n):
+    """Write the lowest `n` ≤ 55 bits of `value` at bit `at`; `held` are the byte's bits before.
+
+    Eight bytes are written each time, those that follow with zeros.
+    """
+    held |= (value & ((1 << n) - 1)) << (at & 7)
+    _store_64(out, at >> 3, held)
+    after = at + n
+    return held >> (8 * ((after >> 3) - (at >> 3))), after
+
+
+@_compiled
+def _bits_at(data, at):
+    """At least 56 bits from bit `at` on, as an int64 ≥ 0; eight bytes are read."""
+    window = np.uint64(_load_64(data, at >> 3)) >> np.uint64(at & 7)
+    return np.int64(window & np.uint64(0x7FFFFFFFFFFFFFFF))
+
+
+@_compiled
+def _expected(left, totals, weights, c):
+    """Expected changes of class `c` when `left` remain for it and the classes above."""
+    rest = 0
+    for k in range(c, CLASSES):
+        rest += totals[k] * weights[k]
+    if rest == 0:
+        return 0
+    return left * (totals[c] * weights[c]) // rest
+
+
+@_compiled
+def _put_count(out, held, at, changed, expected):
+    """Exponential Golomb code of a class's number of changes around what is expected."""
+    shift = _bit_length(expected) >> 1
+    error = changed - expected
+    folded = 2 * error if error >= 0 else -2 * error - 1
+    high = (folded >> shift) + 1
+    length = _bit_length(high) - 1
+    held, at = _put_bits(out, held, at, 1 << length, length + 1)
+    held, at = _put_bits(out, held, at, high, length)
+    return _put_bits(out, held, at, folded, shift)
+
+
+@_compiled
+def _get_count(data, at, expected):
+    """Inverse of `_put_count`: the count and the bit behind it; −1 where there is no such code."""
+    shift = _bit_length(expected) >> 1
+    window = _bits_at(data, at)
+    length = _lowest_bit(np.uint64(window))
+    if length > 22:
+        return -1, at
+    high = (1 << length) | ((window >> (length + 1)) & ((1 << length) - 1))
+    at += 2 * length + 1
+    folded = ((high - 1) << shift) | (_bits_at(data, at) & ((1 << shift) - 1))
+    error = -((folded + 1) >> 1) if folded & 1 else folded >> 1
+    return expected + error, at + shift
+
+
+@_compiled
+def _rans_put(x, entry, out, at):
+    """Encode a symbol with a table's entry for it; the state, and the end of the words written."""
+    frequency = np.int64(entry & 0xFFFF)
+    # Whether a word has to leave the state is as good as random: no branch.
+    leaves = np.int64(x >= frequency << (32 - PROBABILITY_BITS))
+    out[at] = x & 255
+    out[at + 1] = (x >> 8) & 255
+    x >>= 16 * leaves
+    quotient = np.int64(np.uint64(x) // np.uint64(frequency))
+    x += quotient * ((1 << PROBABILITY_BITS) - frequency) + np.int64(entry >> 16)
+    return x, at + 2 * leaves
+
+
+@_compiled
+def _rans_get(x, table, symbols, data, end):
+    """Decode a symbol; the state, where the words left end, and the symbol."""
+    slot = x & ((1 << PROBABILITY_BITS) - 1)
+    symbol = np.int64(symbols[slot])
+    entry = np.int64(table[symbol])
+    x = (entry & 0xFFFF) * (x >> PROBABILITY_BITS) + slot - (entry >> 16)
+    enters = np.int64(x < RANS_LOW)
+    word = np.int64(data[end - 2]) | np.int64(data[end - 1]) << 8
+    x = (x << (16 * enters)) | (word & -enters)
+    return x, end - 2 * enters, symbol
+
+
+@_compiled
+def write_entropy(records, n, totals, width_bits, tables, symbols, order, out, at, end):
+    """Write the changes of a tile in entropy mode, unless that takes until `end`.
+
+    Takes:
+      records[4, ≥ n]: u32, as `scan` makes them.
+      n: changed elements, at least 1.
+      totals[8]: elements of each class.
+      width_bits: of an element.
+      tables: see `codec.Tables.arrays`.
+      symbols[2, ≥ n], order[≥ n]: u8, u32, scratch.
+      out: u8, at least until `end` + `SLACK`.
+      at: where to write.
+      end: where the encoding must be shorter than.
+
+    Returns:
+      The end of what was written, or −1.
+    """
+    values, gaps, weights = tables[0], tables[1], tables[2]
+    changed = np.zeros(CLASSES, np.int64)
+    for r in range(n):
+        changed[records[1, r]] += 1
+    place = np.zeros(CLASSES, np.int64)
+    for c in range(1, CLASSES):
+        place[c] = place[c - 1] + changed[c - 1]
+    for r in range(n):
+        c = records[1, r]
+        order[place[c]] = r
+        place[c] += 1
+
+    held = 0
+    bit = 8 * at
+    left = n
+    for c in range(CLASSES - 1):
+        held, bit = _put_count(out, held, bit, changed[c], _expected(left, totals, weights, c))
+        left -= changed[c]
+    done = 0
+    for c in range(CLASSES):
+        full = changed[c] == totals[c]
+        level = 0 if full or changed[c] == 0 else gap_level(totals[c], changed[c])
+        following = 0
+        for k in range(done, done + changed[c]):
+            if bit >= 8 * end:
+                return -1
+            r = np.int64(order[k])
+            raw = 0
+            skip = 0
+            if not full:
+                raw = np.int64(records[2, r]) - following
+                following += raw + 1
+                token, skip = _token(raw)
+                if gaps[level, token] & 0xFFFF == 0:
+                    token, skip = ESCAPE, GAP_BITS
+                symbols[0, k] = token
+                raw &= (1 << skip) - 1
+            code = np.int64(records[3, r])
+            token, extra = _token(code >> 1)
+            token = 2 * token + (code & 1)
+            own = code >> 1
+            if values[c, token] & 0xFFFF == 0:
+                token, extra, own = ESCAPE, width_bits, code
+            symbols[1, k] = token
+            raw |= (own & ((1 << extra) - 1)) << skip
+            held, bit = _put_bits(out, held, bit, raw, skip + extra)
+        done += changed[c]
+
+    at = (bit + 7) >> 3
+    gap_state = RANS_LOW
+    value_state = RANS_LOW
+    one_state = n < ONE_STATE_CHANGES
+    for c in range(CLASSES - 1, -1, -1):
+        full = changed[c] == totals[c]
+        level = 0 if full or changed[c] == 0 else gap_level(totals[c], changed[c])
+        done -= changed[c]
+        for k in range(done + changed[c] - 1, done - 1, -1):
+            if at >= end:
+                return -1
+            if one_state:
+                gap_state, at = _rans_put(gap_state, values[c, symbols[1, k]], out, at)
+            else:
+                value_state, at = _rans_put(value_state, values[c, symbols[1, k]], out, at)
+            if not full:
+                gap_state, at = _rans_put(gap_state, gaps[level, symbols[0, k]], out, at)
+    if not one_state:
+        at = _write_bytes(out, at, value_state, 4)
+    at = _write_bytes(out, at, gap_state, 4)
+    return at if at < end else -1
+
+
+@_compiled
+def read_entropy(stream, at, end, n, totals, width_bits, tables, changed, records):
+    """Inverse of `write_entropy`: fills class, rank and code of `n` records, class by class.
+
+    Takes:
+      stream: u8, the tile's from `at` to `end`, with 8 bytes of anything before and 16 behind.
+
+    Returns:
+      A reason, `OK` or not. Each rank is below the class's total and above the one before.
+    """
+    values, gaps, weights, value_symbols, gap_symbols = tables
+    one_state = n < ONE_STATE_CHANGES
+    if end - at < (4 if one_state else 8):
+        return SHORT
+    end -= 4
+    gap_state = _read_bytes(stream, end, 4)
+    value_state = RANS_LOW
+    if not one_state:
+        end -= 4
+        value_state = _read_bytes(stream, end, 4)
+    if value_state < RANS_LOW or gap_state < RANS_LOW:
+        return STATE
+    bit = 8 * at
+    left = n
+    for c in range(CLASSES - 1):
+        count, bit = _get_count(stream, bit, _expected(left, totals, weights, c))
+        if bit > 8 * end:
+            return SHORT
+        if count < 0 or count > left or count > totals[c]:
+            return COUNTS
+        changed[c] = count
+        left -= count
+    if left > totals[CLASSES - 1]:
+        return COUNTS
+    changed[CLASSES - 1] = left
+    limit = (1 << width_bits) - 1
+    r = 0
+    for c in range(CLASSES):
+        total = totals[c]
+        full = changed[c] == total
+        level = 0 if full or changed[c] == 0 else gap_level(total, changed[c])
+        rank = -1
+        for _ in range(changed[c]):
+            # An item is at most 52 raw bits and two words: within what surrounds the stream.
+            window = _bits_at(stream, bit)
+            if not full:
+                gap_state, end, token = _rans_get(
+                    gap_state, gaps[level], gap_symbols[level], stream, end
+                )
+                if token == ESCAPE:
+                    gap, extra = 0, GAP_BITS
+                else:
+                    gap, extra = _token_start(token)
+                rank += gap + (window & ((1 << extra) - 1))
+                window >>= extra
+                bit += extra
+            rank += 1
+            if one_state:
+                gap_state, end, token = _rans_get(
+                    gap_state, values[c], value_symbols[c], stream, end
+                )
+            else:
+                value_state, end, token = _rans_get(
+                    value_state, values[c], value_symbols[c], stream, end
+                )
+            if token == ESCAPE:
+                code = window & limit
+                bit += width_bits
+            else:
+                code, extra = _token_start(token >> 1)
+                code = 2 * (code + (window & ((1 << extra) - 1))) + (token & 1)
+                bit += extra
+            if bit > 8 * end:
+                return SHORT
+            if rank >= total or code >= limit:
+                return RANGE
+            records[1, r] = c
+            records[2, r] = rank
+            records[3, r] = code
+            r += 1
+    if value_state != RANS_LOW or gap_state != RANS_LOW:
+        return STATE
+    if (bit + 7) >> 3 != end:
+        return LONG
+    if bit & 7 and stream[end - 1] >> (bit & 7):
+        return PADDING
+    return OK
+
+
+@_compiled
+def place_records(flat, mask, limits, reached, starts, changed, records):
+    """Fill the positions of records that `read_entropy` made, from the tile's old values."""
+    done = 0
+    for c in range(CLASSES):
+        low = np.int64(limits[c])
+        high = np.int64(limits[c + 1]) if c < CLASSES - 1 else 0
+        block = -1
+        before = 0
+        after = 0
+        # First the sub-blocks, by branches that nobody can predict; then what lies in them, which
+        # takes none, so that many are under way at once.
+        for r in range(done, done + changed[c]):
+            rank = np.int64(records[2, r])
+            while rank >= after:
+                block += 1
+                before = after
+                after = np.int64(reached[block + 1, c])
+                if c < CLASSES - 1:
+                    after -= np.int64(reached[block + 1, c + 1])
+            records[0, r] = block
+            records[2, r] = rank - before
+        for r in range(done, done + changed[c]):
+            block = np.int64(records[0, r])
+            members = _class_set(flat, starts[block], mask, low, high - low)
+            records[0, r] = block * SUB_BLOCK + _select(members, np.int64(records[2, r]))
+        done += changed[c]
+
+
 # ----------------------------------------------------------------------------------------- digest
 
 
@@ -568,6 +1061,51 @@ def _add_change(old_bits, new_bits, index, sums):
     sums[1] = (sums[1] + new_b - old_b) & 0xFFFFFFFF
 
 
+# ----------------------------------------------------------------------------------------- survey
+
+
+@_compiled
+def survey(old, new, i, width, stride, size, fmt, members, changes, symbols):
+    """Count, by exponent of the old value, elements, changed ones and symbols of their changes.
+
+    Takes:
+      old, new: flat boxes.
+      i, width, stride, size: of a tile; see `scan`, but any width will do.
+      fmt: width in bits, is a float, mantissa bits, magnitude mask, and more.
+      members[256], changes[256], symbols[256, 256]: int64, added to.
+    """
+    width_bits, is_float, shift, mask = fmt[:4]
+    sign = 1 << (width_bits - 1)
+    mask = np.int64(mask)
+    # Runs of one exponent would wait for each other's count.
+    second = np.zeros(256, np.int64)
+    for start in range(i, i + size // width * stride, stride):
+        for at in range(start, start + width - 1, 2):
+            members[(np.int64(old[at]) & mask) >> shift] += 1
+            second[(np.int64(old[at + 1]) & mask) >> shift] += 1
+        if width & 1:
+            members[(np.int64(old[start + width - 1]) & mask) >> shift] += 1
+        at = start
+        while at < start + width:
+            if at + 64 <= start + width:
+                changed = _changed_64(old, at, new, at)
+            else:
+                changed = np.uint64(0)
+                for k in range(start + width - at):
+                    if old[at + k] != new[at + k]:
+                        changed |= np.uint64(1) << np.uint64(k)
+            while changed != np.uint64(0):
+                place = at + _lowest_bit(changed)
+                changed &= changed - np.uint64(1)
+                bits = np.int64(old[place])
+                code = change_code(bits, np.int64(new[place]), sign, is_float)
+                exponent = (bits & mask) >> shift
+                changes[exponent] += 1
+                symbols[exponent, 2 * _token(code >> 1)[0] + (code & 1)] += 1
+            at += 64
+    members += second
+
+
 # ---------------------------------------------------------------------------------- many tiles
 
 
@@ -588,28 +1126,34 @@ def _add_changes(old, new, start, width, stride, index, index_stride, records, n
     """`_add_change` of all records of a tile whose first element has the row-major `index`."""
     for r in range(n):
         position = np.int64(records[0, r])
-        row = position // width
-        at = start + row * stride + position - row * width
-        place = index + row * index_stride + position - row * width
+        row = np.int64(np.uint64(position) // np.uint64(width))
+        at = start + row * (stride - width) + position
+        place = index + row * (index_stride - width) + position
         _add_change(np.int64(old[at]), np.int64(new[at]), place, sums)
 
 
 @_compiled
+def _totals(reached, blocks, totals):
+    """Elements of each class of a tile."""
+    for c in range(CLASSES - 1):
+        totals[c] = np.int64(reached[blocks, c]) - np.int64(reached[blocks, c + 1])
+    totals[CLASSES - 1] = np.int64(reached[blocks, CLASSES - 1])
+
+
+@_compiled
 def encode_tiles(
-    old, new, shape, tile, first, last, fmt, limits, tables, frame, work, out, modes, changed,
-    sizes, sums,
-):  # fmt: skip
+    old, new, shape, tile, first, last, fmt, tables, frame, work, out, modes, changed, sizes, sums
+):
     """Encode tiles `first` … `last` of a box until they are done or `out` may be too small.
 
-    Args:
+    Takes:
       old, new: flat boxes.
       shape, tile: (lead, rows, cols) of the box, (rows, cols) of a tile.
-      fmt: width in bits, is a float, magnitude mask.
-      limits[7]: of the elements' type, see `scan`.
-      tables: see `write_entropy`.
+      fmt: width in bits, is a float, mantissa bits, magnitude mask, limits and classes: see `scan`.
+      tables: see `codec.Tables.arrays`.
       frame: whether to digest, row-major index in the tensor of the box's first element, and the
         strides of that index along lead and rows.
-      work: scratch: two tiles of elements, counts, totals, records, tokens.
+      work: scratch: see `codec._workspace`.
       out: u8.
       modes, changed, sizes: u8, u32, u32 of each tile of the box.
       sums[2]: change of the digest.
@@ -617,19 +1161,18 @@ def encode_tiles(
     Returns:
       The first tile that is not encoded, and the number of bytes written.
     """
-    width_bits, is_float, mask = fmt
+    width_bits, is_float, shift, mask, limits, classes = fmt
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
-    old_tile, new_tile, counts, totals, records, tokens = work
-    lead_stride = shape[1] * shape[2]
+    old_tile, new_tile, reached, starts, totals, records, symbols, order, _ = work
     at = 0
     for t in range(first, last):
         lead, row, column, height, width = _tile_box(t, shape, tile)
         size = height * width
-        if at + size * item > out.size:
+        if at + size * item + SLACK > out.size:
             return t, at
-        start = lead * lead_stride + row * shape[2] + column
+        start = (lead * shape[1] + row) * shape[2] + column
         i = start
         a, b = old, new
         line, stride = width, shape[2]
@@ -639,18 +1182,29 @@ def encode_tiles(
             _gather(old, start, width, shape[2], size, old_tile)
             _gather(new, start, width, shape[2], size, new_tile)
             a, b = old_tile, new_tile
-            line = stride = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
             i = 0
+            line = stride = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
         n = scan(
-            a, i, b, i, line, stride, size, mask, limits, sign, is_float, counts, totals, records
-        )
+            a, i, b, line, stride, size, mask, limits, shift, classes, sign, is_float,
+            reached, starts, records,
+        )  # fmt: skip
         changed[t] = n
         begin = at
         if n == 0:
             modes[t] = EMPTY
         else:
-            mode, at = write_fixed(records, n, size, width_bits, out, at)
-            if mode == DENSE:
+            mode, bits, fixed = choose_fixed(records, n, size, width_bits)
+            after = -1
+            if tables[0].size:
+                _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
+                after = write_entropy(
+                    records, n, totals, width_bits, tables, symbols, order, out, at, at + fixed
+                )
+            if after > 0:
+                mode, at = ENTROPY, after
+            elif mode != DENSE:
+                at = write_fixed(mode, bits, records, n, size, width_bits, out, at)
+            else:
                 at = _write_rows(new, start, width, shape[2], height, item, out, at)
             modes[t] = mode
             if digests:
@@ -691,12 +1245,12 @@ def encode_dense(new, shape, tile, first, last, item, out):
 
 @_compiled
 def decode_tiles(
-    old, new, in_place, shape, tile, ids, first, last, fmt, limits, tables, frame, work, data,
+    old, new, in_place, shape, tile, ids, first, last, fmt, tables, frame, work, data,
     modes, changed, offsets, sizes, sums,
 ):  # fmt: skip
     """Decode tiles `ids[first:last]` of a box; the arguments are those of `encode_tiles`.
 
-    Args:
+    Takes:
       old: flat box; of no elements where there is none and all tiles are dense.
       new: flat box that is written, the listed tiles whole.
       in_place: `new` is the memory of `old`.
@@ -705,24 +1259,25 @@ def decode_tiles(
     Returns:
       The number of the first bad tile and the reason; `last` and OK where there is none.
     """
-    width_bits, is_float, mask = fmt
+    width_bits, is_float, _, mask, limits, _ = fmt
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
-    old_tile, _, counts, totals, records, tokens = work
+    old_tile, _, reached, starts, totals, records, _, _, stream = work
     has_old = old.size > 0
+    class_changes = np.zeros(CLASSES, np.int64)
     for k in range(first, last):
         lead, row, column, height, width = _tile_box(ids[k], shape, tile)
         size = height * width
         start = (lead * shape[1] + row) * shape[2] + column
         index = origin + lead * lead_index + row * row_index + column
         at = offsets[k]
-        end = at + sizes[k]
+        n_bytes = np.int64(sizes[k])
         n = np.int64(changed[k])
         mode = modes[k]
         if mode == DENSE:
-            if end - at != size * item:
-                return k, SHORT if end - at < size * item else LONG
+            if n_bytes != size * item:
+                return k, SHORT if n_bytes < size * item else LONG
             if digests and has_old:
                 sums[2:] = 0
                 digest_rows(old, start, width, shape[2], height, index, row_index, sums[2:])
@@ -734,28 +1289,45 @@ def decode_tiles(
         if not has_old:
             return k, BASE
         if mode == EMPTY:
-            if n or end != at:
+            if n or n_bytes:
                 return k, COUNTS
         elif n == 0 or n > size:
             return k, COUNTS
-        elif mode != BLOCK_OFFSET and mode != BITMAP:
-            return k, MODE
-        else:
-            reason = read_fixed(mode, data, at, end, n, size, width_bits, records)
+        elif n_bytes >= size * item:
+            return k, LONG
+        elif mode in (BLOCK_OFFSET, BITMAP):
+            reason = read_fixed(mode, data, at, at + n_bytes, n, size, width_bits, records)
             if reason:
                 return k, reason
+        elif mode == ENTROPY and tables[0].size:
+            # Looked into in no order: that wants it in one piece, in the cache.
+            flat, i = old, start
+            line = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
+            if width != shape[2] or line != size:
+                _gather(old, start, width, shape[2], size, old_tile)
+                flat, i = old_tile, 0
+            count_classes(flat, i, size, mask, limits, reached, starts)
+            _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
+            stream[8 : 8 + n_bytes] = data[at : at + n_bytes]
+            reason = read_entropy(
+                stream, 8, 8 + n_bytes, n, totals, width_bits, tables, class_changes, records
+            )
+            if reason:
+                return k, reason
+            place_records(flat, mask, limits, reached, starts, class_changes, records)
+        else:
+            return k, MODE
         if not in_place:
             for line in range(height):
                 here = start + line * shape[2]
-                new[here : here + width] = old[here : here + width]
+                _copy(new, here, old, here, width)
         for r in range(n):
             position = np.int64(records[0, r])
-            line = position // width
-            here = start + line * shape[2] + position - line * width
+            line = np.int64(np.uint64(position) // np.uint64(width))
+            here = start + line * (shape[2] - width) + position
             bits = np.int64(old[here])
             value = changed_bits(bits, np.int64(records[3, r]), sign, is_float)
             new[here] = value
             if digests:
-                place = index + line * row_index + position - line * width
-                _add_change(bits, value, place, sums)
+                _add_change(bits, value, index + line * (row_index - width) + position, sums)
     return last, OK
