@@ -113,13 +113,13 @@ def fit(
     """Fits every stack that has runs; the others keep their defaults.
 
     Args:
-      runs: measured runs; failed launches are ignored.
+      runs: measured runs; failed launches are ignored, and rows that do not say what ran.
       about: kept in the calibration: what the runs are.
       start: where to begin, for refits of nearly the same runs.
     """
     stacks: dict[str, Constants] = {}
     chips: dict[str, dict[str, float]] = {}
-    measured = [run for run in runs if run.measured_s]
+    measured = [run for run in runs if run.is_complete]
     for stack in sorted({run.stack for run in measured}):
         mine = Table.of([run for run in measured if run.stack == stack])
         constants, shifts = _fit_stack(mine, stack, start)
@@ -233,7 +233,8 @@ def _held_out_stack(runs: Sequence[Run], stack: str, calibration: Calibration) -
         [(error(vector + h * unit) - base) / h for h, unit in zip(steps, np.eye(len(vector)),
                                                                  strict=True)], axis=1
     )  # fmt: skip
-    weights = row_weights(runs) ** 2 / (_SOFT**2 * np.sqrt(1 + (base / _SOFT) ** 2))
+    complete = np.asarray([run.is_complete for run in runs])
+    weights = complete * row_weights(runs) ** 2 / (_SOFT**2 * np.sqrt(1 + (base / _SOFT) ** 2))
     prior = 1 / layout.sigma**2
     names = np.asarray([model_key(run) for run in runs])
     predicted = np.empty(len(runs))

@@ -217,7 +217,7 @@ def _gradient_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.n
     if not program.training:
         return 0.0 * view.one
     dense, routed = local_params(view, repeats)
-    width = dtype_bytes(program.gradient_dtype)
+    width = program.gradient_bytes
     ways = np.where(strategies.zero >= 2, strategies.fsdp, 1)
     total = 0.0 * view.one
     for axis in ("context", "expert", "data", "fsdp"):
@@ -252,9 +252,9 @@ def _update(view: View, repeats: Sequence[Any], machine: Machine) -> tuple[np.nd
         return 0.0 * view.one, 0.0 * view.one
     count = sum(local_params(view, repeats))
     width = max(dtype_bytes(t.dtype) for t in program.tensors.values() if t.role == "param")
-    gradient = dtype_bytes(program.gradient_dtype)
+    gradient = program.gradient_bytes
     bandwidth = machine.hbm * machine.constants.hbm
-    moved = 2 * width + 2 * program.optimizer_bytes + _GRADIENT_READS * gradient
+    moved = 2 * width * program.trained + 2 * program.state_bytes + _GRADIENT_READS * gradient
     update = moved * count / np.where(strategies.zero >= 1, strategies.fsdp, 1) / bandwidth
     held = count / np.where(strategies.zero >= 2, strategies.fsdp, 1)
     sums = 3 * gradient * held * strategies.microbatches * (strategies.microbatches > 1)
@@ -271,7 +271,7 @@ def _offload(view: View, repeats: Sequence[Any], machine: Machine, busy: Any) ->
         if block.checkpointed:
             kept = kept + repeat / strategies.stage * kept_bytes(view, block)
     moved = 2 * kept * strategies.microbatches * (strategies.offload == "activations")
-    state = view.program.optimizer_bytes * sum(local_params(view, repeats))
+    state = view.program.state_bytes * sum(local_params(view, repeats))
     state = state / np.where(strategies.zero >= 1, strategies.fsdp, 1)
     behind = machine.constants.overlap_fsdp * busy
     hidden = np.maximum(0.0, moved / machine.pcie - behind)

@@ -60,20 +60,18 @@ def memory(view: View, repeats: Sequence[Any]) -> Memory:
             layer = np.maximum(layer, outside + experts)
         else:  # the ends lie on different stages
             ends = np.where(strategies.stage > 1, np.maximum(ends, outside), ends + outside)
-            if not program.training:
-                kept = kept + 0.0
         transient = np.maximum(transient, _working_set(view, block))
     count = dense + routed + ends
     width = _param_width(view)
     fsdp = strategies.fsdp
     training = float(program.training)
-    gradient = dtype_bytes(program.gradient_dtype) * training
+    gradient = program.gradient_bytes
     gathered = np.where(zero3 & (fsdp > 1), np.maximum(_GATHERED_LAYERS * layer, ends) * 2.0, 0.0)
     in_flight = np.where(
         strategies.stage > 1, np.minimum(strategies.stage, strategies.microbatches), 1
     )
     activations = kept * in_flight * training
-    optimizer = program.optimizer_bytes * training * count / np.where(
+    optimizer = program.state_bytes * count / np.where(
         strategies.zero >= 1, fsdp, 1)  # fmt: skip
     away_activations = (strategies.offload == "activations") * activations
     away_optimizer = (strategies.offload == "optimizer") * optimizer

@@ -203,6 +203,8 @@ class Program:
       training: a backward pass and an update follow.
       optimizer_bytes: bytes of optimiser state a trained parameter, without the parameter
         itself: 8 for Adam in float32, 12 with a float32 master copy.
+      trained: share of the parameters that is trained; the rest has no gradients and no optimiser
+        state.
       gradient_dtype: type in which gradients are accumulated and reduced.
       batch_dim: dimension that micro-batches divide, or "" if there is none.
       pipelined: the repeated blocks may be cut into pipeline stages.
@@ -216,6 +218,7 @@ class Program:
     splits: Mapping[str, Parallelism] = field(default_factory=dict)
     training: bool = True
     optimizer_bytes: float = 8.0
+    trained: float = 1.0
     gradient_dtype: str = "float32"
     batch_dim: str = "batch"
     pipelined: bool = True
@@ -265,6 +268,16 @@ class Program:
     def flops(self, op: Op) -> float:
         """FLOPs of one forward execution of an operation, undivided."""
         return op.work * op.fraction * math.prod(self.dims[d] for d in self.space(op))
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Bytes of gradient a parameter, 0 without training."""
+        return dtype_bytes(self.gradient_dtype) * self.trained * self.training
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimiser state a parameter, 0 without training."""
+        return self.optimizer_bytes * self.trained * self.training
 
     def params(self, block: Block) -> Iterator[Tensor]:
         """Parameters that a block reads, of one repetition."""

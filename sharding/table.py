@@ -19,7 +19,7 @@ from sharding.transformer import transformer
 
 # From the least recomputation to the most: what a table leaves blank.
 _REMAT_ORDER = {"xla_tpu": ("none", "dots", "projections", "full")}
-_OTHER_REMAT_ORDER = ("none", "attention", "full")
+_OTHER_REMAT_ORDER = ("none", "attention", "dots", "full")
 _PRECISIONS = ("bf16", "fp8", "fp4", "int8")
 
 
@@ -126,7 +126,8 @@ def _with_remat(run: Run, program: Program) -> Run:
 def _structure(run: Run, program: Program) -> Any:
     blocks = tuple(replace(block, repeat=1) for block in program.blocks)
     tensors = tuple(program.tensors.values())
-    return (blocks, tensors, program.training, program.optimizer_bytes, program.gradient_dtype,
+    return (blocks, tensors, program.training, program.trained,
+            program.optimizer_bytes, program.gradient_dtype,
             run.cluster.is_torus)  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from sharding import collectives
 from sharding.local import View
 from sharding.machine import Machine
-from sharding.program import Block, Op, dtype_bytes
+from sharding.program import Block, Op
 
 
 def layer_comm(view: View, block: Block, machine: Machine) -> np.ndarray:
@@ -88,7 +88,7 @@ def fsdp_comm(view: View, block: Block, machine: Machine) -> tuple[np.ndarray, n
     # Parameters travel in the type that computes, gradients in that which is reduced.
     gather = collectives.all_gather(2.0 * count, strategies.fsdp, speed, latency)
     scatter = collectives.reduce_scatter(
-        dtype_bytes(view.program.gradient_dtype) * count, strategies.fsdp, speed, latency
+        view.program.gradient_bytes * count, strategies.fsdp, speed, latency
     )
     passes = (1.0 + training) * (strategies.zero == 3)
     return gather * passes, scatter * (training * (strategies.zero >= 2))

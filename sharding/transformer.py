@@ -69,6 +69,7 @@ class TransformerConfig:
       optimizer_bytes: of optimiser state a parameter, without the parameter itself.
       gradient_dtype: in which gradients are reduced.
       training: a train step; otherwise a forward pass.
+      adapters_only: weights are frozen and small adapters trained (LoRA): no gradients of weights.
     """
 
     name: str = "transformer"
@@ -103,6 +104,7 @@ class TransformerConfig:
     optimizer_bytes: float = 8.0
     gradient_dtype: str = "float32"
     training: bool = True
+    adapters_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "d_model", "heads", "d_ff", "vocab", "seq_len", "global_batch"):
@@ -172,6 +174,8 @@ def transformer(config: TransformerConfig | None = None, **changes: Any) -> Prog
     blocks = [builder.embedding()]
     blocks += [builder.layer(name, count) for name, count in config.repeats.items()]
     blocks.append(builder.head())
+    if config.adapters_only:
+        blocks = [_frozen(block) for block in blocks]
     dims = config.dims
     return Program(
         name=config.name,
@@ -181,6 +185,7 @@ def transformer(config: TransformerConfig | None = None, **changes: Any) -> Prog
         splits={dim: kind for dim, kind in SPLITS.items() if dim in dims},
         training=config.training,
         optimizer_bytes=config.optimizer_bytes,
+        trained=0.0 if config.adapters_only else 1.0,
         gradient_dtype=config.gradient_dtype,
     )
 
@@ -373,6 +378,14 @@ class _Builder:
             logits = steps[-1]
         ops.append(_op("reduce", (logits,), loss, contracted=("vocab",), work=5.0))
         return Block(name="head", ops=tuple(ops), carry=("x",), checkpointed=False)
+
+
+def _frozen(block: Block) -> Block:
+    """The block without gradients of its weights: one product backward instead of two."""
+    ops = [
+        replace(op, backward=1.0) if op.kind in ("dot", "grouped_dot") else op for op in block.ops
+    ]
+    return replace(block, ops=tuple(ops))
 
 
 def _op(kind: Any, inputs: tuple[str, ...], *outputs: str, **fields_: Any) -> Op:

@@ -59,6 +59,21 @@ def test_blank_degrees_are_what_the_others_leave():
     assert run.stack == "megatron"
 
 
+def test_degrees_that_contradict_the_devices_give_way():
+    run = run_of(tp="7", fsdp="10")
+    assert run.strategy.mesh == {"fsdp": 256}
+    assert any("do not make the devices" in rule for rule in run.filled)
+    assert not run.is_complete
+    assert run_of().is_complete
+
+
+def test_adapters_have_no_gradients_of_weights():
+    full, adapters = run_of(), run_of(source="table (LoRA)")
+    costs = Table.of([full, adapters]).predict(shipped())
+    # Four FLOPs a parameter and token instead of six, and recomputation in both.
+    assert 0.7 < costs[1] / costs[0] < 0.85
+
+
 def test_the_least_recomputation_that_fits_is_taken():
     small = run_of(remat="", microbatch="1", global_batch_sequences="256", seq_len="512")
     large = run_of(remat="", microbatch="32", global_batch_sequences="8192")
@@ -82,7 +97,6 @@ def test_links_that_the_hardware_names_are_taken():
         ({"hardware": "Abacus 9"}, "'Abacus 9' is not in the catalogue"),
         ({"step_time_s": ""}, "no measured quantity"),
         ({"n_chips": "many"}, "n_chips is blank or no number"),
-        ({"tp": "7"}, "do not make 256 devices"),
     ],
 )
 def test_an_odd_row_is_skipped_with_its_reason(changes, reason):
