@@ -1,0 +1,371 @@
+"""Pallas kernels for the TensorCore of a TPU; they give the bits of `reference`.
+
+One grid step takes one tile, R × C with C = 256·k, so that old and new are read once and nothing
+is transposed in memory. Any other tile is first laid out as a tile matrix, which costs one more
+read and write of its operands (`traffic` counts it). `tpu_layout` says how a tile is cut,
+`tpu_lanes` how ranks and compaction are computed without cumsum, sort, gather or scatter, and
+`tpu_bodies` has the kernels.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float32, Int32, UInt, UInt32
+
+from kernels.sparse_delta import reference, tpu_bodies
+from kernels.sparse_delta.elements import ElementFormat
+from kernels.sparse_delta.reference import (
+    CLASSES,
+    SUBBLOCK,
+    WORD_BITS,
+    Packed,
+    Records,
+    Slots,
+    Tile,
+)
+from kernels.sparse_delta.tpu_layout import LANES, Layout, from_rows, lay_out, layout
+
+_MAX_CAPACITY = 512
+
+Interpret = bool | pltpu.InterpretParams
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `pallas_call`, with what it takes to run it and to count its traffic.
+
+    Attributes:
+      kernel: the body.
+      own: layout of the box.
+      grid: steps.
+      inputs: block specification and dtype of each array operand.
+      outputs: block specification, shape and dtype of each result.
+      scratch: fast memory beside the blocks.
+      scalars: how many scalar operands come first.
+      aliases: operand to result, both counted with the scalars.
+    """
+
+    kernel: Callable[..., None]
+    own: Layout
+    grid: tuple[int, ...]
+    inputs: tuple[tuple[pl.BlockSpec, Any], ...]
+    outputs: tuple[tuple[pl.BlockSpec, jax.ShapeDtypeStruct], ...]
+    scratch: tuple[Any, ...] = ()
+    scalars: int = 0
+    aliases: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, *operands: Array, interpret: Interpret) -> Sequence[Array]:
+        order = "parallel" if not self.aliases else "arbitrary"
+        return pl.pallas_call(
+            self.kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=self.scalars,
+                grid=self.grid,
+                in_specs=[spec for spec, _ in self.inputs],
+                out_specs=[spec for spec, _ in self.outputs],
+                scratch_shapes=self.scratch,
+            ),
+            out_shape=[shape for _, shape in self.outputs],
+            input_output_aliases=dict(self.aliases),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(order,) * len(self.grid)),
+            interpret=interpret,
+        )(*operands)
+
+    def traffic(self) -> int:
+        """Bytes between slow and fast memory: every block of every step."""
+        blocks = [*self.inputs, *((spec, shape.dtype) for spec, shape in self.outputs)]
+        step = 0
+        for spec, dtype in blocks:
+            block = [size for size in spec.block_shape or () if isinstance(size, int)]
+            step += math.prod(block) * jnp.dtype(dtype).itemsize
+        return math.prod(self.grid) * step
+
+
+def _tile_spec(own: Layout) -> pl.BlockSpec:
+    return pl.BlockSpec((own.rows, own.cols), lambda i, j, *_: (i, j))
+
+
+def _result(own: Layout, shape: tuple[int, ...]) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    """An int32 result of which each tile writes its own [1, *shape]."""
+    down, across = own.grid
+    zeros = (0,) * len(shape)
+    spec = pl.BlockSpec((1, *shape), lambda i, j, *_: (i * across + j, *zeros))
+    return spec, jax.ShapeDtypeStruct((down * across, *shape), jnp.int32)
+
+
+def _pack_results(own: Layout) -> tuple[tuple[pl.BlockSpec, jax.ShapeDtypeStruct], ...]:
+    return (
+        _result(own, (own.subblocks // WORD_BITS, SUBBLOCK)),
+        _result(own, (own.chunks, 1, own.chunk)),
+    )
+
+
+def _pack_scratch(own: Layout) -> tuple[Any, ...]:
+    return _row_scratch(own, SUBBLOCK)
+
+
+def _row_scratch(own: Layout, lanes: int) -> tuple[Any, ...]:
+    """Fast memory for `lanes` lanes of every row of words."""
+    return (pltpu.VMEM((own.rows // own.packing, LANES), jnp.int32),) * (lanes // LANES)
+
+
+def pack_call(own: Layout, fmt: ElementFormat) -> Call:
+    operand = _tile_spec(own), fmt.bits_dtype
+    kernel = functools.partial(tpu_bodies.pack_kernel, own=own)
+    return Call(kernel, own, own.grid, (operand,) * 2, _pack_results(own), _pack_scratch(own))
+
+
+def epilogue_call(own: Layout) -> Call:
+    down, across = own.grid
+    shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), jnp.bfloat16)
+    spec = _tile_spec(own)
+    return Call(
+        functools.partial(tpu_bodies.epilogue_kernel, own=own),
+        own,
+        own.grid,
+        ((spec, jnp.float32), (spec, jnp.uint16)),
+        ((spec, shape), *_pack_results(own)),
+        _pack_scratch(own),
+    )
+
+
+def compact_call(own: Layout, fmt: ElementFormat, capacity: int) -> Call:
+    n_words = 3 if fmt.width_bits == 32 else 2
+    block_rows = -(-own.blocks // 8) * 8
+    return Call(
+        functools.partial(tpu_bodies.compact_kernel, own=own, fmt=fmt, capacity=capacity),
+        own,
+        own.grid,
+        ((_tile_spec(own), fmt.bits_dtype),) * 2,
+        (
+            *(_result(own, (own.blocks, capacity)),) * n_words,
+            _result(own, (CLASSES, own.blocks)),
+            _result(own, (1, own.blocks)),
+        ),
+        (
+            *_row_scratch(own, capacity) * n_words,
+            pltpu.VMEM((block_rows, LANES), jnp.int32),
+        ),
+        scalars=1,
+    )
+
+
+def class_counts_call(own: Layout, fmt: ElementFormat) -> Call:
+    return Call(
+        functools.partial(tpu_bodies.class_counts_kernel, own=own, fmt=fmt),
+        own,
+        own.grid,
+        ((_tile_spec(own), fmt.bits_dtype),),
+        (_result(own, (own.chunks, 2, own.chunk)),),
+        scalars=1,
+    )
+
+
+def expand_call(own: Layout, fmt: ElementFormat, entries: int, room: int) -> Call:
+    down, across = own.grid
+    tile = pl.BlockSpec(
+        (own.rows, own.cols),
+        lambda entry, tiles, *_: (tiles[entry] // across, tiles[entry] % across),
+    )
+    slots = pl.BlockSpec((1, room, own.subblocks), lambda entry, *_: (entry, 0, 0)), jnp.int32
+    n_slots = 2 if fmt.width_bits == 32 else 1
+    shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), fmt.bits_dtype)
+    return Call(
+        functools.partial(tpu_bodies.expand_kernel, own=own, fmt=fmt, room=room),
+        own,
+        (entries,),
+        ((tile, fmt.bits_dtype), *(slots,) * n_slots),
+        ((tile, shape),),
+        (pltpu.VMEM((own.subblocks, LANES), jnp.int32),) * n_slots,
+        scalars=3,
+        aliases=((3, 0),),
+    )
+
+
+# ------------------------------------------------------------------------------------- entry points
+
+
+def _limits(thresholds: Array, fmt: ElementFormat) -> Array:
+    """Thresholds in units of bits, so that no exponent has to be shifted out."""
+    return thresholds.astype(jnp.int32) << fmt.mantissa_bits
+
+
+def _unsigned(words: Array) -> Array:
+    return lax.bitcast_convert_type(words, jnp.uint32)
+
+
+def pack(
+    old: UInt[Array, "lead rows cols"],
+    new: UInt[Array, "lead rows cols"],
+    *,
+    tile: Tile,
+    interpret: Interpret = False,
+) -> Packed:
+    """`reference.pack` in one pass.
+
+    Raises:
+      NotImplementedError: tiles that do not fit the fast memory.
+    """
+    fmt = ElementFormat(8 * old.dtype.itemsize, "unsigned")
+    own = layout(old.shape, tile, fmt.width_bits)
+    boxes = (lay_out(box, own) for box in (old, new))
+    mask, counts = pack_call(own, fmt)(*boxes, interpret=interpret)
+    return Packed(_unsigned(mask), from_rows(counts, own))
+
+
+def epilogue(
+    master: Float32[Array, "lead rows cols"],
+    old: UInt[Array, "lead rows cols"],
+    *,
+    tile: Tile,
+    interpret: Interpret = False,
+) -> tuple[UInt[Array, "lead rows cols"], Packed]:
+    """`reference.epilogue` in one pass: the difference costs the mask's bytes and reading `old`.
+
+    Raises:
+      NotImplementedError: tiles that the kernel would have to lay out first, so that nothing were
+        saved.
+    """
+    own = layout(old.shape, tile, 16)
+    if own.matrix:
+        raise NotImplementedError(f"tiles of 256·k columns that divide the box: {tile=}")
+    boxes = (lay_out(box, own) for box in (master, old))
+    new, mask, counts = epilogue_call(own)(*boxes, interpret=interpret)
+    bits = lax.bitcast_convert_type(new, jnp.uint16).reshape(old.shape)
+    return bits, Packed(_unsigned(mask), from_rows(counts, own))
+
+
+def compact(
+    old: UInt[Array, "lead rows cols"],
+    new: UInt[Array, "lead rows cols"],
+    thresholds: Int32[Array, " 7"],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int,
+    interpret: Interpret = False,
+) -> Records:
+    """`reference.compact` in one pass.
+
+    Raises:
+      NotImplementedError: tiles or slots that do not fit the fast memory.
+    """
+    own = layout(old.shape, tile, fmt.width_bits)
+    if capacity > _MAX_CAPACITY or capacity % LANES:
+        raise NotImplementedError(
+            f"capacity must be a multiple of {LANES} up to {_MAX_CAPACITY}: {capacity=}"
+        )
+    boxes = (lay_out(box, own) for box in (old, new))
+    call = compact_call(own, fmt, capacity)
+    *words, class_totals, counts = call(_limits(thresholds, fmt), *boxes, interpret=interpret)
+    places, values, *new_values = map(_unsigned, words)
+    return Records(
+        places, values, new_values[0] if new_values else None, counts[:, 0], class_totals
+    )
+
+
+def class_counts(
+    old: UInt[Array, "lead rows cols"],
+    thresholds: Int32[Array, " 7"],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    interpret: Interpret = False,
+) -> UInt32[Array, "T 2 S"]:
+    """`reference.class_counts` in one pass.
+
+    Raises:
+      NotImplementedError: tiles that do not fit the fast memory.
+    """
+    own = layout(old.shape, tile, fmt.width_bits)
+    box = lay_out(old, own)
+    (packed,) = class_counts_call(own, fmt)(_limits(thresholds, fmt), box, interpret=interpret)
+    words = [from_rows(packed[:, :, word], own) for word in range(2)]
+    return _unsigned(jnp.stack(words, axis=1))
+
+
+def expand(
+    old: UInt[Array, "lead rows cols"],
+    slots: Slots,
+    thresholds: Int32[Array, " 7"],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    interpret: Interpret = False,
+) -> UInt[Array, "lead rows cols"]:
+    """`reference.expand`, in place where `old` is donated; reads and writes listed tiles only.
+
+    Raises:
+      NotImplementedError: tiles that do not fit the fast memory.
+    """
+    own = layout(old.shape, tile, fmt.width_bits)
+    room = -slots.keys.shape[1] % 8
+    words = [part for part in (slots.keys, slots.changes) if part is not None]
+    words = [
+        lax.bitcast_convert_type(
+            jnp.pad(part, ((0, 0), (0, room), (0, 0)), constant_values=fill), jnp.int32
+        )
+        for part, fill in zip(
+            words, (jnp.uint32(reference.EMPTY_SLOT), jnp.uint32(0)), strict=False
+        )
+    ]
+    entries, room, _ = words[0].shape
+    call = expand_call(own, fmt, entries, room)
+    scalars = slots.tiles, slots.used.reshape(1), _limits(thresholds, fmt)
+    (new,) = call(*scalars, lay_out(old, own), *words, interpret=interpret)
+    if own.matrix:
+        return reference.untile(new, old.shape, tile)
+    return new.reshape(old.shape)
+
+
+def traffic(
+    name: str,
+    extents: tuple[int, int, int],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int = 128,
+    touched: int | None = None,
+    room: int = 16,
+) -> int:
+    """Bytes that a kernel moves between slow and fast memory for a box.
+
+    The sum over its operands and results of block size × grid steps, from the same specifications
+    that the kernel is called with, and what is copied around the call: laying a box out as a tile
+    matrix and back, and putting small results in the order of sub-blocks.
+
+    Args:
+      name: of the entry point: pack, epilogue, compact, class_counts or expand.
+      extents: lead, rows and cols of the box.
+      fmt: of its elements.
+      tile: R and C.
+      capacity: slots a block, of `compact`.
+      touched: listed tiles, of `expand`; all where None.
+      room: slots a sub-block, of `expand`.
+    """
+    own = layout(extents, tile, 16 if name == "epilogue" else fmt.width_bits)
+    down, across = own.grid
+    n_subblocks = down * across * own.subblocks
+    box = math.prod(extents) * fmt.width_bits // 8
+    matrix = n_subblocks * SUBBLOCK * fmt.width_bits // 8
+    laid_out = box + matrix if own.matrix else 0
+    if name == "pack":
+        return pack_call(own, fmt).traffic() + 2 * laid_out + 8 * n_subblocks
+    if name == "epilogue":
+        return epilogue_call(own).traffic() + 8 * n_subblocks
+    if name == "compact":
+        return compact_call(own, fmt, capacity).traffic() + 2 * laid_out
+    if name == "class_counts":
+        return class_counts_call(own, fmt).traffic() + laid_out + 16 * n_subblocks
+    if name == "expand":
+        entries = down * across if touched is None else touched
+        return expand_call(own, fmt, entries, room).traffic() + 2 * laid_out
+    raise ValueError(f"no kernel of that name: {name!r}")
