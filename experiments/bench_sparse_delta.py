@@ -30,6 +30,7 @@ from experiments.delta_bench.peers import DENSE_XOR, peers
 from experiments.delta_bench.recorded import Recording, Versions, record
 from experiments.delta_bench.synthetic import Simulation, pair_path, synthetic_pairs
 from experiments.delta_bench.targets import notes, targets
+from experiments.delta_bench.traffic import traffic
 from experiments.harness import Run
 from experiments.harness.report import Report
 from experiments.harness.tables import Table
@@ -75,6 +76,7 @@ def experiment(run: Run) -> None:
         "speeds": timings(run, [*codecs, floor()], synthetic),
         "catch_up": catch_up(versions, pairs),
         "cold": first_calls(run),
+        "traffic": traffic(),
         "took_s": dict(run.timeline.totals_s),
     }
     summary["targets"] = targets(summary, NAME)
@@ -84,9 +86,9 @@ def experiment(run: Run) -> None:
     text = [
         part
         for heading, group in shown.items()
-        for part in (*(table.text() for table in group), f"{prose.get(heading, '').strip()}\n")
+        for part in (*(table.text() for table in group), prose.get(heading, "").lstrip())
     ]
-    run.finish(summary, "\n".join(text))
+    run.finish(summary, "\n".join(filter(None, text)))
 
 
 def pairs_of(run: Run) -> tuple[list[Pair], list[Versions]]:
@@ -95,9 +97,9 @@ def pairs_of(run: Run) -> tuple[list[Pair], list[Versions]]:
     folder = run.folder / "pairs"
     folder.mkdir(exist_ok=True)
     with run.span("synthetic pairs"):
-        synthetic = synthetic_pairs(folder, config.simulation, config.densities)
+        synthetic = synthetic_pairs(folder, config.simulation, config.densities, seed=config.seed)
     with run.span("recording"):
-        versions = record(run, config.recording, config.learning_rates)
+        versions = record(run, config.recording, config.learning_rates, seed=config.seed)
     return synthetic, versions
 
 
@@ -187,6 +189,7 @@ def all_tables(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
             tables.cold(summary),
         ],
         "Catching up": [tables.catch_up(summary)],
+        "Accelerators": [tables.traffic(summary)],
     }
 
 

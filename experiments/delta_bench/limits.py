@@ -85,16 +85,13 @@ def limits(pair: Pair) -> Limits:
         raise ValueError(f"bits per change need a change, and {pair.name!r} has none")
     elements, changed = _counts(pair.old, pair.new)
     exponents, steps, values = _changes(pair.old, pair.new)
-    by_exponent = sum(
-        entropy_bits(np.unique(steps[exponents == e], return_counts=True)[1])
-        for e in np.unique(exponents)
-    )
+    by_exponent = sum(entropy_bits(_histogram(steps[exponents == e])) for e in np.unique(exponents))
     bits: Mapping[str, float] = {
         "iid_mask": mask_bits(elements.sum(), changed.sum()),
-        "iid_step": entropy_bits(np.unique(steps, return_counts=True)[1]),
+        "iid_step": entropy_bits(_histogram(steps)),
         "mask": mask_bits(elements.sum(0), changed.sum(0)),
         "tensor_mask": mask_bits(elements, changed),
-        "value": entropy_bits(np.unique(values, return_counts=True)[1]),
+        "value": entropy_bits(_histogram(values)),
     }
     each = {name: total / pair.changed for name, total in bits.items()}
     step = by_exponent / pair.changed
@@ -106,6 +103,11 @@ def limits(pair: Pair) -> Limits:
         given_tensor=each["tensor_mask"] + step,
         new_value=each["iid_mask"] + each["value"],
     )
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """How often each integer occurs, those between that never do included."""
+    return np.bincount(values - values.min())
 
 
 def _counts(old: Bits, new: Bits) -> tuple[np.ndarray, np.ndarray]:

@@ -60,6 +60,8 @@ class Speed:
       encode_cores, apply_cores: CPU time over wall time.
       encode_times, apply_times: how many times the speed of the baseline; medians of the rounds'
         ratios.
+      encode_cpu_times, apply_cpu_times: the same of CPU time, which others on the machine disturb
+        less.
     """
 
     encode: float
@@ -68,6 +70,8 @@ class Speed:
     apply_cores: float
     encode_times: float
     apply_times: float
+    encode_cpu_times: float
+    apply_cpu_times: float
 
 
 def floor() -> Codec:
@@ -133,6 +137,7 @@ def _speed(
         own = [clock[i] for clock in clocks]
         values[what] = pair.dense_bytes / median(c.wall_s for c in own) / 1e9
         values[f"{what}_cores"] = median(c.cpu_s / c.wall_s for c in own)
-        pairs = zip(own, baseline, strict=True)
-        values[f"{what}_times"] = median(other[i].wall_s / c.wall_s for c, other in pairs)
+        pairs = [(clock, other[i]) for clock, other in zip(own, baseline, strict=True)]
+        values[f"{what}_times"] = median(b.wall_s / a.wall_s for a, b in pairs)
+        values[f"{what}_cpu_times"] = median(b.cpu_s / max(a.cpu_s, 1e-9) for a, b in pairs)
     return Speed(**values)

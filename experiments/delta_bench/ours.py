@@ -79,13 +79,15 @@ def anchor_sizes(pair: Pair) -> dict[str, float]:
 
 
 def squash_sizes(versions: Versions) -> dict[str, float]:
-    """Bytes of one delta over all versions, and of those that it stands for."""
+    """Bytes of one delta over all versions, and of those it stands for; its result is checked."""
+    base = versions.consecutive().arrays[0]
     pairs = [versions.consecutive(i) for i in range(len(versions.weights) - 1)]
     payloads = [
         sparse_delta.encode(*pair.arrays, version=i + 1, base_version=i)
         for i, pair in enumerate(pairs)
     ]
-    payload = sparse_delta.encode(*versions.squashed().arrays, version=len(pairs), base_version=0)
+    payload = sparse_delta.squash(base, *payloads)
+    ours()[0].check(versions.squashed(), sparse_delta.apply(base, payload))
     each = [memoryview(p).nbytes for p in payloads]
     size = memoryview(payload).nbytes
     return {

@@ -35,16 +35,14 @@ class Recording:
       model: decoder of 3.3 M parameters.
       sft_steps: of supervised fine-tuning, of 32 demonstrations each.
       warmup: RL steps before the first recorded version: Adam's moments fill up.
-      seed: of all of it.
     """
 
     algorithm: str = "repo_grpo"
     model: ModelConfig = field(default_factory=lambda: _MODEL)
     sft_steps: int = 200
     warmup: int = 24
-    seed: int = 0
 
-    def safety(self, learning_rate: float) -> SafetyConfig:
+    def safety(self, learning_rate: float, seed: int) -> SafetyConfig:
         """The run of `experiments.safety` at one learning rate, constant after its warm-up."""
         return replace(
             QUICK,
@@ -54,7 +52,7 @@ class Recording:
             optimizer=OptimizerConfig(learning_rate=learning_rate),
             critic_free_learning_rate=learning_rate,
             steps=1_000_000,  # of which the few that are done see no decay
-            seed=self.seed,
+            seed=seed,
         )
 
 
@@ -72,27 +70,29 @@ class Versions:
 
     def consecutive(self, index: int = 0) -> Pair:
         """One version to the next."""
-        name = f"RePO, lr {self.learning_rate:.0e}"
+        name = f"RePO, lr {self.learning_rate:g}"
         return Pair(name=name, old=self.weights[index], new=self.weights[index + 1])
 
     def squashed(self) -> Pair:
         """The first version to the last."""
-        name = f"RePO, lr {self.learning_rate:.0e}, {len(self.weights) - 1} versions"
+        name = f"RePO, lr {self.learning_rate:g}, {len(self.weights) - 1} versions"
         return Pair(name=name, old=self.weights[0], new=self.weights[-1])
 
 
-def record(run: Run, recording: Recording, learning_rates: Sequence[float]) -> list[Versions]:
+def record(
+    run: Run, recording: Recording, learning_rates: Sequence[float], *, seed: int
+) -> list[Versions]:
     """Trains at each learning rate; what an earlier process has finished is read."""
     folder = run.folder / "pairs"
-    paths = {rate: folder / f"recorded_{rate:.0e}.npz" for rate in learning_rates}
+    paths = {rate: folder / f"recorded_{rate:g}.npz" for rate in learning_rates}
     if not all(path.exists() for path in paths.values()):
-        config = recording.safety(learning_rates[0])
+        config = recording.safety(learning_rates[0], seed)
         work = task.build(config, task.load(config), run.folder)
         start = stages.fine_tune(run, config, work)
         with run.progress("recording", len(paths)) as bar:
             for done, (rate, path) in enumerate(paths.items(), 1):
                 if not path.exists():
-                    _train(run, recording, rate, work, start, path)
+                    _train(run, recording, recording.safety(rate, seed), work, start, path)
                 bar.update(done)
     return [Versions(learning_rate=r, weights=load_versions(p)) for r, p in paths.items()]
 
@@ -100,18 +100,17 @@ def record(run: Run, recording: Recording, learning_rates: Sequence[float]) -> l
 def _train(
     run: Run,
     recording: Recording,
-    learning_rate: float,
+    config: SafetyConfig,
     work: task.Task,
     start: stages.Policy,
     path: Path,
 ) -> None:
-    config = recording.safety(learning_rate)
     recipe = config.recipe(recording.algorithm)
     evaluators = task.exact_evaluators(work.data)
     trainer = stages.trainer_of(run, config, work, evaluators, recipe, start)
     initial = stages.initial_state(config, trainer.learner, work, start)
     versions: list[Bits] = []
-    stage, last = f"lr_{learning_rate:.0e}", recording.warmup + SQUASHED
+    stage, last = path.stem, recording.warmup + SQUASHED
     run.rewind(stage, 0)
     for done, state, metrics, _ in trainer.run(initial, start=0, steps=last):
         run.log(stage, done, metrics)

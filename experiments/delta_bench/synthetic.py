@@ -33,10 +33,9 @@ class Simulation:
       memory: coefficient of the AR(1) process.
       b1: decay rate of Adam's first moment.
       b2: decay rate of its second moment.
-      seed: of all of it.
     """
 
-    elements: int = 1 << 23
+    elements: int = 1 << 24
     layers: int = 16
     steps: int = 24
     median_std: float = 0.02
@@ -45,7 +44,6 @@ class Simulation:
     memory: float = 0.9
     b1: float = 0.9
     b2: float = 0.999
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.elements < 1 or self.elements % (512 * self.layers):
@@ -69,11 +67,11 @@ class Trajectory:
     last: np.ndarray
 
     @classmethod
-    def run(cls, simulation: Simulation) -> "Trajectory":
+    def run(cls, simulation: Simulation, seed: int) -> "Trajectory":
         """Simulates layer by layer."""
         shape = (simulation.layers, simulation.elements // (512 * simulation.layers), 512)
         parts = [np.empty(shape, np.float32) for _ in range(3)]
-        streams = np.random.SeedSequence(simulation.seed).spawn(simulation.layers)
+        streams = np.random.SeedSequence(seed).spawn(simulation.layers)
         for layer, stream in enumerate(streams):
             rng = np.random.default_rng(stream)
             for part, values in zip(parts, _layer(simulation, shape[1:], rng), strict=True):
@@ -135,7 +133,9 @@ def pair_path(folder: Path, density: float) -> Path:
     return folder / f"synthetic_{density:g}.npz"
 
 
-def synthetic_pairs(folder: Path, simulation: Simulation, densities: Sequence[float]) -> list[Pair]:
+def synthetic_pairs(
+    folder: Path, simulation: Simulation, densities: Sequence[float], *, seed: int
+) -> list[Pair]:
     """Pairs of these densities; read from `folder` where an earlier run left them.
 
     At density 1 the learning rate is the largest that changes all but a thousandth; the bits of
@@ -143,7 +143,7 @@ def synthetic_pairs(folder: Path, simulation: Simulation, densities: Sequence[fl
     """
     paths = {density: pair_path(folder, density) for density in densities}
     if not all(path.exists() for path in paths.values()):
-        trajectory = Trajectory.run(simulation)
+        trajectory = Trajectory.run(simulation, seed)
         for density, path in paths.items():
             old, new = trajectory.versions(trajectory.solve(min(density, 0.999)))
             if density == 1:

@@ -14,7 +14,7 @@ LIMITS = {
     "iid": "limit, i.i.d.",
     "new_value": "limit of sending new values",
 }
-_MODEL = "SparseRL-Sync's model, 60 % of a value kept"
+_MODEL = "SparseRL-Sync's own model"
 
 
 def density_text(density: float) -> str:
@@ -86,7 +86,9 @@ def recorded(summary: Summary) -> Table:
     """Sizes over the recorded pairs of consecutive versions."""
     names = pairs_of(summary, "recorded")
     headings = [
-        f"{name.split(', ')[1]}: {density_text(summary['pairs'][name]['density'])}"
+        f"{name.split(', ')[1]}: {density_text(summary['pairs'][name]['density'])}".replace(
+            " ", "\N{NO-BREAK SPACE}"
+        )
         for name in names
     ]
     caption = "Recorded RePO training, one version to the next: bits per changed element (ratio)"
@@ -160,6 +162,8 @@ def speed(summary: Summary, name: str) -> Table:
         for threads in summary["speeds"][name]:
             columns[f"{what}@{threads}"] = f"{what} GB/s, {threads} thr."
             columns[f"{what}_times@{threads}"] = "× slime"
+            if threads == "1":
+                columns[f"{what}_cpu_times@{threads}"] = "in CPU time"
     caption = f"Speed at {density_text(pair['density'])} changed: medians of interleaved rounds"
     return Table.of(records, columns, caption=caption)
 
@@ -199,6 +203,15 @@ def cold(summary: Summary) -> Table:
         "second_apply_s": "second apply s",
     }  # fmt: skip
     return Table.of(summary["cold"], columns, caption="First calls in a new process")
+
+
+def traffic(summary: Summary) -> Table:
+    """Bytes that the TPU kernels move for each element."""
+    columns = {
+        "bytes_per_element": "bytes an element", "least": "least possible", "ratio": "ratio",
+    }  # fmt: skip
+    caption = "bf16 traffic of the TPU kernels, counted from their block specifications"
+    return Table.of(summary["traffic"], columns, caption=caption)
 
 
 def targets(summary: Summary) -> Table:
