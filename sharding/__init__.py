@@ -1,5 +1,16 @@
-"""Plans: where the arrays of a JAX program lie on a mesh. Knows nothing of models or of RL."""
+"""Plans: where the arrays of a JAX program lie on a mesh. Knows nothing of models or of RL.
 
+`plan` finds one for a function and a cluster, `simulate` costs one that somebody else made, and
+`train_step` makes a step whose inside a plan may change.
+"""
+
+from sharding.execute import TrainStep as TrainStep
+from sharding.execute import train_step as train_step
+from sharding.paths import leaf_path as leaf_path
 from sharding.plan import BoundPlan as BoundPlan
 from sharding.plan import Plan as Plan
-from sharding.plan import leaf_path as leaf_path
+from sharding.planner import plan as plan
+from sharding.simulation import simulate as simulate
+from sharding.space import Constraints as Constraints
+from sharding.topology import Cluster as Cluster
+from sharding.transformer import transformer as transformer

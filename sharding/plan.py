@@ -1,16 +1,22 @@
 """A plan: the shape of a mesh and where each array lies on it, without any device.
 
 A plan can be written down, compared and sent to another machine; `bind` turns it into JAX
-shardings on the devices that are there.
+shardings on the devices that are there, `apply` a step into one that runs as planned.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding import plan_json
+from sharding.execute import Execution, Planned
+from sharding.explain import Alternative, Prediction, explain
+from sharding.paths import leaf_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +29,57 @@ class Plan:
         longest path that its own path ends with, so that the moments of an optimiser lie with
         their parameters; a leaf without any is replicated.
       batch: mesh axes over which the leading axis of the data is split.
+      inputs: path within the tuple of arguments of the planned step to its spec; unlike `specs`
+        whole paths.
+      outputs: path within its result to its spec.
+      activations: named dimension of the step to the mesh axes that divide it within.
+      gradients: path of a parameter, within its argument, to the spec of its gradient.
+      remat: rematerialisation of layers: "none", "dots" (products are kept) or "full".
+      accumulation_steps: micro-batches whose gradients are summed before an update.
+      pipeline: layers of every pipeline stage, or ().
+      microbatches: that fill the pipeline.
+      prediction: what the step will cost; None of a plan that was written by hand.
+      alternatives: the next best, fastest first.
+      notes: what was out of reach, unknown or left whole, for `explain`.
+      program: name of the step.
+      cluster: name of the cluster.
+      state: positions of arguments that were said to be state; None if inferred.
+      data: the same of data.
+      in_tree: structure of the arguments; not written down.
+      out_tree: structure of the result; not written down.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
     specs: Mapping[str, PartitionSpec] = field(default_factory=dict)
     batch: tuple[str, ...] = ()
+    inputs: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    outputs: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gradients: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    remat: str = "none"
+    accumulation_steps: int = 1
+    pipeline: tuple[int, ...] = ()
+    microbatches: int = 1
+    prediction: Prediction | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    notes: tuple[str, ...] = ()
+    program: str = ""
+    cluster: str = ""
+    state: tuple[int, ...] | None = None
+    data: tuple[int, ...] | None = None
+    in_tree: Any = field(default=None, repr=False, compare=False)
+    out_tree: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for axis, size in self.mesh.items():
             if size < 1:
                 raise ValueError(f"a mesh axis needs at least one device: {axis}={size}")
-        named = {"batch": PartitionSpec(self.batch or None), **self.specs}
+        named = {
+            "batch": PartitionSpec(self.batch or None),
+            **self.specs,
+            **self.inputs,
+            **self.outputs,
+        }
         for path, spec in named.items():
             unknown = _axes(spec) - set(self.mesh)
             if unknown:
@@ -77,6 +123,99 @@ class Plan:
             if found is not None:
                 return found
         return PartitionSpec()
+
+    @property
+    def in_shardings(self) -> Any:
+        """Partition specs of the arguments, as `jax.jit` takes them under `jax.set_mesh`."""
+        return self._tree(self.in_tree, self.inputs)
+
+    @property
+    def out_shardings(self) -> Any:
+        """Partition specs of the result, as `jax.jit` takes them under `jax.set_mesh`."""
+        return self._tree(self.out_tree, self.outputs)
+
+    def _tree(self, structure: Any, specs: Mapping[str, PartitionSpec]) -> Any:
+        if structure is None:
+            raise ValueError(
+                "this plan holds paths and no structure of arguments: it was loaded or written by "
+                "hand; read `inputs` and `outputs`, or use `apply`, which needs none"
+            )
+        return jax.tree.unflatten(structure, list(specs.values()))
+
+    @property
+    def step_time_s(self) -> float:
+        """Predicted seconds of a step."""
+        return self._predicted.step_time_s
+
+    @property
+    def memory_bytes(self) -> float:
+        """Predicted bytes of the fullest device."""
+        return self._predicted.memory_bytes
+
+    @property
+    def breakdown(self) -> Mapping[str, float]:
+        """Predicted seconds, term by term; they sum to `step_time_s`."""
+        return self._predicted.breakdown
+
+    @property
+    def gap(self) -> float:
+        """Distance to a proven lower bound of the search space, as a share of `step_time_s`."""
+        return self._predicted.gap
+
+    @property
+    def _predicted(self) -> Prediction:
+        if self.prediction is None:
+            raise ValueError("nothing was predicted of this plan; `sharding.simulate` costs it")
+        return self.prediction
+
+    def explain(self) -> str:
+        """What is divided, what it costs term by term, and what was out of reach, as text."""
+        return explain(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON, which `from_json` reads."""
+        return plan_json.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Reads what `to_json` wrote."""
+        return cls(**plan_json.loads(text))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to a file, which `load` reads."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads a file that `save` wrote."""
+        return cls.from_json(Path(path).read_text())
+
+    def apply(
+        self,
+        step: Callable[..., Any],
+        devices: Sequence[Any] | None = None,
+        *,
+        donate: Sequence[int] = (),
+    ) -> Planned:
+        """A step that runs as planned: jit with shardings, activations, remat and stages.
+
+        Args:
+          step: the function that was planned.
+          devices: JAX devices; all of this process's backend when None.
+          donate: positions of arguments whose memory the results may take.
+        """
+        execution = Execution(
+            mesh=self.bind(devices).mesh,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            activations=self.activations,
+            gradients=self.gradients,
+            remat=self.remat,
+            accumulation_steps=self.accumulation_steps,
+            pipeline=self.pipeline,
+            microbatches=self.microbatches,
+        )
+        return Planned(step, execution, donate=donate, state=self.state, data=self.data)
 
     def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":
         """Lays the plan on devices.
@@ -164,21 +303,6 @@ class BoundPlan:
                     f"mesh axes {_entry(entry)} split a dimension of {name} {ways} ways, "
                     f"which its size {size} does not allow; shape {shape}, spec {spec}"
                 )
-
-
-def leaf_path(path: Sequence[Any]) -> str:
-    """Path of a pytree leaf as text: keys joined by "/", wrappers of values left out.
-
-    >>> tree = {"layers": {"query": 0}}
-    >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    ['layers/query']
-    """
-    # Flax wraps arrays in variables, whose array is the *attribute* "value"; a parameter that
-    # is itself called "value" is an entry of a dict and keeps its name.
-    keys = tuple(path)
-    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _is_axes(leaf: Any) -> bool:

@@ -1,0 +1,61 @@
+"""Plans as JSON: readable, and the same for the same plan."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from sharding.explain import Alternative, Prediction
+
+_SPECS = ("specs", "inputs", "outputs", "gradients")
+_TREES = ("in_tree", "out_tree")  # structures of somebody's classes: not data
+_TUPLES = ("batch", "pipeline", "notes", "state", "data")
+
+
+def dumps(plan: Any) -> str:
+    """A `Plan` as JSON."""
+    held: dict[str, Any] = {}
+    for item in fields(plan):
+        value = getattr(plan, item.name)
+        if item.name in _TREES:
+            continue
+        if item.name in _SPECS:
+            value = {path: _entries(spec) for path, spec in value.items()}
+        elif item.name == "prediction":
+            value = None if value is None else asdict(value)
+        elif item.name == "alternatives":
+            value = [asdict(other) for other in value]
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        held[item.name] = value
+    return json.dumps(held, indent=1)
+
+
+def loads(text: str) -> dict[str, Any]:
+    """The fields of a `Plan` from JSON.
+
+    Raises:
+      ValueError: not the JSON of a plan.
+    """
+    held = json.loads(text)
+    if not isinstance(held, dict) or "mesh" not in held:
+        raise ValueError(f"no plan: an object with a mesh is needed, got {text[:60]!r}")
+    for name in _SPECS:
+        held[name] = {path: _spec(entries) for path, entries in held[name].items()}
+    for name in _TUPLES:
+        held[name] = None if held[name] is None else tuple(held[name])
+    held["activations"] = {name: tuple(axes) for name, axes in held["activations"].items()}
+    if held["prediction"] is not None:
+        held["prediction"] = Prediction(**held["prediction"])
+    held["alternatives"] = tuple(Alternative(**other) for other in held["alternatives"])
+    return held
+
+
+def _entries(spec: PartitionSpec) -> list[Any]:
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
+
+
+def _spec(entries: list[Any]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in entries))

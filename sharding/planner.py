@@ -1,0 +1,218 @@
+"""`plan`: from a step and a cluster to a plan."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from sharding import stages
+from sharding.constants import Calibration
+from sharding.cost import estimate
+from sharding.execute import TrainStep
+from sharding.explain import Alternative
+from sharding.pipeline import cut_layers
+from sharding.plan import Plan
+from sharding.rewrite import POLICIES
+from sharding.simulation import find_cluster, predicted, without_rule
+from sharding.solver import Candidate, solve
+from sharding.space import Constraints
+from sharding.specs import Layout, layout
+from sharding.step_trace import trace_step
+from sharding.strategies import Strategies, Strategy
+from sharding.topology import Cluster
+from sharding.trace import Trace
+
+# Strategies that are tried, fastest first, when specs are fixed and some cannot hold them.
+_TRIED = 64
+
+
+def plan(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    cluster: str | Cluster | Sequence[Any],
+    fixed: Mapping[str, PartitionSpec] | None = None,
+    constraints: Constraints | None = None,
+    state: Sequence[int] | None = None,
+    data: Sequence[int] | None = None,
+    calibration: Calibration | None = None,
+    top: int = 5,
+) -> Plan:
+    """Finds how to divide a step over a cluster.
+
+    Args:
+      step: a function that `jax.jit` takes, or what `train_step` returns, whose inside the plan
+        may change too.
+      args: its arguments, a sequence of pytrees of arrays or `jax.ShapeDtypeStruct`s.
+      cluster: a name ("v5p:4x4x8", "h100:8x8"), a JSON file, JAX devices, or a `Cluster`.
+      fixed: path of an argument to the spec that it must have, for programs that share
+        parameters; the position of the argument may be left out of the path.
+      constraints: what the search has to keep to.
+      state: positions of arguments that are state (parameters, optimiser); inferred when None.
+      data: positions of arguments whose leading axis is the batch; inferred when None.
+      calibration: constants of the cost model; the shipped ones when None.
+      top: how many plans to list, the chosen one included.
+
+    Raises:
+      ValueError: nothing divides the step, nothing fits (the message names the smallest
+        overshoot and what would fix it), or nothing keeps to the constraints.
+    """
+    where = find_cluster(cluster)
+    traced = trace_step(step, args, state=state, data=data)
+    allowed, notes = _within_reach(step, traced, constraints or Constraints())
+    found = solve(
+        traced.program,
+        where,
+        constraints=allowed,
+        calibration=calibration,
+        top=max(top, _TRIED if fixed else 1),
+    )
+    chosen, placed = _first_that_holds(traced, found.best, fixed)
+    prediction = dataclasses.replace(
+        predicted(chosen),
+        gap=max(0.0, 1 - found.bound_s / chosen.step_s),
+        search_time_s=found.search_time_s,
+        space=found.space,
+    )
+    others = [c for c in found.best if c is not chosen][: max(0, top - 1)]
+    return _plan(
+        step, traced, where, chosen.strategy, placed,
+        prediction=prediction,
+        alternatives=tuple(map(_alternative, others)),
+        notes=(*where.warnings, *notes),
+        state=None if state is None else tuple(state),
+        data=None if data is None else tuple(data),
+        calibration=calibration,
+    )  # fmt: skip
+
+
+def _within_reach(
+    step: Callable[..., Any], traced: Trace, wanted: Constraints
+) -> tuple[Constraints, list[str]]:
+    """Constraints that keep to what can be executed, and what they leave out, in words."""
+    reach: dict[str, Any] = {"interleave": 1, "sequence_parallel": False}
+    remat = tuple(POLICIES)
+    notes = without_rule(traced)
+    if isinstance(step, TrainStep):
+        obstacle = stages.obstacle(traced)
+        if obstacle:
+            reach["stage"] = 1
+            notes.append(f"pipeline stages were out of reach: {obstacle}")
+    else:
+        reach |= {"stage": 1, "microbatches": 1}
+        if traced.is_loss:
+            notes.append(
+                "accumulation and pipeline stages were out of reach: a bare loss; "
+                "pass sharding.train_step(loss, optimizer)"
+            )
+        elif traced.program.training:
+            remat = ("none",)
+            notes.append(
+                "rematerialisation, accumulation and pipeline stages were out of reach: the step "
+                "is opaque; pass sharding.train_step(loss, optimizer)"
+            )
+    if traced.has_remat:
+        remat = ("full",)
+        notes.append("rematerialisation is the program's own, costed as full")
+    clash = {
+        name: value
+        for name, value in wanted.pinned.items()
+        if reach.get(name, value) != value or (name == "remat" and value not in remat)
+    }
+    if clash:
+        raise ValueError(f"{clash} cannot be executed for this step: {'; '.join(notes) or remat}")
+    allowed = tuple(r for r in remat if not wanted.remat or r in wanted.remat)
+    if not allowed:
+        raise ValueError(f"remat allows {wanted.remat}, this step can do {remat}")
+    if set(wanted.offload) - {"none"}:
+        raise ValueError(f"offload {wanted.offload} is costed but not executed; allow 'none'")
+    narrowed = dataclasses.replace(
+        wanted, pinned={**reach, **wanted.pinned}, remat=allowed, offload=("none",)
+    )
+    return narrowed, notes
+
+
+def _first_that_holds(
+    traced: Trace, candidates: Sequence[Candidate], fixed: Mapping[str, PartitionSpec] | None
+) -> tuple[Candidate, Layout]:
+    """The fastest candidate whose mesh can hold the specs that are fixed."""
+    reason: ValueError | None = None
+    for candidate in candidates:
+        try:
+            return candidate, layout(traced, candidate.strategy, fixed=fixed)
+        except ValueError as error:
+            reason = reason or error
+    raise ValueError(
+        f"none of the {len(candidates)} fastest meshes holds the fixed specs ({reason}); pin the "
+        "degrees that they need, as Constraints(pinned={'tensor': 2})"
+    )
+
+
+def _plan(
+    step: Callable[..., Any],
+    traced: Trace,
+    cluster: Cluster,
+    strategy: Strategy,
+    placed: Layout,
+    *,
+    calibration: Calibration | None,
+    notes: Sequence[str],
+    **fields: Any,
+) -> Plan:
+    own = [leaf for leaf in traced.inputs if leaf.role == "param" and "/" in leaf.path]
+    gradients = {}
+    if isinstance(step, TrainStep):
+        spread = (
+            layout(traced, dataclasses.replace(strategy, zero=3)) if strategy.zero == 2 else placed
+        )
+        gradients = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
+                     for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
+    return Plan(
+        mesh=placed.mesh,
+        specs={leaf.path.partition("/")[2]: placed.inputs[leaf.path] for leaf in own},
+        batch=placed.activations.get("batch", ()),
+        inputs=placed.inputs,
+        outputs=placed.outputs,
+        activations=placed.activations,
+        gradients=gradients,
+        remat="none" if traced.has_remat else strategy.remat,
+        accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
+        pipeline=_cuts(traced, cluster, strategy, calibration),
+        microbatches=strategy.microbatches if strategy.stage > 1 else 1,
+        notes=(*notes, *placed.notes),
+        program=traced.program.name,
+        cluster=cluster.name,
+        in_tree=traced.in_tree,
+        out_tree=traced.out_tree,
+        **fields,
+    )
+
+
+def _cuts(
+    traced: Trace, cluster: Cluster, strategy: Strategy, calibration: Calibration | None
+) -> tuple[int, ...]:
+    """Layers of every stage, the slowest stage as fast as can be."""
+    if strategy.stage == 1:
+        return ()
+    stacked = Strategies.stack([strategy])
+    result = estimate(traced.program, stacked, cluster, calibration=calibration)
+    times = [
+        float(time.total[0])
+        for block, time in zip(traced.program.blocks, result.blocks, strict=True)
+        for _ in range(block.repeat * block.checkpointed)
+    ]
+    table = np.tile(np.asarray(times), (strategy.stage, 1))
+    return cut_layers(table, microbatches=strategy.microbatches).sizes
+
+
+def _alternative(candidate: Candidate) -> Alternative:
+    strategy = candidate.strategy
+    choices = f"remat {strategy.remat}, {strategy.microbatches} micro-batches, ZeRO-{strategy.zero}"
+    return Alternative(
+        mesh=strategy.mesh,
+        choices=choices,
+        step_time_s=candidate.step_s,
+        memory_bytes=candidate.memory_bytes,
+    )

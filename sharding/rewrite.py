@@ -1,0 +1,211 @@
+"""Runs a traced function again, with what a plan adds to its inside.
+
+Sharding constraints on the results of products and look-ups and on what layers hand on;
+rematerialisation of layers; and, in place of a scan over layers, whatever a pipeline makes of it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from sharding.trace import Trace
+from sharding.walk import Note, Notes, Value
+
+# jax.checkpoint policies by the names that strategies use.
+POLICIES: Mapping[str, Callable[..., Any] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+_INLINED = ("jit", "pjit", "closed_call", "core_call")
+_REMAT = ("remat2", "checkpoint", "remat")
+_CONSTRAINED = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+
+Body = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class LayerScan:
+    """A scan over stacked parameters.
+
+    Attributes:
+      body: (consts, carry, slices) -> the carry, then what is stacked.
+      carry: what is known of what goes round.
+      consts: what is known of what all layers share.
+      length: how many layers.
+      reverse: whether the last comes first.
+      unroll: as in `jax.lax.scan`.
+    """
+
+    body: Body
+    carry: tuple[Value, ...]
+    consts: tuple[Value, ...]
+    length: int
+    reverse: bool
+    unroll: int
+
+    def run(self, consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
+        """As the scan it was."""
+
+        def step(carried: Any, slices: Any) -> tuple[Any, Any]:
+            outs = self.body(consts, carried, slices)
+            return tuple(outs[: len(carried)]), tuple(outs[len(carried) :])
+
+        last, stacked = jax.lax.scan(
+            step, tuple(carry), tuple(xs), length=self.length, reverse=self.reverse,
+            unroll=self.unroll)  # fmt: skip
+        return [*last, *stacked]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rewrite:
+    """What a plan adds to the inside of a function.
+
+    Attributes:
+      traced: the function.
+      axes: name of a dimension to the mesh axes that divide it in activations.
+      constrain: lays an array as a spec says.
+      remat: policy for layers, a key of `POLICIES`.
+      pipeline: runs a scan over layers; None leaves it a scan.
+    """
+
+    traced: Trace
+    axes: Mapping[str, tuple[str, ...]]
+    constrain: Callable[[Any, PartitionSpec], Any]
+    remat: str = "none"
+    pipeline: (
+        Callable[[LayerScan, Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]] | None
+    ) = None
+
+    def __call__(self, *args: Any) -> Any:
+        """The function, on arguments of the traced shapes."""
+        leaves, structure = jax.tree.flatten(args)
+        if structure != self.traced.in_tree:
+            raise ValueError(
+                f"the step was planned for arguments {self.traced.in_tree}, got {structure}"
+            )
+        traced = self.traced
+        outs = self._run(traced.closed.jaxpr, traced.closed.consts, leaves, traced.notes)
+        return jax.tree.unflatten(traced.out_tree, outs)
+
+    def spec(self, value: Value) -> PartitionSpec | None:
+        """Where an activation lies; None if the plan does not say.
+
+        An array in which one dimension stands twice (scores: sequence against sequence) is left
+        to propagation, which knows which of the two the neighbours divide.
+        """
+        if value.role != "activation":
+            return None
+        atoms = [atom for axis in value.axes for atom in self.traced.graph.atoms(axis)]
+        splits = self.traced.splits
+        if len(set(atoms)) != len(atoms) or not set(atoms) & (splits.batch | splits.expert):
+            return None
+        entries: list[Any] = []
+        for axis in value.axes:
+            held: list[str] = []
+            for atom in self.traced.graph.atoms(axis):
+                mine = self.axes.get(self.traced.names.get(atom, ""), ())
+                held += [name for name in mine if name not in held]
+                if not mine:  # an inner factor alone is not contiguous
+                    break
+            entries.append(tuple(held) or None)
+        if not any(entries):
+            return None
+        seen = [name for entry in entries for name in entry or ()]
+        return PartitionSpec(*entries) if len(set(seen)) == len(seen) else None
+
+    def _run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], notes: Notes
+    ) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, core.Literal) else env[var]
+
+        for eqn, note in zip(jaxpr.eqns, notes, strict=True):
+            outs = self._equation(eqn, [read(v) for v in eqn.invars], note)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
+        name = eqn.primitive.name
+        if name in _INLINED:
+            body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            return self._run(body.jaxpr, body.consts, ins, note.bodies[0])
+        if name in _REMAT:
+            return self._remat(eqn, ins, note)
+        if name == "scan":
+            return self._scan(eqn, ins, note)
+        bound = eqn.primitive.get_bind_params(eqn.params)
+        # Before JAX 0.10.2 the functions of a custom derivative stood apart.
+        functions, params = ((), bound) if isinstance(bound, dict) else bound
+        outs = eqn.primitive.bind(*functions, *ins, **params)
+        outs = list(outs) if eqn.primitive.multiple_results else [outs]
+        if name in _CONSTRAINED:
+            outs = [self._placed(x, v) for x, v in zip(outs, note.outs, strict=True)]
+        return outs
+
+    def _placed(self, x: Any, value: Value) -> Any:
+        spec = self.spec(value)
+        return x if spec is None else self.constrain(x, spec)
+
+    def _remat(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
+        body = eqn.params["jaxpr"]
+
+        def run(*args: Any) -> list[Any]:
+            return self._run(body, (), args, note.bodies[0])
+
+        if not eqn.params["differentiated"]:
+            policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+            return jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*ins)
+        # Within a backward pass it only keeps the compiler from undoing the recomputation.
+        made = jax.make_jaxpr(run)(*ins)
+        assert not made.consts, "constraints bring no constants"
+        return eqn.primitive.bind(*ins, **{**eqn.params, "jaxpr": made.jaxpr})
+
+    def _scan(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
+        count = eqn.params["num_consts"]
+        carried = count + eqn.params["num_carry"]
+        layers = self._layers(eqn, note)
+        run = layers.run
+        if note.carry is not None and self.pipeline is not None:
+            run = functools.partial(self.pipeline, layers)
+        return run(ins[:count], ins[count:carried], ins[carried:])
+
+    def _layers(self, eqn: Any, note: Note) -> LayerScan:
+        params, body = eqn.params, eqn.params["jaxpr"]
+
+        def run(consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
+            if note.carry is not None:
+                carry = [self._placed(x, v) for x, v in zip(carry, note.carry, strict=True)]
+            return self._run(body.jaxpr, body.consts, [*consts, *carry, *xs], note.bodies[0])
+
+        policy = POLICIES[self.remat]
+        if note.carry is not None and policy is not None:
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # a scan bars CSE itself
+        return LayerScan(
+            run, note.carry or (), note.consts, params["length"], params["reverse"],
+            params["unroll"])  # fmt: skip
+
+    def layers(self) -> LayerScan | None:
+        """The scan over stacked parameters, if there is one."""
+        return self._find_layers(self.traced.closed.jaxpr, self.traced.notes)
+
+    def _find_layers(self, jaxpr: core.Jaxpr, notes: Notes) -> LayerScan | None:
+        for eqn, note in zip(jaxpr.eqns, notes, strict=True):
+            found = None
+            if note.carry is not None:
+                return self._layers(eqn, note)
+            if eqn.primitive.name in (*_INLINED, *_REMAT):
+                body: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                inner = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+                found = self._find_layers(inner, note.bodies[0])
+            if found is not None:
+                return found
+        return None

@@ -1,0 +1,144 @@
+"""What a plan costs that somebody else made."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from sharding.constants import Calibration
+from sharding.explain import Prediction
+from sharding.plan import Plan
+from sharding.rewrite import POLICIES
+from sharding.solver import Candidate, evaluate
+from sharding.step_trace import trace_step
+from sharding.strategies import Strategy
+from sharding.topology import AXES, Cluster
+from sharding.trace import Trace
+
+
+def simulate(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    mesh: Mapping[str, int],
+    shardings: Any,
+    cluster: str | Cluster | Sequence[Any],
+    state: Sequence[int] | None = None,
+    data: Sequence[int] | None = None,
+    remat: str = "none",
+    microbatches: int = 1,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Costs a plan that somebody else made.
+
+    What a mesh axis does is read off what it divides: the batch (data parallelism), the batch
+    and parameters (FSDP), sequences, experts, stacked layers (stages), or else tensors.
+
+    Args:
+      step: as in `plan`.
+      args: as in `plan`.
+      mesh: axis name to size, outermost first.
+      shardings: `PartitionSpec`s, or `NamedSharding`s, in the structure of `args`; None is whole.
+      cluster: as in `plan`.
+      state: as in `plan`.
+      data: as in `plan`.
+      remat: what layers recompute, a name of `strategies.REMAT`.
+      microbatches: of accumulation, or of the pipeline.
+      calibration: as in `plan`.
+
+    Raises:
+      ValueError: the mesh is not the cluster's size, or specs do not fit the arguments.
+    """
+    where = find_cluster(cluster)
+    traced = trace_step(step, args, state=state, data=data)
+    specs = _given_specs(traced, args, shardings)
+    uses = _uses(traced, mesh, specs)
+    degrees: dict[str, Any] = dict.fromkeys(AXES, 1)
+    for axis, use in uses.items():
+        degrees[use] *= mesh[axis]
+    strategy = Strategy(**degrees, remat=remat, microbatches=microbatches, sequence_parallel=False)
+    (candidate,) = evaluate(traced.program, [strategy], where, calibration=calibration)
+    notes = [f"mesh axis {axis} is taken for {use} parallelism" for axis, use in uses.items()]
+    batch = tuple(a for a, use in uses.items() if use in ("data", "fsdp", "expert"))
+    return Plan(
+        mesh=dict(mesh),
+        inputs=specs,
+        batch=batch,
+        remat=remat if remat in POLICIES else "none",
+        accumulation_steps=microbatches if strategy.stage == 1 else 1,
+        microbatches=microbatches if strategy.stage > 1 else 1,
+        prediction=predicted(candidate),
+        notes=(*where.warnings, *notes, *without_rule(traced)),
+        program=traced.program.name,
+        cluster=where.name,
+        in_tree=traced.in_tree,
+    )
+
+
+def find_cluster(cluster: str | Cluster | Sequence[Any]) -> Cluster:
+    """A cluster from its name or file, from JAX devices, or as it is."""
+    if isinstance(cluster, Cluster):
+        return cluster
+    if isinstance(cluster, str):
+        return Cluster.from_name(cluster)
+    return Cluster.from_devices(list(cluster))
+
+
+def predicted(candidate: Candidate) -> Prediction:
+    """What a candidate is predicted to cost."""
+    return Prediction(
+        step_time_s=candidate.step_s,
+        memory_bytes=candidate.memory_bytes,
+        breakdown=candidate.terms,
+        memory_breakdown=candidate.memory_terms,
+    )
+
+
+def without_rule(traced: Trace) -> list[str]:
+    """What the program does that the cost model has no rule for, in words."""
+    return [f"no rule for {name}: replicated" for name in traced.program.unknown]
+
+
+def _given_specs(traced: Trace, args: Sequence[Any], shardings: Any) -> dict[str, PartitionSpec]:
+    """Specs by path, from a tree in the structure of the arguments or of a prefix of it."""
+    whole = PartitionSpec()
+
+    def is_spec(node: Any) -> bool:
+        return node is None or isinstance(node, PartitionSpec) or hasattr(node, "spec")
+
+    def spread(node: Any, tree: Any) -> Any:
+        spec = whole if node is None else getattr(node, "spec", node)
+        return jax.tree.map(lambda _: spec, tree)
+
+    spreads = jax.tree.map(spread, tuple(shardings), tuple(args), is_leaf=is_spec)
+    leaves = jax.tree.leaves(spreads, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    return {leaf.path: spec for leaf, spec in zip(traced.inputs, leaves, strict=True)}
+
+
+def _uses(
+    traced: Trace, mesh: Mapping[str, int], specs: Mapping[str, PartitionSpec]
+) -> dict[str, str]:
+    """Mesh axis to the kind of parallelism that it stands for."""
+    divides: dict[str, set[str]] = {axis: set() for axis in mesh}
+    for leaf in traced.inputs:
+        for factors, entry in zip(leaf.factors, specs[leaf.path], strict=False):
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            for axis in axes:
+                if axis not in mesh:
+                    raise ValueError(f"spec of {leaf.path} names {axis!r}; the mesh is {mesh}")
+                kinds = {traced.splits.kinds.get(atom, "") for atom in factors}
+                if set(factors) & traced.layer_atoms:
+                    kinds = {"stage"}
+                if leaf.role in ("param", "optimizer") and not kinds & {"stage", "expert"}:
+                    kinds = {"tensor" if "tensor" in kinds else "param"}
+                divides[axis] |= kinds
+    found = {}
+    for axis, kinds in divides.items():
+        if "data" in kinds:
+            found[axis] = "fsdp" if "param" in kinds else "expert" if "expert" in kinds else "data"
+        else:
+            order = ("stage", "expert", "tensor", "context")
+            found[axis] = next((kind for kind in order if kind in kinds),
+                               "tensor" if "param" in kinds else "data")  # fmt: skip
+    return found

@@ -1,0 +1,142 @@
+"""Planning: what is asked for is kept to, what cannot be is refused, and somebody else's plan."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import sharding
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def problem(models):
+    step = sharding.train_step(models.decoder_loss, optax.adam(1e-3))
+    params = jax.eval_shape(lambda: models.decoder_params(KEY, width=256, hidden=1024, vocab=512))
+    tokens = jax.ShapeDtypeStruct((64, 129), jnp.int32)
+    return step, (params, jax.eval_shape(step.optimizer.init, params), tokens)
+
+
+def test_a_plan_holds_together(problem):
+    step, args = problem
+    plan = sharding.plan(step, args, cluster="v5e:4x4")
+    assert plan.step_time_s == pytest.approx(sum(plan.breakdown.values()))
+    held = plan.prediction.memory_breakdown
+    assert plan.memory_bytes == pytest.approx(sum(held.values()) - held["host"])
+    assert 0 <= plan.gap < 1e-6
+    assert len(plan.alternatives) == 4
+    assert all(plan.step_time_s <= other.step_time_s for other in plan.alternatives)
+    devices = 1
+    for size in plan.mesh.values():
+        devices *= size
+    assert devices == 16
+    # Trees of specs, in the structure of the arguments.
+    assert jax.tree.structure(plan.in_shardings) == jax.tree.structure(args)
+    again = sharding.plan(step, args, cluster="v5e:4x4")
+    different = dataclasses.replace(
+        again, prediction=dataclasses.replace(again.prediction, search_time_s=0.0)
+    )
+    first = dataclasses.replace(
+        plan, prediction=dataclasses.replace(plan.prediction, search_time_s=0.0)
+    )
+    assert first == different  # the same answer every time
+
+
+def test_parameters_that_another_program_placed_stay_there(problem):
+    step, args = problem
+    fixed = {"layers/down": P(None, "tensor"), "0/embed": P()}
+    plan = sharding.plan(step, args, cluster="v5e:2x4", fixed=fixed)
+    assert plan.mesh["tensor"] > 1
+    assert plan.inputs["0/layers/down"] == P(None, "tensor")
+    # And so do its moments, whose paths end alike.
+    moments = [s for path, s in plan.inputs.items() if path.endswith("mu/layers/down")]
+    assert moments == [P(None, "tensor")]
+    assert plan.inputs["0/embed"] == P()
+
+
+def test_what_is_fixed_has_to_exist(problem):
+    step, args = problem
+    with pytest.raises(ValueError, match=r"fixed names no argument: \['layers/dwon'\]"):
+        sharding.plan(step, args, cluster="v5e:2x4", fixed={"layers/dwon": P()})
+    with pytest.raises(ValueError, match="holds the fixed specs"):
+        sharding.plan(step, args, cluster="v5e:2x4", fixed={"layers/down": P("model")})
+
+
+@pytest.mark.parametrize(
+    ("pinned", "message"),
+    [
+        ({"tensor": 3}, "no division of"),
+        ({"interleave": 2}, "cannot be executed"),
+        ({"remat": "projections"}, "cannot be executed"),
+    ],
+)
+def test_pins_that_nothing_keeps_to_are_refused(problem, pinned, message):
+    step, args = problem
+    with pytest.raises(ValueError, match=message):
+        sharding.plan(
+            step, args, cluster="v5e:2x4", constraints=sharding.Constraints(pinned=pinned)
+        )
+
+
+def test_no_plan_that_fits_is_an_error_that_says_by_how_much(models):
+    step = sharding.train_step(models.decoder_loss, optax.adam(1e-3))
+    params = jax.eval_shape(
+        lambda: models.decoder_params(KEY, layers=64, width=16384, hidden=65536)
+    )
+    args = (params, jax.eval_shape(step.optimizer.init, params),
+            jax.ShapeDtypeStruct((8, 129), jnp.int32))  # fmt: skip
+    with pytest.raises(ValueError, match=r"the smallest needs .* GB a device of .* GB usable"):
+        sharding.plan(step, args, cluster="v5e:2x4")
+
+
+def test_a_cluster_that_is_here():
+    def loss(w, x):
+        return jnp.tanh(x @ w).mean()
+
+    plan = sharding.plan(loss, (jnp.ones((8, 8)), jnp.ones((16, 8))), cluster=jax.devices())
+    assert plan.bind().mesh.size == 8
+    assert "bare loss" in plan.explain()
+
+
+def test_a_plan_that_somebody_else_made_costs_what_the_same_plan_costs(problem):
+    step, args = problem
+    pinned = {"fsdp": 4, "tensor": 2, "remat": "full", "microbatches": 2, "zero": 3}
+    plan = sharding.plan(
+        step, args, cluster="v5e:2x4", constraints=sharding.Constraints(pinned=pinned)
+    )
+    mesh = {"x": 4, "y": 2}
+    renamed = {"fsdp": "x", "tensor": "y"}
+
+    def rename(spec):
+        return P(*(None if e is None else renamed[e] for e in spec))
+
+    shardings = jax.tree.map(rename, plan.in_shardings, is_leaf=lambda n: isinstance(n, P))
+    found = sharding.simulate(
+        step, args, mesh=mesh, shardings=shardings, cluster="v5e:2x4", remat="full", microbatches=2
+    )
+    assert found.step_time_s == pytest.approx(plan.step_time_s, rel=0.05)
+    assert found.memory_bytes == pytest.approx(plan.memory_bytes)
+    assert any("x is taken for fsdp" in note for note in found.notes)
+    assert any("y is taken for tensor" in note for note in found.notes)
+
+
+def test_a_prefix_of_shardings_stands_for_all_below(problem):
+    step, args = problem
+    whole = sharding.simulate(
+        step, args, mesh={"data": 8}, shardings=(None, None, P("data")), cluster="v5e:2x4"
+    )
+    assert whole.inputs["0/embed"] == P()
+    with pytest.raises(ValueError, match="takes 4 devices, v5e:2x4 has 8"):
+        sharding.simulate(
+            step, args, mesh={"data": 4}, shardings=(None, None, P("data")), cluster="v5e:2x4"
+        )
+
+
+def test_a_train_step_needs_its_arguments(problem):
+    step, args = problem
+    with pytest.raises(ValueError, match=r"takes \(parameters, optimiser state, \*data\), got 2"):
+        sharding.plan(step, args[:2], cluster="v5e:2x4")
