@@ -1,6 +1,7 @@
 """Lossless sparse deltas between two versions of a pytree of arrays."""
 
 from kernels.sparse_delta.decode import apply
+from kernels.sparse_delta.delta import Delta, diff
 from kernels.sparse_delta.encode import encode
 from kernels.sparse_delta.errors import (
     CorruptPayload,
@@ -11,7 +12,8 @@ from kernels.sparse_delta.errors import (
     WrongModel,
     WrongTarget,
 )
-from kernels.sparse_delta.host import digest
+from kernels.sparse_delta.finish import finish
+from kernels.sparse_delta.host import digest_tree as digest
 from kernels.sparse_delta.merge import merge
 from kernels.sparse_delta.report import PayloadInfo, TensorInfo, inspect
 from kernels.sparse_delta.squash import squash
@@ -20,6 +22,7 @@ from kernels.sparse_delta.trees import TreeDigest
 __all__ = [
     "CorruptPayload",
     "Damaged",
+    "Delta",
     "Incomplete",
     "PayloadInfo",
     "TensorInfo",
@@ -29,8 +32,10 @@ __all__ = [
     "WrongModel",
     "WrongTarget",
     "apply",
+    "diff",
     "digest",
     "encode",
+    "finish",
     "inspect",
     "merge",
     "squash",

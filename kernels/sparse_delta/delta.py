@@ -348,6 +348,7 @@ class ShardRecords(NamedTuple):
       rank: how many earlier elements of the tile have the same class.
       old: bits before.
       new: bits after.
+      totals: int64[T, 8], elements of each class in each tile, changed or not.
       dense: tiles that did not fit their slots; they have no records here and have to be coded
         from the arrays.
     """
@@ -360,6 +361,7 @@ class ShardRecords(NamedTuple):
     rank: np.ndarray
     old: np.ndarray
     new: np.ndarray
+    totals: np.ndarray
     dense: np.ndarray
 
 
@@ -375,19 +377,22 @@ def shard_records(delta: Delta, place: int) -> Iterator[ShardRecords]:
         return
     fmt = element_format(jax.tree.leaves(delta.new)[place].dtype)
     sharding = delta.shardings[place]
+    thresholds = np.asarray(delta.thresholds[place])
     if sharding is None:
         whole = Piece(whole_box(grid.shape), (), True)
-        yield _shard(whole, grid, fmt, records)
+        yield _shard(whole, grid, fmt, records, thresholds)
         return
     held = {shard.device: index for index, shard in enumerate(records.places.addressable_shards)}
     for piece in pieces(sharding, grid.shape):
         if piece.owned:
             index = held[piece.devices[0]]
             own = jax.tree.map(lambda x, index=index: x.addressable_shards[index].data, records)
-            yield _shard(piece, grid, fmt, own)
+            yield _shard(piece, grid, fmt, own, thresholds)
 
 
-def _shard(piece: Piece, grid: TileGrid, fmt: ElementFormat, records: Records) -> ShardRecords:
+def _shard(
+    piece: Piece, grid: TileGrid, fmt: ElementFormat, records: Records, thresholds: np.ndarray
+) -> ShardRecords:
     counts = np.asarray(records.counts)
     capacity = records.places.shape[-1]
     fullest = int(counts.max(initial=0, where=counts <= capacity))
@@ -407,15 +412,21 @@ def _shard(piece: Piece, grid: TileGrid, fmt: ElementFormat, records: Records) -
     before = np.cumsum(members, axis=2, dtype=np.uint32) - members
     bits = fmt.bits_dtype
     new_values = records.new_values
+    ids = shard_tiles(grid, piece.box)
+    totals = members.sum(axis=2, dtype=np.int64)
+    # The padding of a tile was counted as zeros, whose exponent is the lowest.
+    padding = members.shape[2] * BLOCK - grid.sizes(ids)
+    totals[:, np.count_nonzero(thresholds <= 0)] -= padding
     return ShardRecords(
         piece=piece,
-        ids=shard_tiles(grid, piece.box),
+        ids=ids,
         starts=np.concatenate([[0], np.cumsum(used.sum((1, 2)))]),
         position=(block * BLOCK + (place & (BLOCK - 1))).astype(np.uint32),
         class_=class_,
         rank=(place >> RANK_SHIFT & (BLOCK - 1)) + before[tile, class_, block],
         old=(value >> 16 if new_values is None else value).astype(bits),
         new=(value & 0xFFFF if new_values is None else fetch(new_values)).astype(bits),
+        totals=totals,
         dense=dense,
     )
 

@@ -69,6 +69,19 @@ def encode(
       TypeError: a leaf is no array of such elements; names it.
       ValueError: the trees, or a leaf of them, do not match; names it.
     """
+    if old is not None and _alike_on_accelerators(old, new):
+        # Imported here: the device half is built on this module.
+        from kernels.sparse_delta.delta import diff
+        from kernels.sparse_delta.finish import finish
+
+        delta = diff(old, new, receivers=receivers or ())
+        return finish(
+            delta,
+            version=version,
+            base_version=base_version,
+            base_digest=base_digest,
+            threads=threads,
+        )
     return encode_trees(
         old,
         new,
@@ -103,15 +116,15 @@ def encode_trees(
     """
     leaves, structure = named_leaves(new, role="new")
     olds = None if old is None else matched(old, leaves, structure)
-    numbers = _version("version", versions[0]), _version("base_version", versions[1])
+    numbers = checked_version("version", versions[0]), checked_version("base_version", versions[1])
     grids = _grids(leaves, _sharding_trees(receivers, leaves, structure))
-    same = _ties(leaves, olds, grids)
+    same = ties(leaves, olds, grids)
     threads = host.default_threads() if threads is None else threads
     spread = host.is_spread(leaves)
 
     base = [(0, 0)] * len(leaves)
     if olds is not None:
-        base = _base_sums(olds, grids, same, base_digest, spread)
+        base = base_sums(olds, grids, same, base_digest, spread)
     work = _work(leaves, olds, grids, same, touched or {}, spread)
     tables, table_of = _make_tables(leaves, grids, work)
     runs, chunks, change = [], [], [(0, 0)] * len(leaves)
@@ -137,31 +150,64 @@ def encode_trees(
             tiles = Tiles(item.ids[at], coded.mode[at], coded.nnz[at], coded.size[at])
             runs.append(Run(item.tensor, table, tiles))
             chunks.append(coded.data.data)
-    used = sorted({run.table for run in runs})
-    runs = [dataclasses.replace(run, table=used.index(run.table)) for run in runs]
-    tensors = [
+    coded = Coded(tuple(tables), tuple(runs), tuple(chunks), tuple(change))
+    return packed(leaves, grids, same, base, coded, numbers, anchor=olds is None, spread=spread)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The coded tiles of a tree.
+
+    Attributes:
+      tables: dtype and tables of the coder.
+      runs: of tiles.
+      chunks: the bytes of each run.
+      change: by how much this process's share of each leaf's digest sums grows.
+    """
+
+    tables: tuple[tuple[str, codec.Tables], ...]
+    runs: tuple[Run, ...]
+    chunks: tuple[memoryview, ...]
+    change: tuple[Sums, ...]
+
+
+def packed(
+    leaves: Sequence[Leaf],
+    grids: Sequence[TileGrid],
+    same: Sequence[int],
+    base: Sequence[Sums],
+    coded: Coded,
+    versions: tuple[int | None, int | None],
+    *,
+    anchor: bool,
+    spread: bool,
+) -> bytes:
+    """The payload of coded tiles, or this process's part of it where the tree is spread."""
+    used = sorted({run.table for run in coded.runs})
+    runs = tuple(dataclasses.replace(run, table=used.index(run.table)) for run in coded.runs)
+    tensors = tuple(
         Tensor(
             name=leaf.name,
             dtype=leaf.dtype.name,
             grid=grids[index],
             same=same[index],
-            target=add(base[index], change[same[index]]),
+            target=add(base[index], coded.change[same[index]]),
             base=base[index],
         )
         for index, leaf in enumerate(leaves)
-    ]
+    )
     manifest = Manifest(
-        kind=ANCHOR if olds is None else DELTA,
+        kind=ANCHOR if anchor else DELTA,
         part=(jax.process_index(), jax.process_count()),
-        version=numbers[0],
-        base_version=numbers[1],
+        version=versions[0],
+        base_version=versions[1],
         base_root=NO_ROOT,
         target_root=NO_ROOT,
-        tensors=tuple(tensors),
-        tables=tuple((tables[k][0], tables[k][1].to_bytes()) for k in used),
-        runs=tuple(runs),
+        tensors=tensors,
+        tables=tuple((coded.tables[k][0], coded.tables[k][1].to_bytes()) for k in used),
+        runs=runs,
     )
-    return wire.write(manifest if spread else complete(manifest), chunks)
+    return wire.write(manifest if spread else complete(manifest), coded.chunks)
 
 
 def matched(old: Any, leaves: Sequence[Leaf], structure: Any) -> list[Leaf]:
@@ -182,7 +228,19 @@ def matched(old: Any, leaves: Sequence[Leaf], structure: Any) -> list[Leaf]:
     return olds
 
 
-def _version(name: str, value: int | None) -> int | None:
+def _alike_on_accelerators(old: Any, new: Any) -> bool:
+    """Whether the device half can do the looking: both trees lie alike on accelerators."""
+    leaves, structure = named_leaves(new, role="new")
+    if not host.on_accelerators(leaves):
+        return False
+    return all(
+        isinstance(before.value, jax.Array)
+        and before.value.sharding.is_equivalent_to(leaf.value.sharding, len(leaf.shape))
+        for before, leaf in zip(matched(old, leaves, structure), leaves, strict=True)
+    )
+
+
+def checked_version(name: str, value: int | None) -> int | None:
     if value is not None and not 0 <= value < 1 << 63:
         raise ValueError(f"{name} must be within 0 … 2^63 − 1 or None, got {value}")
     return value
@@ -217,7 +275,7 @@ def _grids(leaves: Sequence[Leaf], shardings: Sequence[Sequence[Any]]) -> list[T
     return [host.grid_of(leaf, more) for leaf, more in zip(leaves, shardings, strict=True)]
 
 
-def _ties(
+def ties(
     leaves: Sequence[Leaf], olds: Sequence[Leaf] | None, grids: Sequence[TileGrid]
 ) -> list[int]:
     """For each leaf the first one that is the same arrays, or itself."""
@@ -228,7 +286,7 @@ def _ties(
     ]
 
 
-def _base_sums(
+def base_sums(
     olds: Sequence[Leaf],
     grids: Sequence[TileGrid],
     same: Sequence[int],

@@ -1,5 +1,6 @@
 """The host's view of arrays: bits of boxes in, arrays out, without a copy where memory allows."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kernels.sparse_delta import loops
+from kernels.sparse_delta import loops, reference
 from kernels.sparse_delta.codec import DigestFrame
+from kernels.sparse_delta.digest import digest_box, split_index, strides_of
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.tiles import (
     Box,
@@ -80,6 +82,16 @@ def read_box(leaf: Leaf, box: Box) -> np.ndarray:
     return _bits(array, leaf)
 
 
+def shard_of(leaf: Leaf, piece: Piece) -> Any:
+    """One copy of a box that this process holds: a NumPy view, or the array of an accelerator."""
+    value = leaf.value
+    if isinstance(value, jax.Array) and piece.devices:
+        value = next(s.data for s in value.addressable_shards if s.device == piece.devices[0])
+    if isinstance(value, jax.Array) and next(iter(value.devices())).platform != "cpu":
+        return value
+    return np.asarray(value)
+
+
 def _box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
 
@@ -103,14 +115,34 @@ def digest_sums(leaf: Leaf, grid: TileGrid, spread: bool) -> Sums:
     """Digest sums of what this process speaks for: all of a tree that is not spread."""
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise TypeError(f"leaf {leaf.name!r} has a shape but no values; pass arrays")
-    total = np.zeros(2, np.int64)
+    total: Sums = (0, 0)
     for piece in held(leaf):
-        if piece.owned and speaks_for(leaf, spread):
-            bits = read_box(leaf, piece.box)
-            for part in parts(grid, piece.box):
-                total += digest_of(part_of(bits, grid, part), frame_of(grid, part))
-    total &= 0xFFFFFFFF
-    return int(total[0]), int(total[1])
+        if not (piece.owned and speaks_for(leaf, spread)):
+            continue
+        shard = shard_of(leaf, piece)
+        if isinstance(shard, jax.Array):
+            total = add(total, device_sums(shard, leaf, piece.box))
+            continue
+        bits = read_box(leaf, piece.box)
+        for part in parts(grid, piece.box):
+            grown = digest_of(part_of(bits, grid, part), frame_of(grid, part))
+            total = add(total, (int(grown[0]), int(grown[1])))
+    return total
+
+
+def device_sums(shard: jax.Array, leaf: Leaf, box: Box) -> Sums:
+    """Digest sums of a box of a leaf, made where it lies."""
+    strides = strides_of(leaf.shape)
+    start = sum(edges[0] * stride for edges, stride in zip(box, strides, strict=True))
+    origin = np.asarray(split_index(start), np.uint32)
+    found = np.asarray(_device_sums(shard, origin, strides=strides))
+    return int(found[0]), int(found[1])
+
+
+@functools.partial(jax.jit, static_argnames="strides")
+def _device_sums(shard: jax.Array, origin: jax.Array, *, strides: tuple[int, ...]) -> jax.Array:
+    bits = reference.bits_of(shard, element_format(shard.dtype))
+    return digest_box(bits, origin, strides)
 
 
 def speaks_for(leaf: Leaf, spread: bool) -> bool:
@@ -120,6 +152,17 @@ def speaks_for(leaf: Leaf, spread: bool) -> bool:
     one's; shards have owners of their own.
     """
     return not spread or not is_local(leaf) or jax.process_index() == 0
+
+
+def on_accelerators(leaves: Sequence[Leaf]) -> bool:
+    """Whether all arrays of a tree lie on devices other than CPUs, so that `diff` can take them."""
+    shardings = [getattr(leaf.value, "sharding", None) for leaf in leaves]
+    return bool(leaves) and all(
+        s is not None
+        and next(iter(s.device_set)).platform != "cpu"
+        and (len(s.device_set) == 1 or isinstance(s, jax.sharding.NamedSharding))
+        for s in shardings
+    )
 
 
 def is_spread(leaves: Sequence[Leaf]) -> bool:
@@ -190,7 +233,7 @@ def _target(leaf: Leaf, sharding: Any, device: Any) -> Any:
     return sharding
 
 
-def digest(tree: Any) -> TreeDigest:
+def digest_tree(tree: Any) -> TreeDigest:
     """What a tree of weights is known by; reads all of it.
 
     Where other processes hold some of the arrays, all processes call this together.

@@ -50,7 +50,7 @@ def squash(
     if not payloads:
         raise ValueError("squash needs at least one payload")
     manifests = [parse.read(payload).manifest for payload in payloads]
-    base_digest = base_digest or host.digest(base)
+    base_digest = base_digest or host.digest_tree(base)
     target, known = base, base_digest
     for payload, manifest in zip(payloads, manifests, strict=True):
         target = apply(target, payload, known, threads=threads)
