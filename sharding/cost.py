@@ -23,6 +23,8 @@ from sharding.strategies import Strategies
 from sharding.topology import Cluster
 from sharding.traffic import fsdp_comm, layer_comm
 
+# Sharpness of the change from a device that waits for its host to one that does not.
+_LAUNCH_SHARPNESS = 6.0
 # Passes over a gradient in an update: its norm, and the update itself.
 _GRADIENT_READS = 2
 
@@ -126,7 +128,7 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
     comm = layer_comm(view, block, machine) * (1.0 - constants.overlap_tensor)
     busy = forward + backward + again
     gathers, scatters = fsdp_comm(view, block, machine)
-    exposed = _exposed(gathers + scatters, constants.overlap_fsdp * busy)
+    exposed = _exposed(gathers + scatters, busy, constants.overlap_fsdp)
     return BlockTime(
         forward=forward,
         backward=backward,
@@ -134,14 +136,27 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
         layer_comm=comm,
         fsdp_comm=exposed,
         # The device waits for the host where the host cannot launch as fast as the device runs.
-        launch=np.maximum(0.0, kernels * constants.launch_s - busy - comm - exposed),
+        launch=_waits(busy + comm + exposed, kernels * constants.launch_s),
     )
 
 
-def _exposed(comm: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """What does not hide behind compute; smooth, because neither of the two is even."""
-    left = comm - behind
-    return 0.5 * (left + np.sqrt(left**2 + 0.04 * comm * behind))
+def _exposed(comm: np.ndarray, compute: np.ndarray, share: Any) -> np.ndarray:
+    """What of a communication does not hide behind compute.
+
+    At most `share` of either hides: its first and last pieces have nothing to hide behind. The
+    change from one limit to the other is smooth, because neither of the two is even.
+    """
+    left = share * (comm - compute)
+    return (1 - share) * comm + 0.5 * (left + np.sqrt(left**2 + 0.04 * share**2 * comm * compute))
+
+
+def _waits(busy: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """How much longer than `busy` something takes that cannot take less than `floor`.
+
+    Kernels differ: where the two are near each other, some wait and some do not.
+    """
+    p = _LAUNCH_SHARPNESS
+    return (busy**p + floor**p) ** (1 / p) - busy
 
 
 def _step(
@@ -157,7 +172,7 @@ def _step(
     terms["stage_comm"] = _stage_comm(view, machine)
     reduction = _gradient_comm(view, repeats, machine)
     last_backward = terms["backward"] / count
-    terms["gradient_comm"] = _exposed(reduction, constants.overlap_data * last_backward)
+    terms["gradient_comm"] = _exposed(reduction, last_backward, constants.overlap_data)
     update, accumulate = _update(view, repeats, machine)
     terms["accumulate"] = accumulate
     terms["update"] = update
