@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -282,13 +282,8 @@ class CodedTiles:
     nnz: np.ndarray
     size: np.ndarray
     data: np.ndarray
-    offset: np.ndarray = field(default=None)  # type: ignore[assignment]  # set below
+    offset: np.ndarray
     digest_change: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        if self.offset is None:
-            ends = np.cumsum(self.size, dtype=np.int64)
-            object.__setattr__(self, "offset", ends - self.size)
 
 
 def n_tiles(shape: Sequence[int], tile: Tile) -> int:
@@ -315,9 +310,24 @@ def make_tables(
     thresholds[: len(firsts) - 1] = firsts[1:]
     # Unused classes begin at exponent 255, infinities and NaN of bf16 and f32, with the last one's
     # statistics.
-    parts = [np.add.reduceat(counts, firsts) for counts in (members, changes, symbols)]
+    parts = [np.add.reduceat(counts, firsts) for counts in (members, symbols)]
     pad = CLASSES - len(firsts)
-    members, changes, symbols = (np.concatenate([p, np.repeat(p[-1:], pad, 0)]) for p in parts)
+    members, symbols = (np.concatenate([p, np.repeat(p[-1:], pad, 0)]) for p in parts)
+    return tables_of_counts(fmt, thresholds, members, symbols)
+
+
+def tables_of_counts(
+    fmt: ElementFormat, thresholds: np.ndarray, members: np.ndarray, symbols: np.ndarray
+) -> Tables:
+    """Tables for given classes.
+
+    Args:
+      fmt: of the elements.
+      thresholds: u8[7], see `Tables`.
+      members: int64[8], elements of each class, changed or not.
+      symbols: int64[8, 256], how often each symbol of changes occurs in each class.
+    """
+    changes = symbols.sum(axis=1)
     weights = np.clip(changes * 65535.0 / np.maximum(members, 1), 1, 65535).astype(np.uint16)
     return Tables(fmt, thresholds, weights, _quantise(symbols))
 
@@ -458,7 +468,7 @@ def encode_box(
     base = None if old is None else _flat(old)
 
     def encode(first: int, last: int) -> tuple[list[np.ndarray], np.ndarray]:
-        sums = np.zeros(4, np.int64)
+        sums = np.zeros(2, np.int64)
         assert base is not None
         chunks = []
         work = _workspace(tile, fmt)
@@ -474,26 +484,30 @@ def encode_box(
         return chunks, sums
 
     if old is None:
-        return _encode_dense(flat, new.shape, fmt, tile, count)
+        return _encode_dense(flat, new.shape, fmt, tile)
     done = _in_threads(encode, count, threads)
     chunks = [chunk for part, _ in done for chunk in part]
     data = chunks[0] if len(chunks) == 1 else np.concatenate([*chunks, np.empty(0, np.uint8)])
-    sums = sum((s for _, s in done), np.zeros(4, np.int64)) & 0xFFFFFFFF
-    return CodedTiles(modes, changed, sizes, data, digest_change=(int(sums[0]), int(sums[1])))
+    sums = sum((s for _, s in done), np.zeros(2, np.int64)) & 0xFFFFFFFF
+    return CodedTiles(modes, changed, sizes, data, _offsets(sizes), (int(sums[0]), int(sums[1])))
 
 
-def _encode_dense(flat, shape, fmt, tile, count):
-    rows = np.arange(count)
-    across = -(-shape[2] // tile[1])
-    down = -(-shape[1] // tile[0])
-    height = np.minimum(tile[0], shape[1] - rows // across % down * tile[0])
-    width = np.minimum(tile[1], shape[2] - rows % across * tile[1])
-    elements = (height * width).astype(np.uint32)
-    item = fmt.width_bits // 8
-    out = np.empty(flat.size * item, np.uint8)
-    loops.encode_dense(flat, shape, tile, 0, count, item, out)
-    modes = np.full(count, Mode.DENSE, np.uint8)
-    return CodedTiles(modes, elements, elements * np.uint32(item), out)
+def _encode_dense(flat: np.ndarray, shape: tuple[int, ...], fmt: ElementFormat, tile: Tile):
+    """Every tile of a box as it is."""
+    _, rows, cols = shape
+    t = np.arange(n_tiles(shape, tile) if flat.size else 0)
+    down, across = -(-rows // tile[0]), -(-cols // tile[1])
+    height = np.minimum(tile[0], rows - t // across % down * tile[0])
+    elements = (height * np.minimum(tile[1], cols - t % across * tile[1])).astype(np.uint32)
+    sizes = elements * np.uint32(fmt.width_bits // 8)
+    out = np.empty(flat.nbytes, np.uint8)
+    loops.encode_dense(flat, shape, tile, 0, t.size, fmt.width_bits // 8, out)
+    modes = np.full(t.size, Mode.DENSE, np.uint8)
+    return CodedTiles(modes, elements, sizes, out, _offsets(sizes))
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.cumsum(sizes, dtype=np.int64) - sizes
 
 
 def decode_box(
@@ -551,7 +565,7 @@ def decode_box(
     data.flags.writeable = False
 
     def decode(first: int, last: int) -> np.ndarray:
-        sums = np.zeros(4, np.int64)
+        sums = np.zeros(2, np.int64)
         bad, reason = loops.decode_tiles(
             base, out.reshape(-1), in_place, out.shape, tile, ids, first, last,
             _numbers(fmt, tables.thresholds), tables.arrays, _frame(frame),
@@ -563,7 +577,7 @@ def decode_box(
         return sums
 
     done = _in_threads(decode, ids.size, threads)
-    sums = sum(done, np.zeros(4, np.int64)) & 0xFFFFFFFF
+    sums = sum(done, np.zeros(2, np.int64)) & 0xFFFFFFFF
     return int(sums[0]), int(sums[1])
 
 

@@ -324,6 +324,12 @@ def changed_bits(old, code, sign, is_float):
 
 
 @_compiled
+def _clear(array, start, end):
+    for k in range(start, end):
+        array[k] = 0
+
+
+@_compiled
 def _gather(flat, start, width, stride, size, scratch):
     """Copy a tile's rows to the front of `scratch` and fill its last sub-block with zeros."""
     for line in range(size // width):
@@ -332,7 +338,7 @@ def _gather(flat, start, width, stride, size, scratch):
         for column in range(0, width, SUB_BLOCK):
             _prefetch(flat, here + _ROWS_AHEAD * stride + column)
         _copy(scratch, line * width, flat, here, width)
-    scratch[size : (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK] = 0
+    _clear(scratch, size, (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK)
 
 
 @_compiled
@@ -419,7 +425,8 @@ def _drop_filling(size, limits, reached):
 @_compiled
 def count_classes(flat, i, size, mask, limits, reached, starts):
     """Count the classes of a tile that is in one piece: the receiver's half of `scan`."""
-    reached[0] = 0
+    for k in range(CLASSES):
+        reached[0, k] = 0
     for block in range((size + SUB_BLOCK - 1) // SUB_BLOCK):
         starts[block] = i + block * SUB_BLOCK
         _count_above(flat, i + block * SUB_BLOCK, mask, limits, reached, block)
@@ -474,7 +481,8 @@ def scan(
     for block in range(blocks):
         line = np.int64(np.uint64(block) // np.uint64(per_line))
         starts[block] = i + line * (stride - width) + block * SUB_BLOCK
-    reached[0] = 0
+    for k in range(CLASSES):
+        reached[0, k] = 0
     n_changed = 0
     # Chunks that stay in the first-level cache until their changes have been looked up.
     for first in range(0, blocks, _CHUNK_BLOCKS):
@@ -641,13 +649,13 @@ def write_fixed(mode, bits, records, n, size, width_bits, out, at):
     at += 1
     if mode == BLOCK_OFFSET:
         blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
-        out[at : at + blocks] = 0
+        _clear(out, at, at + blocks)
         for r in range(n):
             out[at + np.int64(records[0, r] >> 8)] += np.uint8(1)
             out[at + blocks + r] = records[0, r] & 255
         return _write_codes(records, n, bits, width_bits, out, at + blocks + n)
     words = (size + 7) // 8
-    out[at : at + words] = 0
+    _clear(out, at, at + words)
     for r in range(n):
         position = np.int64(records[0, r])
         out[at + (position >> 3)] |= np.uint8(1 << (position & 7))
@@ -1103,7 +1111,8 @@ def survey(old, new, i, width, stride, size, fmt, members, changes, symbols):
                 changes[exponent] += 1
                 symbols[exponent, 2 * _token(code >> 1)[0] + (code & 1)] += 1
             at += 64
-    members += second
+    for k in range(256):
+        members[k] += second[k]
 
 
 # ---------------------------------------------------------------------------------- many tiles
@@ -1266,6 +1275,7 @@ def decode_tiles(
     old_tile, _, reached, starts, totals, records, _, _, stream = work
     has_old = old.size > 0
     class_changes = np.zeros(CLASSES, np.int64)
+    taken = np.zeros(2, np.int64)
     for k in range(first, last):
         lead, row, column, height, width = _tile_box(ids[k], shape, tile)
         size = height * width
@@ -1279,9 +1289,10 @@ def decode_tiles(
             if n_bytes != size * item:
                 return k, SHORT if n_bytes < size * item else LONG
             if digests and has_old:
-                sums[2:] = 0
-                digest_rows(old, start, width, shape[2], height, index, row_index, sums[2:])
-                sums[:2] -= sums[2:]
+                taken[0] = taken[1] = 0
+                digest_rows(old, start, width, shape[2], height, index, row_index, taken)
+                sums[0] -= taken[0]
+                sums[1] -= taken[1]
             _read_rows(data, at, item, new, start, width, shape[2], height)
             if digests:
                 digest_rows(new, start, width, shape[2], height, index, row_index, sums)
@@ -1308,7 +1319,7 @@ def decode_tiles(
                 flat, i = old_tile, 0
             count_classes(flat, i, size, mask, limits, reached, starts)
             _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
-            stream[8 : 8 + n_bytes] = data[at : at + n_bytes]
+            _copy(stream, 8, data, at, n_bytes)
             reason = read_entropy(
                 stream, 8, 8 + n_bytes, n, totals, width_bits, tables, class_changes, records
             )
