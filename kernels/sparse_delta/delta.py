@@ -124,7 +124,31 @@ def diff(
         by a `NamedSharding`; names it.
       ValueError: the trees or a leaf of them do not match; names it.
     """
-    leaves, structure = named_leaves(new, role="new")
+    return compare(
+        old,
+        new,
+        receivers=receivers,
+        thresholds=thresholds,
+        density=density,
+        shardings=shardings,
+        backend=backend,
+        cast=False,
+    )
+
+
+def compare(
+    old: Any,
+    new: Any,
+    *,
+    receivers: Sequence[Any],
+    thresholds: Mapping[str, Sequence[int]] | None,
+    density: float,
+    shardings: Any,
+    backend: Backend | None,
+    cast: bool,
+) -> Delta:
+    """`diff`, and with `cast` of bf16 `old` and float32 `new`, which is cast in the same pass."""
+    leaves, structure = named_leaves(new, role="master" if cast else "new")
     olds, old_structure = named_leaves(old, role="old")
     if structure != old_structure:
         raise ValueError(
@@ -132,48 +156,58 @@ def diff(
         )
     places = _leaf_shardings(leaves, olds, shardings, structure)
     wanted = [_flat_shardings(tree, structure) for tree in receivers]
-    plans, pairs = {}, {}
+    plans, pairs, known = {}, {}, {}
     for leaf, other in zip(leaves, olds, strict=True):
-        if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
-            raise ValueError(
-                f"leaf {leaf.name!r} must have one shape and dtype: {other.dtype}"
-                f"{list(other.shape)} in old, {leaf.dtype}{list(leaf.shape)} in new"
-            )
+        _check_pair(leaf, other, cast)
         own = places[leaf.place]
         shards = [own, *(tree[leaf.place] for tree in wanted)]
         shapes = tuple(s.shard_shape(leaf.shape) for s in shards if s is not None)
         grid = choose_grid(leaf.shape, shapes)
-        plans[leaf.place] = _LeafPlan(element_format(leaf.dtype), grid, own)
+        plans[leaf.place] = _LeafPlan(element_format(other.dtype), grid, own)
         pairs[leaf.place] = other.value, leaf.value
-    known = {
-        leaf.place: tuple(thresholds[leaf.dtype.name])
-        for leaf in leaves
-        if thresholds and leaf.dtype.name in thresholds
-    }
+        if thresholds and other.dtype.name in thresholds:
+            known[leaf.place] = tuple(thresholds[other.dtype.name])
     capacity = reference.capacity_for(density)
-    records: dict[int, Any] = {}
-    classes: dict[int, Any] = {}
+    found: dict[int, _Found] = {}
     # One program for each set of devices: all leaves of a mesh, or of a single device.
     for together in _groups(plans, pairs).values():
-        found = _diff_group(
+        results = _compare_group(
             tuple(pairs[i] for i in together),
             plans=tuple(plans[i] for i in together),
             known=tuple(known.get(i) for i in together),
             capacity=capacity,
             backend=backend or _backend_of(pairs[together[0]][1]),
+            cast=cast,
         )
-        for place, (own_records, own_classes) in zip(together, found, strict=True):
-            records[place], classes[place] = own_records, own_classes
+        found.update(zip(together, results, strict=True))
     everywhere = range(len(leaves))
+    if cast:
+        cast_leaves = [
+            found[i].new if i in found else pairs[i][1].astype(jnp.bfloat16) for i in everywhere
+        ]
+        new = jax.tree.unflatten(structure, cast_leaves)
     return Delta(
         old,
         new,
-        tuple(records.get(i) for i in everywhere),
-        tuple(classes.get(i) for i in everywhere),
+        tuple(found[i].records if i in found else None for i in everywhere),
+        tuple(found[i].thresholds if i in found else None for i in everywhere),
         tuple(plans[i].grid for i in everywhere),
         tuple(plans[i].sharding for i in everywhere),
         capacity,
     )
+
+
+def _check_pair(leaf: Leaf, other: Leaf, cast: bool) -> None:
+    if cast and (other.dtype, leaf.dtype) != (jnp.bfloat16, jnp.float32):
+        raise TypeError(
+            f"leaf {leaf.name!r} must be bfloat16 in old and float32 in master, got "
+            f"{other.dtype} and {leaf.dtype}; diff compares leaves of one dtype"
+        )
+    if leaf.shape != other.shape or (not cast and leaf.dtype != other.dtype):
+        raise ValueError(
+            f"leaf {leaf.name!r} must have one shape and dtype: {other.dtype}"
+            f"{list(other.shape)} in old, {leaf.dtype}{list(leaf.shape)} in new"
+        )
 
 
 def _leaf_shardings(
@@ -264,54 +298,70 @@ def implementation(backend: Backend) -> ModuleType:
 
 def dispatch(name: str, backend: Backend, *args: Any, **options: Any) -> Any:
     """Calls a kernel, or the jnp definition where the backend has none for these arguments."""
-    try:
-        return getattr(implementation(backend), name)(*args, **options)
-    except NotImplementedError:
-        return getattr(reference, name)(*args, **options)
+    kernel = getattr(implementation(backend), name, None)
+    if kernel is not None:
+        try:
+            return kernel(*args, **options)
+        except NotImplementedError:
+            pass  # for this shape or dtype; the definition takes any
+    return getattr(reference, name)(*args, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("plans", "known", "capacity", "backend"))
-def _diff_group(
+class _Found(NamedTuple):
+    """What the devices found in a leaf; `new` where it was cast in the same pass, else ()."""
+
+    records: Any
+    thresholds: Any
+    new: Any
+
+
+@functools.partial(jax.jit, static_argnames=("plans", "known", "capacity", "backend", "cast"))
+def _compare_group(
     pairs: tuple[tuple[Any, Any], ...],
     *,
     plans: tuple[_LeafPlan, ...],
     known: tuple[tuple[int, ...] | None, ...],
     capacity: int,
     backend: Backend,
-) -> tuple[tuple[Records, Array], ...]:
-    """Records and thresholds of leaves that lie on one mesh, or on one device."""
+    cast: bool,
+) -> tuple[_Found, ...]:
+    """What changed in leaves that lie on one mesh, or on one device."""
     local = functools.partial(
-        _diff_local, plans=plans, known=known, capacity=capacity, backend=backend
+        _compare_local, plans=plans, known=known, capacity=capacity, backend=backend, cast=cast
     )
     mesh = plans[0].mesh
     if mesh is None:
         return local(pairs)
-    own = tuple((plan.sharding.spec,) * 2 for plan in plans if plan.sharding)
+    specs = [plan.sharding.spec for plan in plans if plan.sharding]
     everywhere = PartitionSpec(mesh.axis_names)
     return jax.shard_map(
         functools.partial(local, axes=mesh.axis_names),
         mesh=mesh,
-        in_specs=(own,),
-        out_specs=tuple((everywhere, PartitionSpec()) for _ in plans),
+        in_specs=(tuple((spec, spec) for spec in specs),),
+        out_specs=tuple(
+            _Found(everywhere, PartitionSpec(), spec if cast else ()) for spec in specs
+        ),
         check_vma=False,  # which pallas_call does not support
     )(pairs)
 
 
-def _diff_local(
+def _compare_local(
     pairs: tuple[tuple[Any, Any], ...],
     *,
     plans: tuple[_LeafPlan, ...],
     known: tuple[tuple[int, ...] | None, ...],
     capacity: int,
     backend: Backend,
+    cast: bool,
     axes: tuple[str, ...] = (),
-) -> tuple[tuple[Records, Array], ...]:
-    boxes = [
-        tuple(reference.bits_of(x, plan.fmt).reshape(plan.view) for x in pair)
-        for pair, plan in zip(pairs, plans, strict=True)
+) -> tuple[_Found, ...]:
+    """`_compare_group` on one device's shards."""
+    olds = [
+        reference.bits_of(old, plan.fmt).reshape(plan.view)
+        for (old, _), plan in zip(pairs, plans, strict=True)
     ]
     reached = {}
-    for (old, _), plan in zip(boxes, plans, strict=True):
+    for old, plan in zip(olds, plans, strict=True):
         reached[plan.fmt] = reached.get(plan.fmt, 0.0) + _reached(old, plan.fmt)
     # Replicas count as often as they are; the shares that matter stay the same.
     common = {
@@ -319,10 +369,17 @@ def _diff_local(
         for fmt, counts in reached.items()
     }
     found = []
-    for (old, new), plan, given in zip(boxes, plans, known, strict=True):
+    for old, (_, new), plan, given in zip(olds, pairs, plans, known, strict=True):
         own = common[plan.fmt] if given is None else jnp.array(given, jnp.int32)
         options = {"fmt": plan.fmt, "tile": plan.grid.tile, "capacity": capacity}
-        found.append((dispatch("compact", backend, old, new, own, **options), own))
+        if cast:
+            box = new.reshape(plan.view)
+            bits, records = dispatch("epilogue_compact", backend, box, old, own, **options)
+            new_leaf = jax.lax.bitcast_convert_type(bits.reshape(new.shape), jnp.bfloat16)
+            found.append(_Found(records, own, new_leaf))
+        else:
+            box = reference.bits_of(new, plan.fmt).reshape(plan.view)
+            found.append(_Found(dispatch("compact", backend, old, box, own, **options), own, ()))
     return tuple(found)
 
 

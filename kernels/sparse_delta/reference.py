@@ -423,3 +423,26 @@ def epilogue(
     """
     new = lax.bitcast_convert_type(master.astype(jnp.bfloat16), jnp.uint16)
     return new, pack(old, new, tile=tile)
+
+
+def epilogue_compact(
+    master: Float32[Array, "lead rows cols"],
+    old: UInt[Array, "lead rows cols"],
+    thresholds: Int32[Array, " 7"],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int,
+) -> tuple[UInt[Array, "lead rows cols"], Records]:
+    """As `epilogue`, with the changed elements as records instead of the mask.
+
+    Args:
+      master: the optimiser's weights.
+      old: bits of the bf16 weights that were published last.
+      thresholds: of the classes, non-decreasing.
+      fmt: of bf16.
+      tile: R and C.
+      capacity: slots a block.
+    """
+    new = lax.bitcast_convert_type(master.astype(jnp.bfloat16), jnp.uint16)
+    return new, compact(old, new, thresholds, fmt=fmt, tile=tile, capacity=capacity)

@@ -7,6 +7,7 @@ read and write of its operands (`traffic` counts it). `tpu_layout` says how a ti
 `tpu_bodies` has the kernels.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from kernels.sparse_delta.reference import (
     Slots,
     Tile,
 )
-from kernels.sparse_delta.tpu_layout import LANES, Layout, from_rows, lay_out, layout
+from kernels.sparse_delta.tpu_layout import LANES, Layout, lay_out, layout
 
 _MAX_CAPACITY = 512
 
@@ -93,18 +94,20 @@ def _tile_spec(own: Layout) -> pl.BlockSpec:
     return pl.BlockSpec((own.rows, own.cols), lambda i, j, *_: (i, j))
 
 
-def _result(own: Layout, shape: tuple[int, ...]) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
-    """An int32 result of which each tile writes its own [1, *shape]."""
+def _result(
+    own: Layout, shape: tuple[int, ...], dtype: Any = jnp.uint32
+) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    """A result of which each tile writes its own [1, *shape]."""
     down, across = own.grid
     zeros = (0,) * len(shape)
     spec = pl.BlockSpec((1, *shape), lambda i, j, *_: (i * across + j, *zeros))
-    return spec, jax.ShapeDtypeStruct((down * across, *shape), jnp.int32)
+    return spec, jax.ShapeDtypeStruct((down * across, *shape), dtype)
 
 
 def _pack_results(own: Layout) -> tuple[tuple[pl.BlockSpec, jax.ShapeDtypeStruct], ...]:
     return (
         _result(own, (own.subblocks // WORD_BITS, SUBBLOCK)),
-        _result(own, (own.chunks, 1, own.chunk)),
+        _result(own, (1, own.subblocks), jnp.int32),
     )
 
 
@@ -124,16 +127,29 @@ def pack_call(own: Layout, fmt: ElementFormat) -> Call:
 
 
 def epilogue_call(own: Layout) -> Call:
-    down, across = own.grid
-    shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), jnp.bfloat16)
-    spec = _tile_spec(own)
-    return Call(
+    return _with_cast(
+        pack_call(own, ElementFormat(16, "unsigned")),
         functools.partial(tpu_bodies.epilogue_kernel, own=own),
-        own,
-        own.grid,
-        ((spec, jnp.float32), (spec, jnp.uint16)),
-        ((spec, shape), *_pack_results(own)),
-        _pack_scratch(own),
+    )
+
+
+def epilogue_compact_call(own: Layout, fmt: ElementFormat, capacity: int) -> Call:
+    kernel = functools.partial(
+        tpu_bodies.epilogue_compact_kernel, own=own, fmt=fmt, capacity=capacity
+    )
+    return _with_cast(compact_call(own, fmt, capacity), kernel)
+
+
+def _with_cast(call: Call, kernel: Callable[..., None]) -> Call:
+    """A call on old and new as one on float32 weights and old that writes new, too."""
+    down, across = call.own.grid
+    shape = jax.ShapeDtypeStruct((down * call.own.rows, across * call.own.cols), jnp.bfloat16)
+    spec = _tile_spec(call.own)
+    return dataclasses.replace(
+        call,
+        kernel=kernel,
+        inputs=((spec, jnp.float32), (spec, jnp.uint16)),
+        outputs=((spec, shape), *call.outputs),
     )
 
 
@@ -147,8 +163,8 @@ def compact_call(own: Layout, fmt: ElementFormat, capacity: int) -> Call:
         ((_tile_spec(own), fmt.bits_dtype),) * 2,
         (
             *(_result(own, (own.blocks, capacity)),) * n_words,
-            _result(own, (CLASSES, own.blocks)),
-            _result(own, (1, own.blocks)),
+            _result(own, (CLASSES, own.blocks), jnp.int32),
+            _result(own, (1, own.blocks), jnp.int32),
         ),
         (
             *_row_scratch(own, capacity) * n_words,
@@ -164,7 +180,7 @@ def class_counts_call(own: Layout, fmt: ElementFormat) -> Call:
         own,
         own.grid,
         ((_tile_spec(own), fmt.bits_dtype),),
-        (_result(own, (own.chunks, 2, own.chunk)),),
+        (_result(own, (2, own.subblocks)),),
         scalars=1,
     )
 
@@ -175,7 +191,7 @@ def expand_call(own: Layout, fmt: ElementFormat, entries: int, room: int) -> Cal
         (own.rows, own.cols),
         lambda entry, tiles, *_: (tiles[entry] // across, tiles[entry] % across),
     )
-    slots = pl.BlockSpec((1, room, own.subblocks), lambda entry, *_: (entry, 0, 0)), jnp.int32
+    slots = pl.BlockSpec((1, room, own.subblocks), lambda entry, *_: (entry, 0, 0)), jnp.uint32
     n_slots = 2 if fmt.width_bits == 32 else 1
     shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), fmt.bits_dtype)
     return Call(
@@ -198,10 +214,6 @@ def _limits(thresholds: Array, fmt: ElementFormat) -> Array:
     return thresholds.astype(jnp.int32) << fmt.mantissa_bits
 
 
-def _unsigned(words: Array) -> Array:
-    return lax.bitcast_convert_type(words, jnp.uint32)
-
-
 def pack(
     old: UInt[Array, "lead rows cols"],
     new: UInt[Array, "lead rows cols"],
@@ -218,7 +230,7 @@ def pack(
     own = layout(old.shape, tile, fmt.width_bits)
     boxes = (lay_out(box, own) for box in (old, new))
     mask, counts = pack_call(own, fmt)(*boxes, interpret=interpret)
-    return Packed(_unsigned(mask), from_rows(counts, own))
+    return Packed(mask, counts[:, 0])
 
 
 def epilogue(
@@ -234,13 +246,44 @@ def epilogue(
       NotImplementedError: tiles that the kernel would have to lay out first, so that nothing were
         saved.
     """
-    own = layout(old.shape, tile, 16)
-    if own.matrix:
-        raise NotImplementedError(f"tiles of 256·k columns that divide the box: {tile=}")
+    own = _plain_layout(old.shape, tile)
     boxes = (lay_out(box, own) for box in (master, old))
     new, mask, counts = epilogue_call(own)(*boxes, interpret=interpret)
-    bits = lax.bitcast_convert_type(new, jnp.uint16).reshape(old.shape)
-    return bits, Packed(_unsigned(mask), from_rows(counts, own))
+    return _bits(new, old.shape), Packed(mask, counts[:, 0])
+
+
+def epilogue_compact(
+    master: Float32[Array, "lead rows cols"],
+    old: UInt[Array, "lead rows cols"],
+    thresholds: Int32[Array, " 7"],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int,
+    interpret: Interpret = False,
+) -> tuple[UInt[Array, "lead rows cols"], Records]:
+    """`reference.epilogue_compact` in one pass.
+
+    Raises:
+      NotImplementedError: as `epilogue` and `compact`.
+    """
+    own = _plain_layout(old.shape, tile)
+    _check_capacity(capacity)
+    boxes = (lay_out(box, own) for box in (master, old))
+    call = epilogue_compact_call(own, fmt, capacity)
+    new, *results = call(_limits(thresholds, fmt), *boxes, interpret=interpret)
+    return _bits(new, old.shape), _records(results, own)
+
+
+def _plain_layout(extents: tuple[int, ...], tile: Tile) -> Layout:
+    own = layout(extents, tile, 16)
+    if own.matrix:
+        raise NotImplementedError(f"tiles of 256·k columns that divide the box: {tile=}")
+    return own
+
+
+def _bits(new: Array, shape: tuple[int, ...]) -> Array:
+    return lax.bitcast_convert_type(new, jnp.uint16).reshape(shape)
 
 
 def compact(
@@ -259,17 +302,23 @@ def compact(
       NotImplementedError: tiles or slots that do not fit the fast memory.
     """
     own = layout(old.shape, tile, fmt.width_bits)
+    _check_capacity(capacity)
+    boxes = (lay_out(box, own) for box in (old, new))
+    call = compact_call(own, fmt, capacity)
+    return _records(call(_limits(thresholds, fmt), *boxes, interpret=interpret), own)
+
+
+def _check_capacity(capacity: int) -> None:
     if capacity > _MAX_CAPACITY or capacity % LANES:
         raise NotImplementedError(
             f"capacity must be a multiple of {LANES} up to {_MAX_CAPACITY}: {capacity=}"
         )
-    boxes = (lay_out(box, own) for box in (old, new))
-    call = compact_call(own, fmt, capacity)
-    *words, class_totals, counts = call(_limits(thresholds, fmt), *boxes, interpret=interpret)
-    places, values, *new_values = map(_unsigned, words)
-    return Records(
-        places, values, new_values[0] if new_values else None, counts[:, 0], class_totals
-    )
+
+
+def _records(results: Sequence[Array], own: Layout) -> Records:
+    *words, class_totals, counts = results
+    new_values = words[2] if own.packing == 1 else None
+    return Records(words[0], words[1], new_values, counts[:, 0], class_totals)
 
 
 def class_counts(
@@ -287,9 +336,7 @@ def class_counts(
     """
     own = layout(old.shape, tile, fmt.width_bits)
     box = lay_out(old, own)
-    (packed,) = class_counts_call(own, fmt)(_limits(thresholds, fmt), box, interpret=interpret)
-    words = [from_rows(packed[:, :, word], own) for word in range(2)]
-    return _unsigned(jnp.stack(words, axis=1))
+    return class_counts_call(own, fmt)(_limits(thresholds, fmt), box, interpret=interpret)[0]
 
 
 def expand(
@@ -307,16 +354,12 @@ def expand(
       NotImplementedError: tiles that do not fit the fast memory.
     """
     own = layout(old.shape, tile, fmt.width_bits)
-    room = -slots.keys.shape[1] % 8
-    words = [part for part in (slots.keys, slots.changes) if part is not None]
-    words = [
-        lax.bitcast_convert_type(
-            jnp.pad(part, ((0, 0), (0, room), (0, 0)), constant_values=fill), jnp.int32
-        )
-        for part, fill in zip(
-            words, (jnp.uint32(reference.EMPTY_SLOT), jnp.uint32(0)), strict=False
-        )
-    ]
+    # Slots are turned in registers of 8 rows; further ones are empty.
+    missing = ((0, 0), (0, -slots.keys.shape[1] % 8), (0, 0))
+    empty = jnp.uint32(reference.EMPTY_SLOT)
+    words = [jnp.pad(slots.keys, missing, constant_values=empty)]
+    if slots.changes is not None:
+        words.append(jnp.pad(slots.changes, missing))
     entries, room, _ = words[0].shape
     call = expand_call(own, fmt, entries, room)
     scalars = slots.tiles, slots.used.reshape(1), _limits(thresholds, fmt)
@@ -340,10 +383,10 @@ def traffic(
 
     The sum over its operands and results of block size × grid steps, from the same specifications
     that the kernel is called with, and what is copied around the call: laying a box out as a tile
-    matrix and back, and putting small results in the order of sub-blocks.
+    matrix, and back.
 
     Args:
-      name: of the entry point: pack, epilogue, compact, class_counts or expand.
+      name: of the entry point: pack, epilogue, compact, epilogue_compact, class_counts or expand.
       extents: lead, rows and cols of the box.
       fmt: of its elements.
       tile: R and C.
@@ -351,20 +394,22 @@ def traffic(
       touched: listed tiles, of `expand`; all where None.
       room: slots a sub-block, of `expand`.
     """
-    own = layout(extents, tile, 16 if name == "epilogue" else fmt.width_bits)
+    own = layout(extents, tile, fmt.width_bits)
     down, across = own.grid
     n_subblocks = down * across * own.subblocks
     box = math.prod(extents) * fmt.width_bits // 8
     matrix = n_subblocks * SUBBLOCK * fmt.width_bits // 8
     laid_out = box + matrix if own.matrix else 0
     if name == "pack":
-        return pack_call(own, fmt).traffic() + 2 * laid_out + 8 * n_subblocks
+        return pack_call(own, fmt).traffic() + 2 * laid_out
     if name == "epilogue":
-        return epilogue_call(own).traffic() + 8 * n_subblocks
+        return epilogue_call(own).traffic()
     if name == "compact":
         return compact_call(own, fmt, capacity).traffic() + 2 * laid_out
+    if name == "epilogue_compact":
+        return epilogue_compact_call(own, fmt, capacity).traffic()
     if name == "class_counts":
-        return class_counts_call(own, fmt).traffic() + laid_out + 16 * n_subblocks
+        return class_counts_call(own, fmt).traffic() + laid_out
     if name == "expand":
         entries = down * across if touched is None else touched
         return expand_call(own, fmt, entries, room).traffic() + 2 * laid_out

@@ -47,10 +47,11 @@ def _pack_tile(
         word = word << (lanes.iota(word.shape, 0) & (group - 1)) * own.streams
         start = pl.multiple_of(c * own.word_rows, own.word_rows)
         lanes.store_lanes(rows, start, lanes.merge_rows(word, group))
-        counts[0, c] = lanes.lane_sums(lanes.bfloat16(lanes.stack(marks)))[:1]
+        sums = lanes.lane_sums(lanes.bfloat16(lanes.stack(marks)))
+        counts[0, :, lanes.chunk_lanes(c, own)] = lanes.by_subblock(sums, own)[:1]
 
     lanes.each_chunk(own, step)
-    mask[0] = lanes.every(rows, own.subblocks // WORD_BITS, group)
+    mask[0] = lanes.unsigned(lanes.every(rows, own.subblocks // WORD_BITS, group))
 
 
 def pack_kernel(old: Any, new: Any, mask: Any, counts: Any, *rows: Any, own: Layout) -> None:
@@ -109,10 +110,24 @@ def compact_kernel(
     fits = totals[: own.blocks, CHANGED : CHANGED + 1] <= capacity
     for k, output in enumerate(outputs):
         word = lanes.every(found[k], own.blocks, group)
-        output[0] = jnp.where(jnp.broadcast_to(fits, word.shape), word, 0)
+        output[0] = lanes.unsigned(jnp.where(jnp.broadcast_to(fits, word.shape), word, 0))
     across = totals[...].T
     class_totals[0] = across[:CLASSES, : own.blocks]
     counts[0] = across[CHANGED : CHANGED + 1, : own.blocks]
+
+
+def epilogue_compact_kernel(
+    limits: Any,
+    master: Any,
+    old: Any,
+    new: Any,
+    *refs: Any,
+    own: Layout,
+    fmt: ElementFormat,
+    capacity: int,
+) -> None:
+    new[...] = master[...].astype(jnp.bfloat16)
+    compact_kernel(limits, old, new, *refs, own=own, fmt=fmt, capacity=capacity)
 
 
 def _totals(classes: Array, counters: list[Array], changed: Array, earlier: Array) -> Array:
@@ -176,13 +191,16 @@ def class_counts_kernel(
             [lanes.lane_sums(field[:, start : start + LANES]) for field in fields]
             for start in (0, LANES)
         ]
-        counts = []
+        row = lanes.iota((CLASSES, own.chunk), 0)
+        counts = jnp.zeros(row.shape, jnp.int32)
         for k in range(CLASSES):
             left, right = (half[k // lanes.FIELDS] >> 8 * (k % lanes.FIELDS) for half in halves)
-            counts.append(jnp.minimum((left & 0xFF) + (right & 0xFF), 255))
+            counts = jnp.where(row == k, (left & 0xFF) + (right & 0xFF), counts)
+        bytes_ = jnp.minimum(lanes.by_subblock(counts, own), 255) << (row & 3) * 8
+        words = lanes.unsigned(lanes.merge_rows(bytes_, 4))
         for word in range(2):
-            packed = [counts[4 * word + k] << 8 * k for k in range(4)]
-            output[0, c, word : word + 1, :] = functools.reduce(jnp.bitwise_or, packed)[:1]
+            first = CLASSES // 2 * word
+            output[0, word : word + 1, lanes.chunk_lanes(c, own)] = words[first : first + 1]
 
     lanes.each_chunk(own, step)
 
@@ -236,7 +254,7 @@ def expand_kernel(
     @pl.when(entry < used[0])
     def _change() -> None:
         for ref, rows in zip(slots, scratch, strict=True):
-            rows[:, :room] = ref[0].T
+            rows[:, :room] = lanes.signed_words(ref[0]).T
         lanes.each_chunk(own, step)
 
     @pl.when((used[0] == 0) & (entry == 0))

@@ -37,14 +37,9 @@ def words(ref: Any, chunk: Any, own: Layout) -> list[Array]:
     """Words of a chunk, int32 (n, 256) for each part of the columns."""
     rows = own.word_rows * own.packing
     start = pl.multiple_of(chunk * rows, rows)
-    return [
-        as_words(ref[pl.ds(start, rows), pl.ds(h * SUBBLOCK, SUBBLOCK)]) for h in range(own.parts)
-    ]
-
-
-def as_words(values: Array) -> Array:
-    """Neighbouring rows of narrow elements as int32 words, the first row lowest."""
-    return pltpu.bitcast(values, jnp.int32)
+    parts = (ref[pl.ds(start, rows), pl.ds(h * SUBBLOCK, SUBBLOCK)] for h in range(own.parts))
+    # Rows of narrow elements fill a word from its lowest bits.
+    return [pltpu.bitcast(part, jnp.int32) for part in parts]
 
 
 def split(words: Sequence[Array], own: Layout) -> Array:
@@ -223,6 +218,32 @@ def lane_sums(values: Array) -> Array:
     along_lanes = (((1,), (1,)), ((), ()))
     sums = lax.dot_general(ones, values, along_lanes, preferred_element_type=jnp.float32)
     return sums.astype(jnp.int32)
+
+
+def by_subblock(counts: Array, own: Layout) -> Array:
+    """Counts up to 256, one a lane, from the order of the kernel's rows to that of sub-blocks."""
+    if own.streams == 1:
+        return counts
+    shape = own.chunk, own.chunk
+    moves = subblock_of_row(shape, 0, own) == iota(shape, 1)
+    permutation = jnp.where(moves, 1.0, 0.0).astype(jnp.bfloat16)
+    return product(bfloat16(counts), permutation).astype(jnp.int32)
+
+
+def chunk_lanes(c: Any, own: Layout) -> Any:
+    """The lanes of a chunk's sub-blocks in a row of all."""
+    start = c * own.chunk
+    return pl.ds(start if isinstance(c, int) else pl.multiple_of(start, own.chunk), own.chunk)
+
+
+def signed_words(words: Array) -> Array:
+    """uint32 as int32, in which all is computed."""
+    return pltpu.bitcast(words, jnp.int32)
+
+
+def unsigned(words: Array) -> Array:
+    """int32 as uint32. Done here, because outside it were a pass over memory."""
+    return pltpu.bitcast(words, jnp.uint32)
 
 
 def resized(word: Array, lanes: int) -> Array:

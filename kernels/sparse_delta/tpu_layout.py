@@ -118,9 +118,3 @@ def lay_out(box: Array, own: Layout) -> Array:
     if own.matrix:
         return reference.tile_matrix(box, own.tile).reshape(-1, SUBBLOCK)
     return box.reshape(-1, box.shape[2])
-
-
-def from_rows(values: Array, own: Layout) -> Array:
-    """[T, chunks, M] in kernel order to [T, S] in the order of sub-blocks."""
-    shape = (-1, own.chunks, own.parts, own.packing, own.word_rows)
-    return values.reshape(shape).transpose(0, 1, 4, 3, 2).reshape(-1, own.subblocks)

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.sparse_delta import delta as deltas
-from kernels.sparse_delta import reference
+from kernels.sparse_delta import reference, tpu
 from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.epilogue import cast_diff
 from kernels.sparse_delta.tiles import choose_grid
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -29,6 +30,14 @@ def pair(shape, dtype=BF16, density=0.01, seed=0) -> tuple[np.ndarray, np.ndarra
     bits = old.view(fmt.bits_dtype) if old.ndim else old.reshape(1).view(fmt.bits_dtype).reshape(())
     new = np.where(rng.random(shape) < density, bits ^ fmt.bits_dtype.type(1), bits)
     return old, np.asarray(new, fmt.bits_dtype).view(dtype).reshape(shape)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """TPU kernels in the interpreter, wherever the dispatch calls one."""
+    for name in ("compact", "epilogue_compact", "class_counts", "expand"):
+        kernel = functools.partial(getattr(tpu, name), interpret=True)
+        monkeypatch.setattr(tpu, name, kernel)
 
 
 def mesh() -> Mesh:
@@ -241,6 +250,35 @@ def test_a_receiver_rebuilds_a_shard_from_classes_and_ranks(tree, name, donate):
     assert got.dtype == new.dtype
     np.testing.assert_array_equal(bits(got), bits(new))
     assert base.is_deleted() == donate
+
+
+@pytest.mark.parametrize("spec", [None, ("data", "model")])
+@pytest.mark.parametrize("backend", ["reference", "tpu"])
+def test_cast_and_difference_in_one_pass_are_both_of_them(spec, backend, interpreted):
+    rng = np.random.default_rng(3)
+    master = {"w": rng.normal(size=(64, 1024)), "odd": rng.normal(size=(8, 12)), "empty": [[], []]}
+    master = {name: jnp.asarray(x, jnp.float32) for name, x in master.items()}
+    old = jax.tree.map(lambda x: (x * (1 + 2.0**-13)).astype(jnp.bfloat16), master)
+    if spec:
+        sharding = NamedSharding(mesh(), PartitionSpec(*spec))
+        master, old = (
+            {n: jax.device_put(x, sharding) for n, x in t.items() if n != "empty"}
+            for t in (master, old)
+        )
+    new = jax.tree.map(lambda x: x.astype(jnp.bfloat16), master)
+    got = cast_diff(master, old, backend=backend, density=0.08)
+    wanted = deltas.diff(old, new, density=0.08)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    place = sorted(master).index("w")
+    changed = sum(len(shard.position) for shard in deltas.shard_records(got, place))
+    assert changed == int((bits(old["w"]) != bits(new["w"])).sum()) > 0
+
+
+def test_cast_wants_float32_and_bf16():
+    ones = jnp.ones((4, 4), jnp.float32)
+    with pytest.raises(TypeError, match="'a' must be bfloat16 in old and float32 in master"):
+        cast_diff({"a": ones}, {"a": ones})
 
 
 def test_misuse_names_the_leaf():

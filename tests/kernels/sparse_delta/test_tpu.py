@@ -110,7 +110,7 @@ def slots_for(old, new, fmt, tile, room, spare):
                 if records.new_values is not None:
                     before, after = value, int(records.new_values[t, block, r])
                 keys[row, used[s], s] = (k << 8 | int(inside)) << 16
-                step = order(np.array(after), fmt) - order(np.array(before), fmt)
+                step = int(order(np.array([after]), fmt)[0] - order(np.array([before]), fmt)[0])
                 negative = fmt.kind == "float" and before & fmt.sign_bit
                 changes[row, used[s], s] = (-step if negative else step) % (1 << fmt.width_bits)
                 used[s] -= 1
@@ -151,9 +151,11 @@ def test_expand_leaves_unlisted_tiles_alone():
 def test_epilogue():
     rng = np.random.default_rng(1)
     master = jnp.asarray(rng.normal(size=(2, 64, 512)).astype(np.float32))
-    old = (master * (1 + 2.0**-9)).astype(jnp.bfloat16)
+    old = (master * (1 + 2.0**-13)).astype(jnp.bfloat16)
     old = jax.lax.bitcast_convert_type(old, jnp.uint16)
     check("epilogue", master, old, tile=(64, 512))
+    own = {"fmt": FORMATS["bfloat16"], "tile": (64, 512), "capacity": 384}
+    check("epilogue_compact", master, old, thresholds(), **own)
     with pytest.raises(NotImplementedError, match="256·k columns"):
         tpu.epilogue(master[:, :, :300], old[:, :, :300], tile=(64, 300), interpret=True)
 
@@ -194,14 +196,15 @@ def test_traffic_of_whole_tiles_is_that_of_the_roofline():
     extents, tile = (1, 4096, 4096), (256, 512)
     n = 4096 * 4096
     of = functools.partial(tpu.traffic, extents=extents, fmt=fmt, tile=tile)
-    # Both versions, one bit an element, a count of 4 bytes every 256 elements and its reordering.
-    assert of("pack") == 4 * n + n // 8 + n // 64 * 3
+    # Both versions, one bit an element, a count of 4 bytes every 256 elements.
+    assert of("pack") == 4 * n + n // 8 + n // 64
     # Two words in each of 128 slots every 4096 elements, 8 + 1 counters of 4 bytes.
     assert of("compact") == 4 * n + n // 4096 * (8 * 128 + 36)
     # Float32 read, bf16 read and written, mask and counts.
-    assert of("epilogue") == 8 * n + n // 8 + n // 64 * 3
-    # Two bytes read, two words every 256 elements written and reordered.
-    assert of("class_counts") == 2 * n + n // 256 * 24
+    assert of("epilogue") == 8 * n + n // 8 + n // 64
+    assert of("epilogue_compact") == of("compact") + 4 * n
+    # Two bytes read, two words every 256 elements written.
+    assert of("class_counts") == 2 * n + n // 32
     # In place: the listed tiles only, with 16 words for every 256 elements.
     assert of("expand", touched=64) == 64 * 256 * 512 * (4 + 16 * 4 // 256) + 64 * 512 * 64
     # Clipped tiles are laid out first: read and written once more.

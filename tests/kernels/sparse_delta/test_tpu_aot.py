@@ -1,0 +1,81 @@
+"""The device half compiled for real TPU topologies by the real compiler, without a TPU."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="compiling for a TPU needs libtpu: pip install -e '.[aot]'",
+    ),
+]
+
+_SCRIPT = Path(__file__).parent / "compile_for_tpu.py"
+_ROOT = Path(__file__).parents[3]
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x4",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x4",
+    "Ironwood": "tpu7x:2x2x1",
+}
+BOX_BYTES = 1024 * 1024 * 2
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def compiled(request) -> dict[str, dict]:
+    environment = os.environ | {"PYTHONPATH": str(_ROOT)}
+    environment.pop("XLA_FLAGS", None)  # fake CPU devices are not wanted there
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), TOPOLOGIES[request.param]],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {"generation": request.param} | json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_the_topology(compiled):
+    for name, result in compiled.items():
+        if name not in ("generation", "digest"):
+            assert result["kernels"] == 1, (name, result)
+    assert sum(name.startswith(("pack", "compact", "class", "expand")) for name in compiled) == 24
+
+
+def test_expand_works_in_the_memory_of_old(compiled):
+    for name, width in (("bfloat16", 2), ("float32", 4), ("float8_e4m3fn", 1)):
+        result = compiled[f"expand {name}"]
+        assert result["aliased_bytes"] == 1024 * 1024 * width
+        # Beside it, slots only.
+        assert result["temporary_bytes"] < 1024 * 1024
+
+
+def test_whole_tiles_are_read_where_they_lie(compiled):
+    for kernel in ("pack", "compact", "class_counts"):
+        assert compiled[f"{kernel} bfloat16"]["temporary_bytes"] < BOX_BYTES / 2
+
+
+def test_the_digest_reads_its_array_once(compiled):
+    assert compiled["digest"]["bytes_accessed"] < 1.1 * BOX_BYTES
+
+
+def test_nothing_is_gathered_from_other_devices(compiled):
+    assert compiled["diff"]["collectives"] == ["all-reduce"]  # the thresholds' counters
+    assert math.isclose(compiled["diff"]["kernels"], 1)
+
+
+def test_compaction_runs_on_the_sparsecore_of_ironwood(compiled):
+    if compiled["generation"] != "Ironwood":
+        assert "sparsecore" not in compiled
+        pytest.skip("only compiled for Ironwood")
+    assert compiled["sparsecore"]["on_sparsecore"]
