@@ -18,6 +18,9 @@ from kernels.sparse_delta.gpu_grid import VECTOR, WARPS, Grid
 from kernels.sparse_delta.reference import CLASSES
 
 HALF_LANES = (2, 2, 2, 2, 2)
+# Vectors of 16 bytes that a thread loads at a time: enough to cover the latency of the memory, few
+# enough that the registers hold several warpgroups a multiprocessor.
+VECTORS_IN_FLIGHT = 16
 
 
 def supports(device: Any) -> bool:
@@ -138,12 +141,9 @@ def launch(
 
 
 def batch_of(grid: Grid, size_bytes: int) -> int:
-    """Extent of the outer axis to load at a time: up to 16 vectors of 16 bytes a thread.
-
-    Enough to cover the latency of the memory, few enough for the registers of six warpgroups.
-    """
+    """Extent of the outer axis to load at a time, for so many bytes an element."""
     vectors = -(-size_bytes * VECTOR // 16) * grid.inner
-    return math.gcd(grid.outer, 1 << max(0, (16 // vectors).bit_length() - 1))
+    return math.gcd(grid.outer, 1 << max(0, (VECTORS_IN_FLIGHT // vectors).bit_length() - 1))
 
 
 def class_limits(thresholds: Array, fmt: ElementFormat) -> Array:
