@@ -37,6 +37,7 @@ def read_strategy(
         microbatches=1 if whole else max(1, round(batch / (replicas * per_device))),
         interleave=int(virtual[1]) if virtual and known["stage"] > 1 else 1,
         zero=zero,
+        sequence_parallel=not row.is_old,  # since arXiv:2205.05198
         remat=remat or "none",
         offload=offload,
     )
