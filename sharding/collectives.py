@@ -5,15 +5,15 @@ which a member sends (`Cluster.axis_bandwidth`, which knows the wires) and the l
 All arguments may be arrays of one shape.
 """
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import ArrayLike
 
-Result = np.ndarray
+Value = np.ndarray | np.generic | float | int
+Result = Any  # an array of the arguments' shape, or a number
 
 
-def all_gather(
-    size: ArrayLike, members: ArrayLike, speed: ArrayLike, latency_s: ArrayLike
-) -> Result:
+def all_gather(size: Value, members: Value, speed: Value, latency_s: Value) -> Result:
     """Time until every member has all `size` bytes, of which each held one part.
 
     T = α·⌈log₂ n⌉ + V·(n-1)/n / B   (bandwidth-optimal ring, latency of a tree)
@@ -26,25 +26,21 @@ def all_gather(
     return _steps(members) * np.asarray(latency_s) + moved / np.asarray(speed)
 
 
-def reduce_scatter(
-    size: ArrayLike, members: ArrayLike, speed: ArrayLike, latency_s: ArrayLike
-) -> Result:
+def reduce_scatter(size: Value, members: Value, speed: Value, latency_s: Value) -> Result:
     """Time to sum `size` bytes of every member and leave each a part: the reverse gather."""
     return all_gather(size, members, speed, latency_s)
 
 
-def all_reduce(
-    size: ArrayLike, members: ArrayLike, speed: ArrayLike, latency_s: ArrayLike
-) -> Result:
+def all_reduce(size: Value, members: Value, speed: Value, latency_s: Value) -> Result:
     """Time to sum `size` bytes of every member on every member: a scatter and a gather."""
     return 2 * all_gather(size, members, speed, latency_s)
 
 
 def all_to_all(
-    size: ArrayLike,
-    members: ArrayLike,
-    speed: ArrayLike,
-    latency_s: ArrayLike,
+    size: Value,
+    members: Value,
+    speed: Value,
+    latency_s: Value,
     *,
     torus: bool = False,
 ) -> Result:
@@ -60,7 +56,7 @@ def all_to_all(
     return _steps(members) * np.asarray(latency_s) + moved / np.asarray(speed)
 
 
-def send(size: ArrayLike, speed: ArrayLike, latency_s: ArrayLike) -> Result:
+def send(size: Value, speed: Value, latency_s: Value) -> Result:
     """Time to hand `size` bytes to a neighbour."""
     return np.asarray(latency_s) + np.asarray(size) / np.asarray(speed)
 

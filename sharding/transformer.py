@@ -167,7 +167,7 @@ def transformer(config: TransformerConfig | None = None, **changes: Any) -> Prog
 
     >>> program = transformer(layers=2, d_model=64, heads=4, d_ff=128, vocab=100, gated=False)
     >>> program.parameter_count  # 2·(4·64² + 2·64·128 + 2·64) + 2·64·100 + 64
-    78400
+    78656
     """
     config = replace(config, **changes) if config else TransformerConfig(**changes)
     builder = _Builder(config)
