@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding import stages
 from sharding.paths import leaf_path
@@ -51,7 +51,7 @@ class Execution:
     """What a plan asks of the execution, on devices.
 
     Attributes:
-      mesh: of devices.
+      mesh: of devices, or abstract if the step is only lowered.
       inputs: path of an argument to its spec; others are replicated.
       outputs: path of a result to its spec; others are left to the compiler.
       activations: name of a dimension to the mesh axes that divide it.
@@ -62,7 +62,7 @@ class Execution:
       microbatches: that fill the pipeline.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     inputs: Mapping[str, PartitionSpec]
     outputs: Mapping[str, PartitionSpec]
     activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -122,12 +122,14 @@ class Planned:
         return self._jitted[key]
 
     def _of(self, tree: Any, specs: Mapping[str, PartitionSpec]) -> Any:
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-        mesh = self._execution.mesh
-        return jax.tree.unflatten(
-            structure,
-            [NamedSharding(mesh, specs.get(leaf_path(path), PartitionSpec())) for path, _ in flat],
-        )
+        found = [NamedSharding(self._execution.mesh, spec) for spec in leaf_specs(tree, specs)]
+        return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def leaf_specs(tree: Any, specs: Mapping[str, PartitionSpec]) -> list[PartitionSpec]:
+    """The spec of every leaf, by its path; a leaf without one is whole."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return [specs.get(leaf_path(path), PartitionSpec()) for path, _ in flat]
 
 
 def rewritten(

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import plan_json
+from sharding.compile_check import Report, abstract_mesh, check
 from sharding.execute import Execution, Planned
 from sharding.explain import Alternative, Prediction, explain
 from sharding.paths import leaf_path
+from sharding.topology import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,9 @@ class Plan:
       data: the same of data.
       in_tree: structure of the arguments; not written down.
       out_tree: structure of the result; not written down.
+      step: what was planned, for `check`; not written down.
+      args: shapes of its arguments; not written down.
+      where: the cluster; not written down.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
@@ -69,6 +74,9 @@ class Plan:
     data: tuple[int, ...] | None = None
     in_tree: Any = field(default=None, repr=False, compare=False)
     out_tree: Any = field(default=None, repr=False, compare=False)
+    step: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+    args: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    where: Cluster | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for axis, size in self.mesh.items():
@@ -204,8 +212,43 @@ class Plan:
           devices: JAX devices; all of this process's backend when None.
           donate: positions of arguments whose memory the results may take.
         """
-        execution = Execution(
-            mesh=self.bind(devices).mesh,
+        execution = self._execution(self.bind(devices).mesh)
+        return Planned(step, execution, donate=donate, state=self.state, data=self.data)
+
+    def check(
+        self,
+        step: Callable[..., Any] | None = None,
+        args: Sequence[Any] | None = None,
+        *,
+        donate: Sequence[int] = (),
+        timeout_s: float = 1200.0,
+    ) -> Report:
+        """Compiles the step for the cluster that it was planned for, which need not be here.
+
+        Args:
+          step: the function that was planned; needed by a plan that was loaded.
+          args: its arguments; needed by a plan that was loaded.
+          donate: positions of arguments whose memory the results may take.
+          timeout_s: seconds until the compilation is given up.
+
+        Raises:
+          RuntimeError: the compiler refused, or is not installed.
+        """
+        step, args = step or self.step, args or self.args
+        if step is None or args is None or not self.cluster:
+            raise ValueError("a plan that was loaded or written by hand checks a step and its "
+                             "arguments: plan.check(step, args), with `cluster` named")  # fmt: skip
+        return check(
+            step, args, self._execution(abstract_mesh(self.mesh)), Cluster.from_name(self.cluster)
+            if self.where is None else self.where,
+            donate=donate,
+            predicted_bytes=self.prediction.memory_bytes if self.prediction else None,
+            timeout_s=timeout_s, state=self.state, data=self.data,
+        )  # fmt: skip
+
+    def _execution(self, mesh: Any) -> Execution:
+        return Execution(
+            mesh=mesh,
             inputs=self.inputs,
             outputs=self.outputs,
             activations=self.activations,
@@ -215,7 +258,6 @@ class Plan:
             pipeline=self.pipeline,
             microbatches=self.microbatches,
         )
-        return Planned(step, execution, donate=donate, state=self.state, data=self.data)
 
     def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":
         """Lays the plan on devices.

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from sharding.explain import Alternative, Prediction
 
 _SPECS = ("specs", "inputs", "outputs", "gradients")
-_TREES = ("in_tree", "out_tree")  # structures of somebody's classes: not data
+# Structures of somebody's classes and their functions are no data.
+_HELD = ("in_tree", "out_tree", "step", "args", "where")
 _TUPLES = ("batch", "pipeline", "notes", "state", "data")
 
 
@@ -19,7 +20,7 @@ def dumps(plan: Any) -> str:
     held: dict[str, Any] = {}
     for item in fields(plan):
         value = getattr(plan, item.name)
-        if item.name in _TREES:
+        if item.name in _HELD:
             continue
         if item.name in _SPECS:
             value = {path: _entries(spec) for path, spec in value.items()}

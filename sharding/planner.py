@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -78,10 +79,13 @@ def plan(
     )
     others = [c for c in found.best if c is not chosen][: max(0, top - 1)]
     return _plan(
-        step, traced, where, chosen.strategy, placed,
+        traced, where, chosen.strategy, placed,
         prediction=prediction,
         alternatives=tuple(map(_alternative, others)),
         notes=(*where.warnings, *notes),
+        step=step,
+        args=tuple(jax.eval_shape(lambda *a: a, *args)),
+        where=where,
         state=None if state is None else tuple(state),
         data=None if data is None else tuple(data),
         calibration=calibration,
@@ -151,7 +155,6 @@ def _first_that_holds(
 
 
 def _plan(
-    step: Callable[..., Any],
     traced: Trace,
     cluster: Cluster,
     strategy: Strategy,
@@ -159,6 +162,7 @@ def _plan(
     *,
     calibration: Calibration | None,
     notes: Sequence[str],
+    step: Callable[..., Any],
     **fields: Any,
 ) -> Plan:
     own = [leaf for leaf in traced.inputs if leaf.role == "param" and "/" in leaf.path]
@@ -186,6 +190,7 @@ def _plan(
         cluster=cluster.name,
         in_tree=traced.in_tree,
         out_tree=traced.out_tree,
+        step=step,
         **fields,
     )
 

@@ -152,15 +152,17 @@ class _Chooser:
 
     def _add_fsdp(self, leaf: Leaf, entries: list[tuple[str, ...]]) -> None:
         ways = self.mesh["fsdp"]
-        best, best_size = -1, 0
+        best, best_rank = -1, (False, False, 0)
         for i, size in enumerate(leaf.shape):
             local, rest = divmod(size, _ways(entries[i], self.mesh) * ways)
             stacked = any(atom in self.traced.layer_atoms for atom in leaf.factors[i])
             if rest or local < _SMALLEST_SHARD or stacked:
                 continue
-            # An axis that nothing else divides first: its shards stay contiguous.
-            if (not entries[i], size) > (best >= 0 and not entries[best], best_size):
-                best, best_size = i, size
+            # Rows are looked up in one piece; an axis that nothing else divides stays contiguous.
+            whole_rows = not set(leaf.factors[i]) & self.traced.looked_up
+            rank = (whole_rows, not entries[i], size)
+            if best < 0 or rank > best_rank:
+                best, best_rank = i, rank
         if best < 0:
             if leaf.shape:
                 self.notes.append(f"{leaf.path} {leaf.shape} is whole: no axis divides by {ways}")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sharding.dims import DimensionGraph
 from sharding.rewrite import Body, LayerScan
@@ -41,7 +41,7 @@ def obstacle(traced: Trace) -> str:
 
 
 def pipelined(
-    traced: Trace, mesh: Mesh, cuts: Sequence[int], microbatches: int, body: Body
+    traced: Trace, mesh: Mesh | AbstractMesh, cuts: Sequence[int], microbatches: int, body: Body
 ) -> Callable[[LayerScan, Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]]:
     """What runs a scan over layers as a pipeline.
 

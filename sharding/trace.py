@@ -54,6 +54,7 @@ class Trace:
       names: atom to the name of its dimension.
       sizes: atom to its size.
       layer_atoms: stacked dimensions of scans over parameters.
+      looked_up: dimensions that rows are looked up along, as the vocabulary of an embedding.
       closed: the jaxpr.
       notes: what is known of its equations.
       graph: the dimensions that they speak of.
@@ -70,6 +71,7 @@ class Trace:
     names: Mapping[int, str]
     sizes: Mapping[int, int]
     layer_atoms: frozenset[int]
+    looked_up: frozenset[int]
     closed: core.ClosedJaxpr = field(repr=False)
     notes: Notes = field(repr=False)
     graph: DimensionGraph = field(repr=False)
@@ -151,6 +153,7 @@ def trace(
         names=names,
         sizes=sizes,
         layer_atoms=layers,
+        looked_up=_looked_up(graph, forward),
         closed=closed,
         notes=walk.notes,
         graph=graph,
@@ -285,6 +288,17 @@ def _product_flops(walk: Walk) -> float:
         for stretch in walk.stretches
         for record in stretch.records
         if record.applied.kind in ("dot", "grouped_dot")
+    )
+
+
+def _looked_up(graph: DimensionGraph, walk: Walk) -> frozenset[int]:
+    return frozenset(
+        atom
+        for stretch in walk.stretches
+        for record in stretch.records
+        if record.applied.kind == "gather" and record.ins[0].role == "param"
+        for axis in record.applied.contracted
+        for atom in graph.atoms(axis)
     )
 
 

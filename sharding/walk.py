@@ -228,10 +228,12 @@ class Walk:
             self.loop_dims.append(layer)
             self._loop = (*outer_loop, layer)
         inner_carry = [self._entering(value) for value in carry]
+        # A slice of a view is a slice of what is stored: with its type, not the view's.
         sliced = [
-            Value(v.axes[1:], v.dtype, v.role, v.path, self._loop, v.source and v.stored)
+            Value(v.axes[1:], v.stored.dtype if v.role == "param" else v.dtype, v.role, v.path,
+                  self._loop)
             for v in xs
-        ]
+        ]  # fmt: skip
         if stacked:
             self.stretches[-1].carry = tuple(inner_carry)
         entered = [*ins[:consts], *inner_carry, *sliced]

@@ -158,3 +158,15 @@ def test_rules_keep_what_an_operation_keeps(run, shape, expected):
     found = [tuple(dict.fromkeys(origin[a] for a in f if a in origin)) for f in result.factors]
     assert found == expected
     assert math.prod(traced.sizes[a] for f in result.factors for a in f) == math.prod(result.shape)
+
+
+def test_parameters_that_are_cast_before_use_are_counted_as_they_are_stored(models):
+    def loss(params, tokens):
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        return models.decoder_loss(half, tokens)
+
+    params = models.decoder_params(KEY)
+    program = trace(loss, (params, models.tokens(KEY))).program
+    assert program.parameter_count == sum(x.size for x in jax.tree.leaves(params))
+    stored = {t.dtype for t in program.tensors.values() if t.role == "param"}
+    assert stored == {"float32"}

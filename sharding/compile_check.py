@@ -1,0 +1,232 @@
+"""Compiles a planned step for the machine that it was planned for, without that machine.
+
+The step is lowered here, for a mesh without devices, and compiled in a process of its own: the
+TPU compiler is one to a process and may end it. `python -m sharding.compile_check FOLDER` is that
+process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from sharding.dims import product
+from sharding.execute import Execution, leaf_specs, rewritten
+from sharding.hlo import Traffic, collectives
+from sharding.topology import Cluster
+
+_PLATFORMS = {"torus": "tpu", "switch": "cuda"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the compiler says of a planned step; bytes are of one device.
+
+    Attributes:
+      peak_bytes: the most that is alive at once, arguments and results included.
+      argument_bytes: of the arguments.
+      output_bytes: of the results.
+      aliased_bytes: of results that take the place of arguments.
+      collectives: kind to count and bytes.
+      compile_s: seconds of the compilation.
+      predicted_bytes: what the plan predicted; None if it predicts nothing.
+    """
+
+    peak_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int
+    collectives: Mapping[str, Traffic]
+    compile_s: float
+    predicted_bytes: float | None = None
+
+    @property
+    def memory_error(self) -> float | None:
+        """(predicted - compiled) / compiled; negative if the plan was too hopeful."""
+        if self.predicted_bytes is None:
+            return None
+        return self.predicted_bytes / self.peak_bytes - 1
+
+    def __str__(self) -> str:
+        lines = [
+            f"compiled in {self.compile_s:.1f} s: peak {self.peak_bytes / 1e9:.3f} GB a device, "
+            f"arguments {self.argument_bytes / 1e9:.3f} GB"
+        ]
+        if self.predicted_bytes is not None:
+            lines.append(f"predicted {self.predicted_bytes / 1e9:.3f} GB: {self.memory_error:+.1%}")
+        lines += [
+            f"{kind}: {t.count} of together {t.bytes / 1e6:.3f} MB"
+            for kind, t in self.collectives.items()
+        ]
+        return "\n".join(lines)
+
+
+def check(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    execution: Execution,
+    cluster: Cluster,
+    *,
+    donate: Sequence[int] = (),
+    predicted_bytes: float | None = None,
+    timeout_s: float = 1200.0,
+    **roles: Any,
+) -> Report:
+    """Compiles a planned step for a cluster.
+
+    Args:
+      step: the function.
+      args: its arguments, arrays or shapes.
+      execution: what the plan asks for; of its mesh only names and sizes are read.
+      cluster: the machine.
+      donate: positions of arguments whose memory results may take.
+      predicted_bytes: for the report.
+      timeout_s: seconds until the compilation is given up.
+      roles: `state` and `data` of `sharding.plan`.
+
+    Raises:
+      RuntimeError: the compiler refused, or is not installed; the message has its last words.
+    """
+    platform = "cpu" if cluster.chip.name == "cpu" else _PLATFORMS[cluster.chip.kind]
+    sizes = dict(execution.mesh.shape)
+    lowered, donated = _lower(step, tuple(args), execution, platform, donate, roles)
+    request = {
+        "platform": platform,
+        "mesh": sizes,
+        "topology": _topology(cluster, platform),
+        "donated": donated,
+    }
+    with tempfile.TemporaryDirectory(prefix="sharding-check-") as folder:
+        Path(folder, "step.bin").write_bytes(lowered)
+        Path(folder, "request.json").write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, "-m", "sharding.compile_check", folder],
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+            env=_environment(platform, product(sizes.values())),
+        )  # fmt: skip
+        answer = Path(folder, "answer.json")
+        if done.returncode or not answer.exists():
+            raise RuntimeError(
+                f"compiling for {cluster.name} failed (exit {done.returncode}); TPUs need "
+                f"`pip install jax[tpu]`, GPUs jax-cuda13-plugin: {done.stderr.strip()[-800:]}"
+            )
+        held = json.loads(answer.read_text())
+    held["collectives"] = {kind: Traffic(**t) for kind, t in held["collectives"].items()}
+    return Report(**held, predicted_bytes=predicted_bytes)
+
+
+def _lower(
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    execution: Execution,
+    platform: str,
+    donate: Sequence[int],
+    roles: Mapping[str, Any],
+) -> tuple[bytes, list[int]]:
+    """The step as serialised StableHLO for a mesh without devices, and which leaves it donates."""
+    shapes = jax.eval_shape(lambda *a: a, *args)
+    run = rewritten(step, shapes, execution, **roles)
+    leaves, structure = jax.tree.flatten(shapes)
+    out = jax.eval_shape(run, *shapes)
+    into = [NamedSharding(execution.mesh, s) for s in leaf_specs(shapes, execution.inputs)]
+    back = [NamedSharding(execution.mesh, s) for s in leaf_specs(out, execution.outputs)]
+
+    def flat(*leaves: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.leaves(run(*jax.tree.unflatten(structure, leaves))))
+
+    jitted = jax.jit(flat, in_shardings=tuple(into), out_shardings=tuple(back))
+    exported = jax.export.export(jitted, platforms=[platform])(*leaves)
+    ends = np.cumsum([0, *(len(jax.tree.leaves(a)) for a in shapes)]).tolist()
+    donated = [i for arg in donate for i in range(ends[arg], ends[arg + 1])]
+    return bytes(exported.serialize()), donated
+
+
+def _environment(platform: str, devices: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    # The compilers are asked for by name; the process itself computes nothing.
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+                    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+    # A compiled step may hold the mesh's devices: no cache of another process can give it back.
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    if platform == "cpu":
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return environment
+
+
+def _topology(cluster: Cluster, platform: str) -> dict[str, Any]:
+    """Arguments of `get_topology_desc`; {} for a CPU."""
+    if platform == "tpu":
+        shape = cluster.shape if len(cluster.shape) > 1 else (*cluster.shape, 1)
+        named = {"topology_name": f"{cluster.chip.name}:{'x'.join(map(str, shape))}"}
+        return named | ({"num_slices": cluster.slices} if cluster.slices > 1 else {})
+    if platform == "cuda":
+        target = resources.files("sharding") / "catalog" / f"{cluster.chip.name}_target.txt"
+        if not target.is_file():
+            raise RuntimeError(
+                f"no compiler target is known for {cluster.chip.name}; the catalogue has h100"
+            )
+        nodes, chips = cluster.shape
+        return {"target_config": target.read_text(), "topology": f"1x{nodes}x{chips}"}
+    return {}
+
+
+def _devices(request: Mapping[str, Any]) -> np.ndarray:
+    """The devices of the mesh, where neighbours of the inner axes are close."""
+    sizes = tuple(request["mesh"].values()) or (1,)
+    if request["platform"] == "cpu":
+        return np.asarray(jax.devices()[: product(sizes)]).reshape(sizes)
+    described = topologies.get_topology_desc(platform=request["platform"], **request["topology"])
+    devices = list(described.devices)
+    if request["platform"] == "tpu" and "num_slices" not in request["topology"]:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    devices.sort(key=lambda d: (getattr(d, "slice_index", 0), d.id))
+    return np.asarray(devices).reshape(sizes)
+
+
+def _compile(folder: Path) -> dict[str, Any]:
+    request = json.loads((folder / "request.json").read_text())
+    exported = jax.export.deserialize(bytearray((folder / "step.bin").read_bytes()))
+    mesh = Mesh(_devices(request), tuple(request["mesh"]) or ("single",))
+    shapes = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+        for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)
+    ]
+    out = tuple(s or NamedSharding(mesh, PartitionSpec()) for s in exported.out_shardings_jax(mesh))
+    jitted = jax.jit(exported.call, out_shardings=out, donate_argnums=tuple(request["donated"]))
+    began = time.perf_counter()
+    compiled = jitted.lower(*shapes).compile()
+    took = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text()
+    if memory is None or text is None:
+        raise RuntimeError(f"this {request['platform']} compiler does not say what it made")
+    return {
+        "peak_bytes": int(memory.peak_memory_in_bytes),
+        "argument_bytes": int(memory.argument_size_in_bytes),
+        "output_bytes": int(memory.output_size_in_bytes),
+        "aliased_bytes": int(memory.alias_size_in_bytes),
+        "collectives": {k: asdict(t) for k, t in collectives(text).items()},
+        "compile_s": took,
+    }
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(tuple(sizes.values()) or (1,), tuple(sizes) or ("single",))
+
+
+if __name__ == "__main__":
+    _folder = Path(sys.argv[1])
+    (_folder / "answer.json").write_text(json.dumps(_compile(_folder)))
