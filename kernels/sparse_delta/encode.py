@@ -204,10 +204,20 @@ def packed(
         base_root=NO_ROOT,
         target_root=NO_ROOT,
         tensors=tensors,
-        tables=tuple((coded.tables[k][0], coded.tables[k][1].to_bytes()) for k in used),
+        tables=tuple(_table_bytes(*coded.tables[k], k, coded.runs) for k in used),
         runs=runs,
     )
     return wire.write(manifest if spread else complete(manifest), coded.chunks)
+
+
+def _table_bytes(
+    dtype: str, tables: codec.Tables, number: int, runs: Sequence[Run]
+) -> tuple[str, bytes]:
+    """Tables as they are stored: empty ones where no tile needs any."""
+    own = [run.tiles.modes for run in runs if run.table == number]
+    if not any(np.any(modes == codec.Mode.ENTROPY) for modes in own):
+        tables = codec.make_tables(tables.fmt, [], (1, 1))
+    return dtype, tables.to_bytes()
 
 
 def matched(old: Any, leaves: Sequence[Leaf], structure: Any) -> list[Leaf]:

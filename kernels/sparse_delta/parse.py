@@ -21,6 +21,8 @@ from kernels.sparse_delta.tiles import MAX_TILE_ELEMENTS, TileGrid
 from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Sums, Tensor, Tiles
 
 _MAX_NDIM, _MAX_TABLE_BYTES = 64, 1 << 16
+# What RFC 8878 recommends decoders to support; the memory that a frame may ask for.
+_MAX_WINDOW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,13 @@ class _Reader:
             raise UnknownFormat(f"the {field} are stored by unknown method {method}")
         if raw_size > wire.expansion_limit(len(self.data)):
             raise Damaged(f"the {field} would be {raw_size} bytes, more than the payload warrants")
+        # A frame may name a size of its own, which the library would allocate whatever its limit.
+        frame = zstandard.get_frame_parameters(stored)
+        named = frame.content_size
+        if named not in (raw_size, zstandard.CONTENTSIZE_UNKNOWN):
+            raise Damaged(f"the {field} would be {named} bytes by their frame, not {raw_size}")
+        if frame.window_size > _MAX_WINDOW_BYTES:
+            raise Damaged(f"the {field} want a window of {frame.window_size} bytes")
         raw = zstandard.ZstdDecompressor().decompress(
             stored, max_output_size=raw_size, allow_extra_data=False
         )
@@ -242,7 +251,7 @@ class _Reader:
         dims = cursor.column("<u8", ends[-1] if ends else 0).tolist()
         splits = cursor.column("u1", 2 * count).reshape(count, 2).tolist()
         tiles = cursor.column("<u4", 2 * count).reshape(count, 2).tolist()
-        same = cursor.column("<u4", count).tolist()
+        back = cursor.column("<u4", count).tolist()
         carried = cursor.column("u1", count)
         if np.any(carried > 1) or (part and not np.all(carried)):
             raise Damaged("the column of carried sums is not of 0 and 1, or lacks a part's")
@@ -260,7 +269,7 @@ class _Reader:
                 name=name,
                 dtype=dtypes[dtype_of[index]],
                 grid=grid,
-                same=same[index],
+                same=index - back[index],
                 target=targets[index],
                 base=base[index],
             )
@@ -273,8 +282,8 @@ class _Reader:
             raise Damaged(f"{tensor.name}: more tiles than can be: {tensor.grid}")
         if tensor.same == index:
             return
-        if tensor.same > index:
-            raise Damaged(f"{tensor.name}: tied to a tensor that does not come before it")
+        if tensor.same < 0:
+            raise Damaged(f"{tensor.name}: tied to a tensor before the first one")
         other = before[tensor.same]
         if (other.same, other.dtype, other.grid) != (tensor.same, tensor.dtype, tensor.grid):
             raise Damaged(f"{tensor.name}: tied to {other.name}, which is another kind of tensor")

@@ -214,7 +214,7 @@ def _manifest_bytes(manifest: Manifest, buckets: np.ndarray, body: int) -> bytes
 
 def _section_bytes(raw: bytes, body: int) -> bytes:
     packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False).compress(raw)
-    if len(packed) < len(raw) <= expansion_limit(body):
+    if len(packed) < len(raw) <= expansion_limit(body + len(packed)):
         return SECTION.pack(ZSTD, len(raw), len(packed)) + packed
     return SECTION.pack(STORED, len(raw), len(raw)) + raw
 
@@ -241,7 +241,7 @@ def _tensors_bytes(manifest: Manifest) -> bytes:
         np.asarray([size for tensor in tensors for size in tensor.grid.shape], "<u8"),
         np.asarray([tensor.grid.splits for tensor in tensors], "u1"),
         np.asarray([tensor.grid.tile for tensor in tensors], "<u4"),
-        np.asarray([tensor.same for tensor in tensors], "<u4"),
+        np.asarray([index - tensor.same for index, tensor in enumerate(tensors)], "<u4"),
         np.asarray(carried, "u1"),
         np.asarray([tensor.target for tensor in tensors if tensor.target], "<u4"),
     ]

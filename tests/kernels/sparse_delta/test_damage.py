@@ -95,7 +95,7 @@ def test_random_damage_of_the_corpus():
     rng = random.Random(5)
     corpus = [path.read_bytes() for path in sorted(fuzz.CORPUS.glob("*.bin"))]
     assert len(corpus) >= 8
-    outcomes = {fuzz.attempt(fuzz.mutated(rng.choice(corpus), rng)) for _ in range(1500)}
+    outcomes = {fuzz.attempt(fuzz.mutated(rng.choice(corpus), rng)) for _ in range(500)}
     assert {"applied", "Damaged", "UnknownFormat", "WrongBase", "WrongModel"} <= outcomes
 
 
@@ -232,7 +232,7 @@ def test_the_forger_can_also_be_honest():
         (with_tiles(modes=[77]), "bucket 0 is damaged: w, tile 0 of the tensor"),
         (with_tiles(nnz=[1 << 21]), "more changes than 1048576"),
         (with_tiles(modes=[3]), "bucket 0 is damaged: w, tile 0 of the tensor"),
-        (with_tensor(same=3), "tied to a tensor that does not come before it"),
+        (with_tensor(same=-1), "tied to a tensor before the first one"),
         (with_tensor(grid=TileGrid((2, 2), (0, 0), (1, 4))), "where the receiver has"),
         (with_tensor(grid=TileGrid((4,), (0, 0), (1, 1))), "an anchor has to hold all 4 tiles"),
         (with_tensor(grid=TileGrid((1 << 40,), (0, 0), (1, 4))), "more tiles than can be"),
@@ -262,23 +262,45 @@ def test_a_tile_that_is_there_twice(monkeypatch):
         sparse_delta.inspect(payload)
 
 
-def test_a_bomb_is_not_inflated(monkeypatch):
-    """A section that would grow beyond what payload and receiver warrant is never decompressed."""
-    payload = forged(lambda manifest: manifest)
+def with_tensor_table(payload, compressed, raw_size):
+    """A payload whose first section is another one, resealed."""
     manifest_size = struct.unpack_from("<I", payload, 12)[0]
     manifest = payload[wire.HEADER.size : wire.HEADER.size + manifest_size]
-    bomb = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 28))
     first = wire.FIXED.size
     _, _, stored = wire.SECTION.unpack_from(manifest, first)
     rest = manifest[first + wire.SECTION.size + stored :]
-    grown = manifest[:first] + wire.SECTION.pack(wire.ZSTD, 1 << 28, len(bomb)) + bomb + rest
+    section = wire.SECTION.pack(wire.ZSTD, raw_size, len(compressed)) + compressed
+    grown = manifest[:first] + section + rest
     head = wire.HEADER.pack(wire.MAGIC, 1, len(grown), 0, 0)
-    data = fuzz.resealed(head + grown + b"\1\2\3\4")
+    return fuzz.resealed(head + grown + payload[wire.HEADER.size + manifest_size :])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_bomb_is_not_inflated(monkeypatch, named):
+    """A section that would grow beyond what payload and receiver warrant is never decompressed."""
+    bomb = zstandard.ZstdCompressor(write_content_size=named).compress(bytes(1 << 28))
+    data = with_tensor_table(forged(lambda manifest: manifest), bomb, 1 << 28)
+    lying = with_tensor_table(forged(lambda manifest: manifest), bomb, 60)
     monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("inflated"))
     with pytest.raises(sparse_delta.Damaged, match="bytes of tensor table are more than"):
         sparse_delta.apply({"w": np.zeros(4, np.int8)}, data)
     with pytest.raises(sparse_delta.Damaged, match="more than the payload warrants"):
         sparse_delta.inspect(data)
+    if named:
+        with pytest.raises(sparse_delta.Damaged, match="268435456 bytes by their frame, not 60"):
+            sparse_delta.inspect(lying)
+        return
+    monkeypatch.undo()
+    with pytest.raises(sparse_delta.Damaged):
+        sparse_delta.inspect(lying)
+
+
+def test_a_frame_with_a_huge_window_is_refused():
+    window = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    frame = compressor.compress(bytes(40)) + compressor.flush()
+    with pytest.raises(sparse_delta.Damaged, match="want a window of 134217728 bytes"):
+        sparse_delta.inspect(with_tensor_table(forged(lambda manifest: manifest), frame, 40))
 
 
 def test_parts_are_not_applied_and_merge_wants_all_of_them():
