@@ -6,26 +6,25 @@ A `Delta` has static shapes: a block of 4096 elements has slots for `capacity` c
 a block that needs more is taken from the dense arrays by the host half, so that any density is
 exact.
 
-On the host, `shard_records` turns slots into the sparse records that the coder takes. On a
-receiver with an accelerator, `class_counts` and `expand` are the device's part of decoding.
+On the host, `shard_records` turns slots into the sparse records that the coder takes.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Float32
 
 from kernels.sparse_delta import reference
+from kernels.sparse_delta.backends import Backend, dispatch, platform_backend
 from kernels.sparse_delta.elements import ElementFormat, element_format
-from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records, Slots
+from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records
 from kernels.sparse_delta.tiles import (
     Box,
     Piece,
@@ -37,8 +36,6 @@ from kernels.sparse_delta.tiles import (
     whole_box,
 )
 from kernels.sparse_delta.trees import Leaf, named_leaves
-
-Backend = Literal["reference", "tpu", "gpu"]
 
 # Rows and columns of each shard's view that its class thresholds are estimated from.
 _SAMPLE = (64, 64)
@@ -277,36 +274,6 @@ def _backend_of(value: Any) -> Backend:
     return platform_backend(platform)
 
 
-def platform_backend(platform: str) -> Backend:
-    """The kernels for a platform as JAX names it; plain jnp where there are none."""
-    kernels: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
-    return kernels.get(platform, "reference")
-
-
-def implementation(backend: Backend) -> ModuleType:
-    """The module of kernels. Pallas is imported by those who use it only."""
-    if backend == "tpu":
-        from kernels.sparse_delta import tpu
-
-        return tpu
-    if backend == "gpu":
-        from kernels.sparse_delta import gpu
-
-        return gpu
-    return reference
-
-
-def dispatch(name: str, backend: Backend, *args: Any, **options: Any) -> Any:
-    """Calls a kernel, or the jnp definition where the backend has none for these arguments."""
-    kernel = getattr(implementation(backend), name, None)
-    if kernel is not None:
-        try:
-            return kernel(*args, **options)
-        except NotImplementedError:
-            pass  # for this shape or dtype; the definition takes any
-    return getattr(reference, name)(*args, **options)
-
-
 class _Found(NamedTuple):
     """What the devices found in a leaf; `new` where it was cast in the same pass, else ()."""
 
@@ -504,62 +471,3 @@ def shard_tiles(grid: TileGrid, box: Box) -> np.ndarray:
         )
         ids[where] = part.ids.reshape(ids[where].shape)
     return ids.reshape(-1)
-
-
-@functools.partial(jax.jit, static_argnames=("grid", "backend"))
-def class_counts(
-    old: Array, thresholds: Int32[Array, " 7"], *, grid: TileGrid, backend: Backend
-) -> UInt32[Array, "T 2 S"]:
-    """How many elements of each class every sub-block of a shard has: `reference.class_counts`.
-
-    Args:
-      old: one shard, on one device.
-      thresholds: of the classes.
-      grid: of the whole tensor; the shard cuts none of its tiles.
-      backend: which kernels.
-    """
-    fmt = element_format(old.dtype)
-    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
-    return dispatch("class_counts", backend, box, thresholds, fmt=fmt, tile=grid.tile)
-
-
-def expand(
-    old: Array,
-    slots: Slots,
-    thresholds: Int32[Array, " 7"],
-    *,
-    grid: TileGrid,
-    backend: Backend,
-    donate: bool = False,
-) -> Array:
-    """A shard's new values from the old ones and slots of changes: `reference.expand`.
-
-    Args:
-      old: one shard, on one device.
-      slots: changes, by tiles in the order of the shard's own view (`shard_tiles`).
-      thresholds: of the classes.
-      grid: of the whole tensor; the shard cuts none of its tiles.
-      backend: which kernels.
-      donate: gives up `old`: the changes are made in its memory. Otherwise it is copied first.
-    """
-    run = _expand_in_place if donate else _expand
-    return run(old, slots, thresholds, grid=grid, backend=backend)
-
-
-def _expand_shard(
-    old: Array, slots: Slots, thresholds: Array, *, grid: TileGrid, backend: Backend
-) -> Array:
-    fmt = element_format(old.dtype)
-    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
-    new = dispatch("expand", backend, box, slots, thresholds, fmt=fmt, tile=grid.tile)
-    new = new.reshape(old.shape)
-    if old.dtype == jnp.bool_:
-        return new.astype(jnp.bool_)
-    return new if new.dtype == old.dtype else jax.lax.bitcast_convert_type(new, old.dtype)
-
-
-_STATIC = ("grid", "backend")
-_expand: Callable[..., Array] = jax.jit(_expand_shard, static_argnames=_STATIC)
-_expand_in_place: Callable[..., Array] = jax.jit(
-    _expand_shard, static_argnames=_STATIC, donate_argnums=0
-)

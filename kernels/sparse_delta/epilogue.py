@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxtyping import Array, Float32, UInt
 
-from kernels.sparse_delta.delta import Backend, Delta, compare, dispatch
+from kernels.sparse_delta.backends import Backend, dispatch
+from kernels.sparse_delta.delta import Delta, compare
 from kernels.sparse_delta.reference import Packed, Tile
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.sparse_delta import delta as deltas
-from kernels.sparse_delta import reference, tpu
+from kernels.sparse_delta import tpu
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.epilogue import cast_diff
 from kernels.sparse_delta.tiles import choose_grid
@@ -205,51 +205,6 @@ def test_given_thresholds_are_used():
     limits = [100, 110, 112, 114, 116, 118, 120]
     delta = deltas.diff(jnp.asarray(old), jnp.asarray(new), thresholds={"bfloat16": limits})
     np.testing.assert_array_equal(delta.thresholds[0], limits)
-
-
-def slots_of(shard: deltas.ShardRecords, counts: np.ndarray, fmt, room: int) -> reference.Slots:
-    """What a decoder does: from ranks in the tile to ranks in sub-blocks, by the class counts."""
-    touched = np.flatnonzero(np.diff(shard.starts))
-    keys = np.full((len(touched), room, counts.shape[1]), reference.EMPTY_SLOT, np.uint32)
-    changes = np.zeros(keys.shape, np.uint32)
-    ends = np.cumsum(counts, axis=1, dtype=np.int64)
-    for row, t in enumerate(touched):
-        span = slice(shard.starts[t], shard.starts[t + 1])
-        change = reference.change_of(
-            jnp.asarray(shard.old[span]), jnp.asarray(shard.new[span]), fmt
-        )
-        used = np.zeros(counts.shape[1], int)
-        triples = zip(shard.class_[span], shard.rank[span], np.asarray(change), strict=True)
-        for k, rank, step in triples:
-            s = int(np.searchsorted(ends[t, :, k], rank, side="right"))
-            inside = int(rank) - int(ends[t, s, k] - counts[t, s, k])
-            keys[row, used[s], s] = (int(k) << 8 | inside) << 16
-            changes[row, used[s], s] = step
-            used[s] += 1
-    wide = fmt.width_bits == 32
-    return reference.Slots(
-        jnp.asarray(touched, jnp.int32),
-        jnp.int32(len(touched)),
-        jnp.asarray(keys if wide else keys | changes),
-        jnp.asarray(changes) if wide else None,
-    )
-
-
-@pytest.mark.parametrize("name", ["w", "f32", "i8", "f8"])
-@pytest.mark.parametrize("donate", [False, True])
-def test_a_receiver_rebuilds_a_shard_from_classes_and_ranks(tree, name, donate):
-    old, new = (t[name] for t in tree)
-    delta = deltas.diff(old, new)
-    (shard,) = deltas.shard_records(delta, 0)
-    options = {"grid": delta.grids[0], "backend": "reference"}
-    packed = deltas.class_counts(old, delta.thresholds[0], **options)
-    counts = reference.class_count_table(np.asarray(packed))
-    slots = slots_of(shard, counts, element_format(old.dtype), 32)
-    base = jnp.array(old)
-    got = deltas.expand(base, slots, delta.thresholds[0], donate=donate, **options)
-    assert got.dtype == new.dtype
-    np.testing.assert_array_equal(bits(got), bits(new))
-    assert base.is_deleted() == donate
 
 
 @pytest.mark.parametrize("spec", [None, ("data", "model")])
