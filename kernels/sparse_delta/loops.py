@@ -9,6 +9,9 @@ numba turns a product or sum of small integers into 64 bits, and one of u64 and 
 Here all scalars are int64, and u64 are used for bit sets only.
 
 Every read of an encoded stream is checked against its end in the loop that does it.
+
+One file, though a long one: numba's cache on disk looks at the time of a function's own file only,
+so a caller in another file would go on using what it had compiled of a function that changed here.
 """
 
 from typing import Any
