@@ -24,6 +24,7 @@ def lower(
     name: str,
     training: bool,
     optimizer_bytes: float,
+    stacked_are_residuals: bool = False,
 ) -> Program:
     """Writes down a walk for the cost model.
 
@@ -35,8 +36,12 @@ def lower(
       name: of the program.
       training: a backward pass and an update follow.
       optimizer_bytes: of optimiser state a parameter.
+      stacked_are_residuals: what a scan over layers stacks is what its backward pass reads; else
+        that is taken to be the operands of products and of fused runs.
     """
     builder = _Builder(graph, splits, dict(names))
+    if stacked_are_residuals:
+        builder.residuals = {id(v) for stretch in walk.stretches for v in stretch.stacked}
     blocks = []
     read_in = _readers(walk.stretches)
     for index, stretch in enumerate(walk.stretches):
@@ -89,6 +94,7 @@ class _Builder:
     sizes: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, Parallelism] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    residuals: set[int] | None = None
     _of_value: dict[int, str] = field(default_factory=dict)
 
     def atoms(self, value: Value) -> set[int]:
@@ -139,10 +145,10 @@ class _Builder:
             if run:
                 found += self._fuse(run, stretch, index, read_in)
                 run = []
-            found.append(self._op(record))
+            found.append(self._op(record, stretch))
         return found + (self._fuse(run, stretch, index, read_in) if run else [])
 
-    def _op(self, record: Record) -> Op:
+    def _op(self, record: Record, stretch: Stretch) -> Op:
         kind = record.applied.kind
         outs = tuple(self.tensor(v) for v in record.outs)
         if kind in ("dot", "grouped_dot"):
@@ -157,11 +163,28 @@ class _Builder:
                 contracted=summed,
                 work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
                 space=tuple(space),
-                residuals=tuple(self.tensor(v) for v in record.ins[:2]),
+                residuals=self._read_backward(record.ins[:2], record.outs, stretch),
             )
         inputs = tuple(dict.fromkeys(self.tensor(v) for v in record.ins if v.axes))
         contracted = self.dims(record.applied.contracted) if kind == "gather" else ()
-        return Op(kind=kind, inputs=inputs, outputs=outs, contracted=contracted, work=1.0)
+        residuals = self._read_backward(record.ins, record.outs, stretch)
+        return Op(
+            kind=kind,
+            inputs=inputs,
+            outputs=outs,
+            contracted=contracted,
+            work=1.0,
+            residuals=residuals,
+        )
+
+    def _read_backward(
+        self, ins: Iterable[Value], outs: Iterable[Value], stretch: Stretch
+    ) -> tuple[str, ...]:
+        """What the backward pass reads of an operation's operands and results."""
+        if self.residuals is None or not stretch.is_layer:
+            return tuple(dict.fromkeys(self.tensor(v) for v in ins if v.axes))
+        kept = (v for v in (*ins, *outs) if id(v) in self.residuals)
+        return tuple(dict.fromkeys(map(self.tensor, kept)))
 
     def _repeats(self, loop: Axes) -> int:
         return product(self.graph.size(axis) for axis in loop)
@@ -229,7 +252,9 @@ class _Builder:
             id(v)
             for record in run
             for v in record.outs
-            if id(v) in outer or read_in.get(id(v), set()) - {index}
+            if id(v) in outer
+            or read_in.get(id(v), set()) - {index}
+            or id(v) in (self.residuals or ())
         }
         last = {id(v) for v in run[-1].outs}
         inputs = dict.fromkeys(
@@ -254,6 +279,11 @@ class _Builder:
                     work=flops / max(size, 1),
                     space=tuple(dims),
                     fused=not flops,  # only views: the neighbours read through them
+                    residuals=self._read_backward(
+                        [v for record in run for v in record.ins if id(v) not in made],
+                        [v for record in run for v in record.outs],
+                        stretch,
+                    ),
                 )
             )
         for record in run:

@@ -121,9 +121,13 @@ def trace(
             graph.union(a, b)
 
     is_loss = len(out_flat) == 1 and out_flat[0][1].shape == () and _is_float(out_flat[0][1])
+    differentiated = is_loss and training is not False and not walk.has_remat
     changed = any(r.role == "param" and r not in values for r in results)
     trains = is_loss or changed if training is None else training
     forward, is_whole = _forward(walk, closed, values, results, trains)
+    differentiated &= any(r == "param" for r in roles[: len(jax.tree.leaves(args[0]))])
+    if differentiated:
+        forward = _differentiated(walk, step, args, values)
     data_values = [v for v, role in zip(values, roles, strict=True) if role == "data"]
     params = [v for v, role in zip(values, roles, strict=True) if role == "param"]
     whole = (*walk.layer_dims, *walk.loop_dims, *forward.layer_dims, *forward.loop_dims)
@@ -139,6 +143,7 @@ def trace(
         names,
         name=getattr(step, "__name__", "step"),
         training=trains and is_whole,
+        stacked_are_residuals=differentiated,
         optimizer_bytes=(
             _optimizer_bytes(graph, values, is_loss) if optimizer_bytes is None else optimizer_bytes
         ),
@@ -280,6 +285,20 @@ def _forward(
         if value.role == "param" and not kept:
             value.role = "optimizer"
     return best[1], True
+
+
+def _differentiated(
+    walk: Walk, step: Callable[..., Any], args: tuple[Any, ...], values: Sequence[Value]
+) -> Walk:
+    """The walk of a loss that hands out what its gradient needs, as differentiation makes it."""
+
+    def forward(params: Any, *rest: Any) -> Any:
+        return jax.vjp(lambda p: step(p, *rest), params)
+
+    closed = jax.make_jaxpr(forward)(*args)
+    found = Walk(walk.graph)
+    found.run(closed.jaxpr, closed.consts, values)
+    return found
 
 
 def _product_flops(walk: Walk) -> float:

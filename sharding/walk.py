@@ -107,12 +107,13 @@ class Record:
 class Stretch:
     """Operations in order, run `repeat` times: the body of a scan over layers, or what is around.
 
-    `carry` holds what goes from one repetition to the next, and `layer_dim` the stacked one.
+    `carry` holds what goes from one repetition to the next, `stacked` what each leaves behind.
     """
 
     repeat: int
     records: list[Record] = field(default_factory=list)
     carry: tuple[Value, ...] = ()
+    stacked: tuple[Value, ...] = ()
     is_layer: bool = False
 
 
@@ -234,10 +235,13 @@ class Walk:
                   self._loop)
             for v in xs
         ]  # fmt: skip
+        mine = self.stretches[-1]
         if stacked:
-            self.stretches[-1].carry = tuple(inner_carry)
+            mine.carry = tuple(inner_carry)
         entered = [*ins[:consts], *inner_carry, *sliced]
         results = self.run(body.jaxpr, body.consts, entered)
+        if stacked:
+            mine.stacked = tuple(results[params["num_carry"] :])
         for before, after in zip(inner_carry, results[:carried], strict=True):
             self._unite(before.axes, after.axes)
         self._loop = outer_loop
