@@ -24,7 +24,7 @@ from jaxtyping import Array, Float32
 from kernels.sparse_delta import reference
 from kernels.sparse_delta.backends import Backend, dispatch, platform_backend
 from kernels.sparse_delta.elements import ElementFormat, element_format
-from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records
+from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records, Tile
 from kernels.sparse_delta.tiles import (
     Box,
     Piece,
@@ -338,16 +338,37 @@ def _compare_local(
     found = []
     for old, (_, new), plan, given in zip(olds, pairs, plans, known, strict=True):
         own = common[plan.fmt] if given is None else jnp.array(given, jnp.int32)
-        options = {"fmt": plan.fmt, "tile": plan.grid.tile, "capacity": capacity}
-        if cast:
-            box = new.reshape(plan.view)
-            bits, records = dispatch("epilogue_compact", backend, box, old, own, **options)
-            new_leaf = jax.lax.bitcast_convert_type(bits.reshape(new.shape), jnp.bfloat16)
-            found.append(_Found(records, own, new_leaf))
-        else:
-            box = reference.bits_of(new, plan.fmt).reshape(plan.view)
-            found.append(_Found(dispatch("compact", backend, old, box, own, **options), own, ()))
+        options = {"view": plan.view, "fmt": plan.fmt, "tile": plan.grid.tile}
+        records, cast_leaf = _compare_shard(
+            old, new, own, **options, capacity=capacity, backend=backend, cast=cast
+        )
+        found.append(_Found(records, own, cast_leaf))
     return tuple(found)
+
+
+# Layers have weights of few shapes: each is traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("view", "fmt", "tile", "capacity", "backend", "cast"))
+def _compare_shard(
+    old: Array,
+    new: Array,
+    thresholds: Array,
+    *,
+    view: tuple[int, int, int],
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int,
+    backend: Backend,
+    cast: bool,
+) -> tuple[Records, Any]:
+    """Records of a shard, of which `old` comes as bits in its view, and `new` if it was cast."""
+    options = {"fmt": fmt, "tile": tile, "capacity": capacity}
+    if not cast:
+        box = reference.bits_of(new, fmt).reshape(view)
+        return dispatch("compact", backend, old, box, thresholds, **options), ()
+    bits, records = dispatch(
+        "epilogue_compact", backend, new.reshape(view), old, thresholds, **options
+    )
+    return records, jax.lax.bitcast_convert_type(bits.reshape(new.shape), jnp.bfloat16)
 
 
 def _reached(box: Array, fmt: ElementFormat) -> Float32[Array, " 256"]:
