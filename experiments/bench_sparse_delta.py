@@ -11,6 +11,10 @@ interleaved, with 1 and 2 threads.
 About 5 minutes on 2 CPU cores, of which recording takes 2. To expect: at 0.62 % changed at most
 8.5 bits a change (300 times smaller than dense), within 10 % of the conditional limit at 1 % and
 5 %, and 3 times the speed of dense XOR + zstd-1 at half its size or less.
+
+    python -m experiments.bench_sparse_delta --device
+
+checks and times the kernels of the accelerator that is there, and nothing else.
 """
 
 import os
@@ -20,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experiments import harness
-from experiments.delta_bench import cold, figures, tables
+from experiments.delta_bench import cold, device, figures, tables
 from experiments.delta_bench.codec import Codec
 from experiments.delta_bench.limits import limits
 from experiments.delta_bench.measure import FLOOR, Size, floor, speeds
@@ -48,6 +52,10 @@ class BenchConfig(harness.RunOptions):
     """Numbers of threads that are timed; the first must be 1."""
     rounds: int = 9
     """Timed rounds; each contestant encodes and applies once in each."""
+    device: bool = False
+    """Check and time the kernels on this machine's accelerator instead."""
+    tiny: bool = False
+    """With --device: small sizes, on a CPU in interpret mode."""
     simulation: Simulation = field(default_factory=Simulation)
     recording: Recording = field(default_factory=Recording)
 
@@ -58,6 +66,8 @@ class BenchConfig(harness.RunOptions):
             raise ValueError(f"densities must be above 0 and at most 1, at least one: {wrong=}")
         if any(rate <= 0 for rate in self.learning_rates):
             raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
+        if self.tiny and not self.device:
+            raise ValueError("tiny is a size of --device alone; add --device or leave out --tiny")
         if self.rounds < 1 or self.threads[:1] != (1,) or any(t < 1 for t in self.threads):
             raise ValueError(
                 f"rounds must be ≥ 1, threads begin with 1: {self.rounds=}, {self.threads=}"
@@ -66,6 +76,9 @@ class BenchConfig(harness.RunOptions):
 
 def experiment(run: Run) -> None:
     """Measures and reports."""
+    if run.config.device:
+        run.finish(device.run(run.folder, tiny=run.config.tiny), "")
+        return
     synthetic, versions = pairs_of(run)
     codecs = [*ours(), *peers()]
     # What both ends know beforehand changes their speed alone.

@@ -6,6 +6,7 @@ variance, so that steps agree with each other as far as they do in RL. After the
 Adam's moments the learning rate alone sets the density, and is solved for it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,13 @@ class Trajectory:
             middle = (low + high) / 2
             old, new = self.versions(np.exp(middle), every=8)
             low, high = (middle, high) if np.mean(old != new) < density else (low, middle)
-        rate = float(np.exp((low + high) / 2))
-        for _ in range(4 if density <= _PROPORTIONAL else 0):
+        rate, tried = float(np.exp((low + high) / 2)), {}
+        for _ in range(4 if density <= _PROPORTIONAL else 1):
             old, new = self.versions(rate)
-            rate *= density / max(np.mean(old != new), 1 / old.size)
-        return rate
+            found = max(float(np.mean(old != new)), 1 / old.size)
+            tried[abs(math.log(found / density))] = rate
+            rate *= density / found
+        return tried[min(tried)]
 
 
 def _layer(

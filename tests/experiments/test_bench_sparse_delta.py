@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import bench_sparse_delta, harness
-from experiments.delta_bench import cold, loops, synthetic, tables
+from experiments.delta_bench import cold, device, loops, synthetic, tables, traffic
 from experiments.delta_bench.codec import Codec, RoundTripError
 from experiments.delta_bench.limits import entropy_bits, limits, order, outward_steps
 from experiments.delta_bench.measure import FLOOR, Size, floor, speeds
@@ -23,6 +23,7 @@ from experiments.delta_bench.pairs import Pair, bits_of, load_versions, save_ver
 from experiments.delta_bench.peers import DENSE_XOR, peers
 from experiments.delta_bench.recorded import Recording, record
 from experiments.delta_bench.synthetic import Simulation, Trajectory, synthetic_pairs
+from experiments.delta_bench.targets import notes
 from experiments.harness import Run
 from experiments.safety.config import ModelConfig
 
@@ -347,6 +348,44 @@ def test_the_report_shows_plots_tables_and_why_squashing_saves_what_it_saves(fin
     assert "Numbers that the codec was asked for" in (finished / "table.txt").read_text()
 
 
+def test_time_is_parted_into_what_every_element_and_what_every_change_costs():
+    # 10⁶ elements of 2 bytes at 2 and 1 GB/s: 1 ms for 1,000 changes and 2 ms for 10,000. Then a
+    # change is 1 ms / 9,000 = 111 ns, and 1 ms − 0.111 ms = 0.89 ms is for all elements.
+    pairs = {
+        name: {"source": "synthetic", "density": d, "elements": 10**6, "changed": int(1e6 * d)}
+        for name, d in (("few", 0.001), ("many", 0.01))
+    }
+    floor_speed = {"encode": 20.0, "apply": 20.0}
+    timed = {
+        name: {"1": {NAME: {"encode": speed, "apply": speed}, FLOOR: floor_speed}}
+        for name, speed in (("few", 2.0), ("many", 1.0))
+    }
+    summary = {"pairs": pairs, "speeds": timed, "targets": {}, "catch_up": {}}
+    note = " ".join(notes(summary, NAME)["Speed"].split())
+    assert "ours takes 2.00 ms and 2.00 ms" in note
+    assert "0.89 and 0.89 ms of that" in note
+    assert "111 and 111 ns for each of the 10 thousand changes" in note
+
+
+def test_kernel_traffic_is_near_what_cannot_be_avoided():
+    # Old and new of bf16 are 4 bytes an element, a bit of mask 1/8: nobody moves less.
+    found = traffic.traffic()
+    assert 4.125 <= found["pack"]["bytes_per_element"] <= 4.2
+    assert all(1 <= row["ratio"] < 1.1 for row in found.values())
+
+
+def test_the_device_bench_runs_instead_of_the_others(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        device, "run", lambda out, *, tiny: asked.append((out, tiny)) or {"device": "x"}
+    )
+    config = bench_sparse_delta.BenchConfig(out=tmp_path / "run", device=True, tiny=True)
+    harness.main(bench_sparse_delta.experiment, "bench_sparse_delta", config)
+    assert asked == [(tmp_path / "run", True)]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"device": "x"}
+    assert not (tmp_path / "run" / "pairs").exists()
+
+
 def test_first_calls_are_timed(tmp_path, capsys):
     (pair,) = synthetic_pairs(tmp_path, TINY, (0.01,), seed=0)
     cold.main(str(synthetic.pair_path(tmp_path, 0.01)))
@@ -363,6 +402,7 @@ def test_first_calls_are_timed(tmp_path, capsys):
         ({"learning_rates": (-1.0,)}, "learning_rates must be above 0"),
         ({"threads": (2, 1)}, "threads begin with 1"),
         ({"rounds": 0}, "rounds must be ≥ 1"),
+        ({"tiny": True}, "tiny is a size of --device alone"),
     ],
 )
 def test_wrong_settings_are_refused(values, message):
