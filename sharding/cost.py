@@ -25,6 +25,8 @@ from sharding.traffic import fsdp_comm, layer_comm
 
 # Sharpness of the change from a device that waits for its host to one that does not.
 _LAUNCH_SHARPNESS = 6.0
+# Passes over accumulated gradients a micro-batch: the product that makes one adds it in place.
+_SUM_PASSES = 2
 # Passes over a gradient in an update: its norm, and the update itself.
 _GRADIENT_READS = 2
 
@@ -272,7 +274,7 @@ def _update(view: View, repeats: Sequence[Any], machine: Machine) -> tuple[np.nd
     moved = 2 * width * program.trained + 2 * program.state_bytes + _GRADIENT_READS * gradient
     update = moved * count / np.where(strategies.zero >= 1, strategies.fsdp, 1) / bandwidth
     held = count / np.where(strategies.zero >= 2, strategies.fsdp, 1)
-    sums = 3 * gradient * held * strategies.microbatches * (strategies.microbatches > 1)
+    sums = _SUM_PASSES * gradient * held * strategies.microbatches * (strategies.microbatches > 1)
     return update, sums / bandwidth
 
 

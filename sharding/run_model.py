@@ -31,7 +31,8 @@ def read_config(row: Row, cluster: Cluster) -> TransformerConfig:
         if "heads" not in sizes:
             sizes["heads"] = row.fill("heads: of 64", max(1, width // 64))
         sizes.setdefault("vocab", 51200 if cluster.chip.kind == "switch" else 32000)
-        gated = not _UNGATED.search(name or "gpt")
+        # Four times the width is the plain feed-forward's; a gated one is narrower or wider.
+        gated = not _UNGATED.search(name or "gpt") and sizes.get("d_ff") != 4 * width
         if "d_ff" not in sizes:
             sizes["d_ff"] = row.fill("d_ff: 4·d_model", 4 * width)
             gated = False
