@@ -95,6 +95,7 @@ class _Builder:
     kinds: dict[str, Parallelism] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     residuals: set[int] | None = None
+    _constant: set[int] = field(default_factory=set)
     _of_value: dict[int, str] = field(default_factory=dict)
 
     def atoms(self, value: Value) -> set[int]:
@@ -163,7 +164,9 @@ class _Builder:
                 contracted=summed,
                 work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
                 space=tuple(space),
-                residuals=self._read_backward(record.ins[:2], record.outs, stretch),
+                # What a product makes is counted whether differentiation keeps it or not: a
+                # policy that saves products keeps it, and too much is better than too little.
+                residuals=(*self._read_backward(record.ins[:2], (), stretch), *outs),
             )
         inputs = tuple(dict.fromkeys(self.tensor(v) for v in record.ins if v.axes))
         contracted = self.dims(record.applied.contracted) if kind == "gather" else ()
@@ -243,7 +246,11 @@ class _Builder:
 
         A sum is listed apart for the collective that it may need; its operand stays in registers.
         """
-        made = {id(v) for record in run for v in record.outs}
+        # Masks and positions made of nothing but literals are made again wherever they are read.
+        for record in run:
+            if all(not v.axes or id(v) in self._constant for v in record.ins):
+                self._constant |= {id(v) for v in record.outs}
+        made = {id(v) for record in run for v in record.outs} | self._constant
         inside = {id(record) for record in run}
         outer = {
             id(v) for record in stretch.records if id(record) not in inside for v in record.ins
@@ -264,7 +271,7 @@ class _Builder:
             self.tensor(v)
             for record in run
             for v in record.outs
-            if v.axes and id(v) in needed | last
+            if v.axes and id(v) in needed | last and id(v) not in self._constant
         )
         found = []
         flops = sum(r.applied.flops * self._repeats(r.loop) for r in run)

@@ -113,7 +113,10 @@ def resident_bytes(view: View, name: str) -> np.ndarray:
 def _working_set(view: View, block: Block) -> np.ndarray:
     """The most that is alive while a block runs: its results, their cotangents in training."""
     if block.checkpointed:
-        names = {n for op in block.ops for n in (*op.inputs, *op.outputs)}
+        read = {n for op in block.ops for n in op.inputs}
+        # What an operation only hands to the backward pass is kept, or made again piece by piece.
+        handed = {n for op in block.ops for n in op.outputs if n in (op.residuals or ())} - read
+        names = {n for op in block.ops for n in (*op.inputs, *op.outputs)} - handed
         alive = sum(
             (resident_bytes(view, n) for n in sorted(names)
              if view.program.tensors[n].role == "activation"),
