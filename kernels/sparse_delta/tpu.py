@@ -393,8 +393,13 @@ def traffic(
       capacity: slots a block, of `compact`.
       touched: listed tiles, of `expand`; all where None.
       room: slots a sub-block, of `expand`.
+
+    Raises:
+      NotImplementedError: the kernel has no form for such tiles.
+      ValueError: no kernel of that name.
     """
-    own = layout(extents, tile, fmt.width_bits)
+    fused = name.startswith("epilogue")
+    own = _plain_layout(extents, tile) if fused else layout(extents, tile, fmt.width_bits)
     down, across = own.grid
     n_subblocks = down * across * own.subblocks
     box = math.prod(extents) * fmt.width_bits // 8

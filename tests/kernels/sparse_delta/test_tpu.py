@@ -209,3 +209,7 @@ def test_traffic_of_whole_tiles_is_that_of_the_roofline():
     assert of("expand", touched=64) == 64 * 256 * 512 * (4 + 16 * 4 // 256) + 64 * 512 * 64
     # Clipped tiles are laid out first: read and written once more.
     assert tpu.traffic("pack", (1, 4096, 4000), fmt=fmt, tile=tile) > 2 * 4.1 * 4096 * 4000
+    with pytest.raises(NotImplementedError, match="256·k columns"):
+        tpu.traffic("epilogue", (1, 4096, 4000), fmt=fmt, tile=tile)
+    with pytest.raises(ValueError, match="no kernel"):
+        tpu.traffic("cast", extents, fmt=fmt, tile=tile)
