@@ -28,6 +28,8 @@ _CHUNK_BYTES = 4 << 20
 _PROBABILITIES = 1 << loops.PROBABILITY_BITS
 # A survey of this many elements leaves the tables within .01 bits of the best at 1 % of changes.
 _SURVEY_ELEMENTS = 4 << 20
+# Of this many they leave one set of frequencies within as much.
+_LONE_SURVEY_ELEMENTS = 1 << 20
 
 Tile = tuple[int, int]
 
@@ -293,7 +295,10 @@ def n_tiles(shape: Sequence[int], tile: Tile) -> int:
 
 
 def make_tables(
-    fmt: ElementFormat, boxes: Sequence[tuple[np.ndarray, np.ndarray]], tile: Tile
+    fmt: ElementFormat,
+    boxes: Sequence[tuple[np.ndarray, np.ndarray]],
+    tile: Tile,
+    conditional: bool = True,
 ) -> Tables:
     """Survey pairs of boxes and make the tables that code them shortest.
 
@@ -301,10 +306,19 @@ def make_tables(
       fmt: of all boxes.
       boxes: old and new, each (lead, rows, cols) of `fmt.bits_dtype`.
       tile: R and C.
+      conditional: on the old exponent; if not, all elements are of one class, which takes more
+        bits and less time.
     """
-    members, changes, symbols = _survey(fmt, boxes, tile)
+    at_most = _SURVEY_ELEMENTS if conditional else _LONE_SURVEY_ELEMENTS
+    members, changes, symbols = _survey(fmt, boxes, tile, at_most)
     if not changes.any():
         return _no_tables(fmt)
+    if not conditional:
+        # No exponent is below a threshold of 0, so all elements are of the last class.
+        lone = np.zeros(CLASSES, np.int64)
+        lone[-1] = members.sum()
+        pooled = np.broadcast_to(symbols.sum(axis=0), (CLASSES, 256))
+        return tables_of_counts(fmt, np.zeros(CLASSES - 1, np.uint8), lone, pooled)
     firsts = _best_classes(members, changes, symbols)
     thresholds = np.full(CLASSES - 1, 255, np.uint8)
     thresholds[: len(firsts) - 1] = firsts[1:]
@@ -332,12 +346,12 @@ def tables_of_counts(
     return Tables(fmt, thresholds, weights, _quantise(symbols))
 
 
-def _survey(fmt, boxes, tile):
+def _survey(fmt, boxes, tile, at_most):
     members, changes = np.zeros((2, 256), np.int64)
     symbols = np.zeros((256, 256), np.int64)
     # Every `stride`-th tile of all boxes, so that each tensor has its share.
     total = sum(old.size for old, _ in boxes)
-    stride = max(1, total // _SURVEY_ELEMENTS)
+    stride = max(1, total // at_most)
     seen = 0
     for old, new in boxes:
         _check(old, fmt, tile)

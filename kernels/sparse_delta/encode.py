@@ -44,6 +44,7 @@ def encode(
     base_digest: TreeDigest | None = None,
     receivers: Sequence[Any] | None = None,
     threads: int | None = None,
+    conditional: bool = True,
 ) -> bytes:
     """Packs what turns `old` into `new`, bit for bit.
 
@@ -61,6 +62,10 @@ def encode(
         who will apply the payload. Tiles are so cut that none lies in two of their shards.
         Needed where a receiver's tensor is spread over several processes.
       threads: how many work at once; as many as there are cores where None.
+      conditional: code which elements change, and how, by the exponents of the old ones. False
+        codes plain gaps instead: about 3 bits a change more, several times faster at both ends. The
+        format and `apply` are the same. Where the arrays lie on accelerators these count the
+        exponents, at no cost, and the argument changes nothing.
 
     Returns:
       The payload: at most 1 % + 4 KiB and the leaves' names more than the weights.
@@ -89,6 +94,7 @@ def encode(
         base_digest=base_digest,
         receivers=receivers,
         threads=threads,
+        conditional=conditional,
     )
 
 
@@ -100,6 +106,7 @@ def encode_trees(
     base_digest: TreeDigest | None = None,
     receivers: Sequence[Any] | None = None,
     threads: int | None = None,
+    conditional: bool = True,
     touched: Mapping[str, Touched] | None = None,
 ) -> bytes:
     """`encode`, which says what the arguments are, with one hint more.
@@ -111,6 +118,7 @@ def encode_trees(
       base_digest: as for `encode`.
       receivers: likewise.
       threads: likewise.
+      conditional: likewise.
       touched: by name of the leaf, the only tiles that may have changed; a leaf that is not named
         may have changed anywhere.
     """
@@ -126,7 +134,7 @@ def encode_trees(
     if olds is not None:
         base = base_sums(olds, grids, same, base_digest, spread)
     work = _work(leaves, olds, grids, same, touched or {}, spread)
-    tables, table_of = _make_tables(leaves, grids, work)
+    tables, table_of = _make_tables(leaves, grids, work, conditional)
     runs, chunks, change = [], [], [(0, 0)] * len(leaves)
     for item in work:
         leaf = leaves[item.tensor]
@@ -381,7 +389,7 @@ def _bands(
 
 
 def _make_tables(
-    leaves: Sequence[Leaf], grids: Sequence[TileGrid], work: Sequence[_Work]
+    leaves: Sequence[Leaf], grids: Sequence[TileGrid], work: Sequence[_Work], conditional: bool
 ) -> tuple[list[tuple[str, codec.Tables]], dict[str, int]]:
     """Tables for each dtype that has anything to code."""
     tables = []
@@ -392,5 +400,6 @@ def _make_tables(
         pairs = [(item.old, item.new) for item in items if item.old is not None]
         largest = max(items, key=lambda item: item.new.size)
         fmt = element_format(leaves[largest.tensor].dtype)
-        tables.append((name, codec.make_tables(fmt, pairs, grids[largest.tensor].tile)))
+        tile = grids[largest.tensor].tile
+        tables.append((name, codec.make_tables(fmt, pairs, tile, conditional)))
     return tables, {name: index for index, (name, _) in enumerate(tables)}

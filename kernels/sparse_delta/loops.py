@@ -287,12 +287,19 @@ def _count_above(
 # ------------------------------------------------------------------------------------ one element
 
 
+# Signs are as good as random, and a branch on one costs more than all of the arithmetic.
+
+
+@_compiled
+def _negative(bits, sign, is_float):
+    """−1 for a float with its sign bit set, else 0."""
+    return -np.int64((bits & sign != 0) & is_float)
+
+
 @_compiled
 def _ordered(bits, sign, is_float):
     """Integer in which neighbouring values are neighbours; see `elements.order`."""
-    if is_float and bits & sign:
-        return 2 * sign - 1 - bits
-    return bits ^ sign
+    return bits ^ sign ^ (_negative(bits, sign, is_float) & (sign - 1))
 
 
 @_compiled
@@ -301,26 +308,20 @@ def change_code(old, new, sign, is_float):
 
     c counts the values between, away from zero for floats, wrapped into w bits.
     """
-    change = (_ordered(new, sign, is_float) - _ordered(old, sign, is_float)) & (2 * sign - 1)
-    if is_float and old & sign:
-        change = (-change) & (2 * sign - 1)
-    if change >= sign:
-        return 2 * (2 * sign - change) - 2
-    return 2 * change - 1
+    flip = _negative(old, sign, is_float)
+    change = _ordered(new, sign, is_float) - _ordered(old, sign, is_float)
+    change = (((change ^ flip) - flip) & (2 * sign - 1) ^ sign) - sign
+    down = change >> 63
+    return 2 * ((change ^ down) - down) - 1 + down
 
 
 @_compiled
 def changed_bits(old, code, sign, is_float):
     """Inverse of `change_code`: the new bits."""
-    change = (code >> 1) + 1
-    if not code & 1:
-        change = -change
-    if is_float and old & sign:
-        change = -change
-    ordered = (_ordered(old, sign, is_float) + change) & (2 * sign - 1)
-    if is_float and not ordered & sign:
-        return 2 * sign - 1 - ordered
-    return ordered ^ sign
+    flip = _negative(old, sign, is_float) ^ ((code & 1) - 1)
+    change = (((code >> 1) + 1) ^ flip) - flip
+    bits = (_ordered(old, sign, is_float) + change) & (2 * sign - 1) ^ sign
+    return bits ^ (_negative(bits, sign, is_float) & (sign - 1))
 
 
 # ------------------------------------------------------------------------------------ whole tiles
@@ -516,6 +517,41 @@ def scan(
             records[2, r] = rank + _rank(_class_set(old, start, mask, low, span), at)
             records[3, r] = change_code(bits, np.int64(new[start + at]), sign, is_float)
     return n_changed
+
+
+@_compiled
+def lone_class(mask, shift, classes):
+    """The class of every element where tables have one class only, else −1."""
+    last = classes[np.int64(mask) >> shift]
+    return np.int64(last) if last == classes[0] else -1
+
+
+@_compiled
+def scan_lone(old, i, new, width, stride, size, sign, is_float, own, records):
+    """`scan` of a tile whose elements are all of the class `own`: a rank is a position.
+
+    Nothing is counted, so this reads the two versions about as fast as memory gives them.
+    """
+    per_line = width // SUB_BLOCK
+    lines = (size + width - 1) // width
+    n = 0
+    for line in range(lines):
+        start = i + line * stride
+        ahead = start + min(_ROWS_AHEAD, lines - 1 - line) * stride
+        n_before = n
+        for block in range(per_line):
+            _prefetch(old, ahead + block * SUB_BLOCK)
+            _prefetch(new, ahead + block * SUB_BLOCK)
+            at = start + block * SUB_BLOCK
+            n = _find_changes(old, new, at, line * per_line + block, n, records)
+        shift = start - line * width
+        for r in range(n_before, n):
+            position = np.int64(records[0, r])
+            at = shift + position
+            records[1, r] = own
+            records[2, r] = position
+            records[3, r] = change_code(np.int64(old[at]), np.int64(new[at]), sign, is_float)
+    return n
 
 
 # ------------------------------------------------------------------------------ fixed-width modes
@@ -1063,15 +1099,6 @@ def digest_rows(flat, start, width, stride, n_rows, index, index_stride, sums):
         index += index_stride
 
 
-@_compiled
-def _add_change(old_bits, new_bits, index, sums):
-    """Add an element's change of hash to the digest's change `sums[2]`."""
-    old_a, old_b = _element_hash(old_bits, index)
-    new_a, new_b = _element_hash(new_bits, index)
-    sums[0] = (sums[0] + new_a - old_a) & 0xFFFFFFFF
-    sums[1] = (sums[1] + new_b - old_b) & 0xFFFFFFFF
-
-
 # ----------------------------------------------------------------------------------------- survey
 
 
@@ -1134,14 +1161,33 @@ def _tile_box(t, shape, tile):
 
 
 @_compiled
+def _row_of(position, width):
+    """position // width, for positions below 2^20, without a division.
+
+    Halfway between two whole positions no rounding of a double reaches the next row.
+    """
+    return np.int64((position + 0.5) / width)
+
+
+@_compiled
 def _add_changes(old, new, start, width, stride, index, index_stride, records, n, sums):
-    """`_add_change` of all records of a tile whose first element has the row-major `index`."""
+    """Add to `sums[2]` how the hashes of a tile's changed elements grow.
+
+    Its first element has the row-major `index` in the tensor.
+    """
+    first = 0
+    second = 0
     for r in range(n):
         position = np.int64(records[0, r])
-        row = np.int64(np.uint64(position) // np.uint64(width))
+        row = _row_of(position, width)
         at = start + row * (stride - width) + position
         place = index + row * (index_stride - width) + position
-        _add_change(np.int64(old[at]), np.int64(new[at]), place, sums)
+        old_a, old_b = _element_hash(np.int64(old[at]), place)
+        new_a, new_b = _element_hash(np.int64(new[at]), place)
+        first += new_a - old_a
+        second += new_b - old_b
+    sums[0] = (sums[0] + first) & 0xFFFFFFFF
+    sums[1] = (sums[1] + second) & 0xFFFFFFFF
 
 
 @_compiled
@@ -1177,6 +1223,7 @@ def encode_tiles(
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
+    own = lone_class(mask, shift, classes)
     old_tile, new_tile, reached, starts, totals, records, symbols, order, _ = work
     at = 0
     for t in range(first, last):
@@ -1196,24 +1243,39 @@ def encode_tiles(
             a, b = old_tile, new_tile
             i = 0
             line = stride = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
-        n = scan(
-            a, i, b, line, stride, size, mask, limits, shift, classes, sign, is_float,
-            reached, starts, records,
-        )  # fmt: skip
+        if own >= 0:
+            n = scan_lone(a, i, b, line, stride, size, sign, is_float, own, records)
+        else:
+            n = scan(
+                a, i, b, line, stride, size, mask, limits, shift, classes, sign, is_float,
+                reached, starts, records,
+            )  # fmt: skip
         changed[t] = n
         begin = at
         if n == 0:
             modes[t] = EMPTY
         else:
-            mode, bits, fixed = choose_fixed(records, n, size, width_bits)
             after = -1
+            fixed = size * item
+            # No fixed mode spends less than this, nor has to be looked at if entropy mode does.
+            blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
+            least = min(fixed, 1 + (n + 3) // 4 + min((size + 7) // 8, blocks + n))
             if tables[0].size:
-                _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
+                if own >= 0:
+                    totals[:] = 0
+                    totals[own] = size
+                else:
+                    _totals(reached, blocks, totals)
                 after = write_entropy(
                     records, n, totals, width_bits, tables, symbols, order, out, at, at + fixed
                 )
-            if after > 0:
-                mode, at = ENTROPY, after
+            mode, bits = ENTROPY, 0
+            if after < 0 or after - at >= least:
+                mode, bits, fixed = choose_fixed(records, n, size, width_bits)
+                if 0 < after < at + fixed:
+                    mode = ENTROPY
+            if mode == ENTROPY:
+                at = after
             elif mode != DENSE:
                 at = write_fixed(mode, bits, records, n, size, width_bits, out, at)
             else:
@@ -1271,11 +1333,12 @@ def decode_tiles(
     Returns:
       The number of the first bad tile and the reason; `last` and OK where there is none.
     """
-    width_bits, is_float, _, mask, limits, _ = fmt
+    width_bits, is_float, shift, mask, limits, classes = fmt
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
     old_tile, _, reached, starts, totals, records, _, _, stream = work
+    own = lone_class(mask, shift, classes)
     has_old = old.size > 0
     class_changes = np.zeros(CLASSES, np.int64)
     taken = np.zeros(2, np.int64)
@@ -1288,6 +1351,7 @@ def decode_tiles(
         n_bytes = np.int64(sizes[k])
         n = np.int64(changed[k])
         mode = modes[k]
+        place = 0  # row of the records that has positions
         if mode == DENSE:
             if n_bytes != size * item:
                 return k, SHORT if n_bytes < size * item else LONG
@@ -1314,34 +1378,51 @@ def decode_tiles(
             if reason:
                 return k, reason
         elif mode == ENTROPY and tables[0].size:
-            # Looked into in no order: that wants it in one piece, in the cache.
             flat, i = old, start
-            line = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
-            if width != shape[2] or line != size:
-                _gather(old, start, width, shape[2], size, old_tile)
-                flat, i = old_tile, 0
-            count_classes(flat, i, size, mask, limits, reached, starts)
-            _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
+            if own >= 0:
+                totals[:] = 0
+                totals[own] = size
+            else:
+                # Looked into in no order: that wants it in one piece, in the cache.
+                line = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
+                if width != shape[2] or line != size:
+                    _gather(old, start, width, shape[2], size, old_tile)
+                    flat, i = old_tile, 0
+                count_classes(flat, i, size, mask, limits, reached, starts)
+                _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
             _copy(stream, 8, data, at, n_bytes)
             reason = read_entropy(
                 stream, 8, 8 + n_bytes, n, totals, width_bits, tables, class_changes, records
             )
             if reason:
                 return k, reason
-            place_records(flat, mask, limits, reached, starts, class_changes, records)
+            if own >= 0:
+                place = 2  # a rank is a position
+            else:
+                place_records(flat, mask, limits, reached, starts, class_changes, records)
         else:
             return k, MODE
         if not in_place:
             for line in range(height):
                 here = start + line * shape[2]
+                for column in range(0, width, SUB_BLOCK):
+                    _prefetch(old, here + _ROWS_AHEAD * shape[2] + column)
                 _copy(new, here, old, here, width)
+        first_sum = 0
+        second_sum = 0
         for r in range(n):
-            position = np.int64(records[0, r])
-            line = np.int64(np.uint64(position) // np.uint64(width))
+            position = np.int64(records[place, r])
+            line = _row_of(position, width)
             here = start + line * (shape[2] - width) + position
-            bits = np.int64(old[here])
+            bits = np.int64(new[here])
             value = changed_bits(bits, np.int64(records[3, r]), sign, is_float)
             new[here] = value
             if digests:
-                _add_change(bits, value, index + line * (row_index - width) + position, sums)
+                at = index + line * (row_index - width) + position
+                old_a, old_b = _element_hash(bits, at)
+                new_a, new_b = _element_hash(value, at)
+                first_sum += new_a - old_a
+                second_sum += new_b - old_b
+        sums[0] = (sums[0] + first_sum) & 0xFFFFFFFF
+        sums[1] = (sums[1] + second_sum) & 0xFFFFFFFF
     return last, OK

@@ -181,8 +181,8 @@ def optimizer_step(density, shape=(4, 512, 512), steps=12):
     return sides
 
 
-def roundtrip(old, new, fmt, tile, threads=1, frame=None):
-    tables = codec.make_tables(fmt, [(old, new)], tile)
+def roundtrip(old, new, fmt, tile, threads=1, frame=None, conditional=True):
+    tables = codec.make_tables(fmt, [(old, new)], tile, conditional)
     coded = codec.encode_box(old, new, fmt, tile, tables, threads, frame)
     again, used = codec.Tables.from_bytes(tables.to_bytes(), fmt)
     assert used == len(tables.to_bytes())
@@ -210,6 +210,22 @@ def test_round_trip(dtype, density, step):
     roundtrip(old, changed(old, density, 1, step), element_format(dtype), (32, 256))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 70, 300), (1, 33, 512), (3, 41, 256), (1, 1, 7)])
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.1, 0.6, 1.0])
+def test_round_trip_with_one_class(dtype, shape, density):
+    """Tiles that are gathered, ones that are scanned where they lie, and a clipped last one."""
+    old = normal(shape, dtype)
+    frame = DigestFrame(2**32 - 9, 10**5, shape[2] + 3)
+    new = changed(old, density, 1, 3)
+    coded, tables = roundtrip(
+        old, new, element_format(dtype), (32, 256), 2, frame, conditional=False
+    )
+    assert not (tables.frequencies.size and tables.thresholds.any())
+    expected = np.subtract(slow_digest(new, frame), slow_digest(old, frame)) % 2**32
+    assert coded.digest_change == tuple(expected)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_round_trip_of_any_bits_shapes_and_tiles(data):
@@ -221,7 +237,8 @@ def test_round_trip_of_any_bits_shapes_and_tiles(data):
     old = rng.integers(0, top, shape, fmt.bits_dtype, True)
     density = data.draw(st.sampled_from([0, 0.001, 0.01, 0.2, 0.5, 0.99, 1]))
     new = changed(old, density, 5, data.draw(st.sampled_from([None, 1, 3, 1000])))
-    coded, _ = roundtrip(old, new, fmt, tile, data.draw(st.integers(1, 3)))
+    threads, conditional = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    coded, _ = roundtrip(old, new, fmt, tile, threads, conditional=conditional)
     assert coded.data.size <= new.nbytes
 
 
@@ -318,11 +335,12 @@ def test_the_change_of_the_digest_is_that_of_the_whole_box(density, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("density", [0.004, 0.3, 1.0])
-def test_a_decoder_written_from_the_format_agrees(dtype, density):
+@pytest.mark.parametrize("conditional", [True, False])
+def test_a_decoder_written_from_the_format_agrees(dtype, density, conditional):
     fmt = element_format(dtype)
     old = normal((1, 16, 300), dtype)
     new = changed(old, density, 4, 1 if density == 1.0 else 60)
-    tables = codec.make_tables(fmt, [(old, new)], (16, 300))
+    tables = codec.make_tables(fmt, [(old, new)], (16, 300), conditional)
     coded = codec.encode_box(old, new, fmt, (16, 300), tables)
     assert coded.mode.tolist() == [Mode.ENTROPY]
     assert (

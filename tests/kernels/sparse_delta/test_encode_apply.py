@@ -105,6 +105,24 @@ def test_tensors_of_many_tiles(density, dtype):
         assert len(payload) < dense / 10
 
 
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.01, 0.3, 1.0])
+def test_unconditional_payloads_are_the_same_format_and_somewhat_larger(density):
+    rng = np.random.default_rng(4)
+    shapes = {jnp.bfloat16: (256, 1024), jnp.float32: (300, 700), FP8: (3, 100, 512)}
+    old = {str(dtype): weights(rng, shape, dtype) for dtype, shape in shapes.items()}
+    new = jax.tree.map(lambda x: changed(rng, x, density), old)
+    base = sparse_delta.digest(old)
+    known = {"base_digest": base, "threads": 2}
+    payload = sparse_delta.encode(old, new, conditional=False, **known)
+    assert_same(sparse_delta.apply(old, payload, base, threads=2), new)
+    twin = sparse_delta.inspect(sparse_delta.encode(old, new, **known))
+    assert sparse_delta.inspect(payload).target_digest.root == twin.target_digest.root
+    if density == 0.01:
+        assert sparse_delta.inspect(payload).tensors[0].modes.keys() == {"entropy"}
+        # Gaps alone: H(.01)/.01 = 8.1 bits; changes of either sign and 1 to 4 steps: 3 bits.
+        assert 8 * len(payload) / twin.changed < 8.1 + 3 + 1.5
+
+
 def test_zeros_with_signs_infinities_and_nans_are_values():
     bits = np.array([0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x7FC1, 0xFFFF, 0x0001], np.uint16)
     every = np.stack(np.meshgrid(bits, bits)).reshape(2, -1)
