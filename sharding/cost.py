@@ -25,6 +25,9 @@ from sharding.traffic import fsdp_comm, layer_comm
 
 # Sharpness of the change from a device that waits for its host to one that does not.
 _LAUNCH_SHARPNESS = 6.0
+# A host this many times as fast as the device keeps nothing waiting; the smooth change between the
+# two would say 2e-13 of the time, of which subtraction leaves mostly rounding.
+_HOST_FAR_AHEAD = 100.0
 # Passes over accumulated gradients a micro-batch: the product that makes one adds it in place.
 _SUM_PASSES = 2
 # Passes over a gradient in an update: its norm, and the update itself.
@@ -158,7 +161,8 @@ def _waits(busy: np.ndarray, floor: np.ndarray) -> np.ndarray:
     Kernels differ: where the two are near each other, some wait and some do not.
     """
     p = _LAUNCH_SHARPNESS
-    return (busy**p + floor**p) ** (1 / p) - busy
+    waits = (busy**p + floor**p) ** (1 / p) - busy
+    return np.where(_HOST_FAR_AHEAD * floor < busy, 0.0, waits)
 
 
 def _step(
@@ -170,7 +174,8 @@ def _step(
     for time, repeat in zip(blocks, repeats, strict=True):
         for name in _MICROBATCH_TERMS:  # of an average stage
             terms[name] = terms[name] + count * repeat * getattr(time, name) / strategies.stage
-    terms["bubble"] = _pipeline(view, blocks, repeats) - sum(terms.values())
+    terms["bubble"] = _bubble(view, blocks, repeats)
+    inside = sum(terms.values())
     terms["stage_comm"] = _stage_comm(view, machine)
     reduction = _gradient_comm(view, repeats, machine)
     last_backward = terms["backward"] / count
@@ -184,21 +189,23 @@ def _step(
     waiting = constants.jitter * np.log2(np.maximum(machine.domains, 1.0))
     terms["waiting"] = waiting * sum(terms.values())
     total = sum(terms.values())
-    outside = total - _pipeline(view, blocks, repeats)
     return Estimate(
         step_s=np.asarray(total),
         terms=terms,
         memory=memory(view, repeats),
         blocks=blocks,
-        outside_s=np.asarray(outside),
+        outside_s=np.asarray(total - inside),
     )
 
 
-def _pipeline(view: View, blocks: Sequence[BlockTime], repeats: Sequence[Any]) -> np.ndarray:
-    """Seconds of all micro-batches through equal stages.
+def _bubble(view: View, blocks: Sequence[BlockTime], repeats: Sequence[Any]) -> np.ndarray:
+    """Seconds that an average stage is idle in a step.
 
+    All micro-batches through equal stages take
     T = m·t_max + (p-1)/v·t   (1F1B with v stretches a stage; arXiv:2104.04473, section 2.2)
-    The embedding is on the first stage and the head on the last, which is thereby the slowest.
+    of which an average stage works m·t. The embedding is on the first stage and the head on the
+    last, which is thereby the slowest. Idle time is summed from its causes, not left over from T,
+    so that one stage has exactly none.
     """
     strategies = view.strategies
     stage = strategies.stage
@@ -210,9 +217,9 @@ def _pipeline(view: View, blocks: Sequence[BlockTime], repeats: Sequence[Any]) -
             ends = ends + repeat * time.total
             heaviest = np.maximum(heaviest, repeat * time.total)
     fullest = np.ceil(depth / stage) * stage / np.maximum(depth, 1.0)
-    slowest = layers / stage * fullest + np.where(stage > 1, heaviest, ends)
+    uneven = layers / stage * (fullest - 1.0) + np.where(stage > 1, heaviest - ends / stage, 0.0)
     fill = (stage - 1) * layers / stage / strategies.interleave
-    return strategies.microbatches * slowest + fill
+    return strategies.microbatches * uneven + fill
 
 
 def _stage_comm(view: View, machine: Machine) -> np.ndarray:

@@ -143,7 +143,38 @@ def candidates(program: Program, cluster: Cluster, constraints: Constraints) -> 
     base = np.asarray(rows)
     names: tuple[str, ...] = (*AXES, "microbatches", "interleave")
     columns: dict[str, np.ndarray] = dict(zip(names, base.T, strict=True))
-    return _with_choices(columns, _choices(program, constraints, torus), constraints)
+    space = _with_choices(columns, _choices(program, constraints, torus), constraints)
+    if not len(space):
+        raise ValueError(_contradiction(program, cluster, columns, constraints))
+    return space
+
+
+def _contradiction(
+    program: Program,
+    cluster: Cluster,
+    columns: Mapping[str, np.ndarray],
+    constraints: Constraints,
+) -> str:
+    """Which pins leave nothing of the rows that divide the program, and what would do."""
+    batch = program.dims.get(program.batch_dim, 1)
+    reasons = []
+    for name in ("microbatches", "interleave"):
+        possible = np.unique(columns[name])
+        if name in constraints.pinned and constraints.pinned[name] not in possible:
+            listing = ", ".join(map(str, possible.tolist()))
+            reasons.append(f"{name} {constraints.pinned[name]} is pinned and may be {listing}")
+    if not reasons:
+        reasons.append("no strategy has all of them: offload 'activations' needs another remat "
+                       "than 'full', and interleave needs stages")  # fmt: skip
+    groups = columns["data"] * columns["fsdp"] * columns["expert"]
+    local = np.unique(batch // groups)
+    leaves = f"{local[0]}" if len(local) == 1 else f"{local[0]} to {local[-1]}"
+    return (
+        f"the pins {dict(constraints.pinned)} leave no strategy of {program.name} on "
+        f"{cluster.name}: {'; '.join(reasons)}. Global batch {batch} leaves {leaves} sequences to "
+        "each group of devices, and micro-batches divide them evenly; pin another value or none, "
+        "divide the batch over fewer devices, or take a larger global batch"
+    )
 
 
 def _microbatches(local: int, stage: int, training: bool) -> list[int]:

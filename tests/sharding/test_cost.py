@@ -101,6 +101,23 @@ def test_gradients_are_reduced_over_what_did_not_divide_them():
     assert result.terms["gradient_comm"][0] == pytest.approx(2 * size * (7 / 8) / 450e9, rel=1e-3)
 
 
+def test_what_does_not_happen_costs_exactly_nothing():
+    # Rounding that is left over would be printed as a term of the step.
+    llama = transformer(named_model("llama3-8b", global_batch=512, seq_len=4096))
+    table = Strategies.stack(
+        [
+            Strategy(fsdp=128, microbatches=count, remat=remat)
+            for count in (1, 2)
+            for remat in ("none", "full")
+        ]
+    )
+    where = Cluster.from_name("v5p:4x4x8")
+    terms = estimate(llama, table, where).terms
+    for name in ("bubble", "launch", "stage_comm", "layer_comm", "offload"):
+        np.testing.assert_array_equal(terms[name], 0.0, err_msg=name)
+    assert np.all(terms["forward"] > 0)
+
+
 def test_the_bubble_of_a_pipeline():
     program = tiny(layers=8)
     result = cost(program, Strategy(stage=8, microbatches=8))

@@ -159,3 +159,21 @@ def test_cuts_keep_to_the_memory_of_each_stage():
         cut_layers(times, microbatches=4, state_bytes=np.ones(6), limit_bytes=[2.0, 2.0])
     with pytest.raises(ValueError, match="every stage needs a layer"):
         cut_layers(np.ones((3, 2)), microbatches=1)
+
+
+def test_pins_that_leave_nothing_are_named_with_what_may_be_pinned():
+    cluster = Cluster.from_name("h100:1x8")
+
+    def search(**pins):
+        return solve(small(global_batch=16), cluster, constraints=Constraints(pinned=pins))
+
+    # Two sequences a device: four micro-batches cannot divide them.
+    with pytest.raises(
+        ValueError,
+        match=r"'fsdp': 4.*leave no strategy of transformer on h100:1x8: microbatches 4 is pinned "
+        r"and may be 1, 2\. Global batch 16 leaves 2 sequences.*larger global batch",
+    ):
+        search(fsdp=4, data=2, microbatches=4)
+    assert search(fsdp=4, data=2, microbatches=2).best[0].strategy.microbatches == 2
+    with pytest.raises(ValueError, match="offload 'activations' needs another remat than 'full'"):
+        search(offload="activations", remat="full")
