@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.delta_bench.ours import FAST
 from experiments.delta_bench.peers import MODELLED_BITS
 from experiments.harness.tables import Table
 
@@ -100,7 +101,7 @@ def excess(summary: Summary, ours: str) -> Table:
     rows = []
     for name, pair in summary["pairs"].items():
         found = pair["sizes"]
-        peers = {k: v["bits"] for k, v in found.items() if k != ours}
+        peers = {k: v["bits"] for k, v in found.items() if k not in (ours, FAST)}
         best = min(peers, key=lambda k: peers[k])
         own = found.get(ours, {})
         rows.append(

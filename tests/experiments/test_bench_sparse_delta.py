@@ -18,7 +18,7 @@ from experiments.delta_bench import cold, device, loops, synthetic, tables, traf
 from experiments.delta_bench.codec import Codec, RoundTripError
 from experiments.delta_bench.limits import entropy_bits, limits, order, outward_steps
 from experiments.delta_bench.measure import FLOOR, Size, floor, speeds
-from experiments.delta_bench.ours import NAME, UNKNOWN
+from experiments.delta_bench.ours import FAST, NAME, UNKNOWN
 from experiments.delta_bench.pairs import Pair, bits_of, load_versions, save_versions
 from experiments.delta_bench.peers import DENSE_XOR, peers
 from experiments.delta_bench.recorded import Recording, record
@@ -319,9 +319,11 @@ def test_the_bench_weighs_and_times_everybody_on_every_pair(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert set(tables.pairs_of(summary, "synthetic")) == {"synthetic, 1 %", "synthetic, 100 %"}
     for pair in summary["pairs"].values():
-        assert set(pair["sizes"]) == {NAME, *PEERS}
+        assert set(pair["sizes"]) == {NAME, FAST, *PEERS}
     for by_threads in summary["speeds"].values():
-        assert all(set(found) == {NAME, UNKNOWN, FLOOR, *PEERS} for found in by_threads.values())
+        assert all(
+            set(found) == {NAME, FAST, UNKNOWN, FLOOR, *PEERS} for found in by_threads.values()
+        )
     (row,) = summary["catch_up"].values()
     assert row["growth"] > 1
     assert row["squash_bytes"] < row["sum_bytes"]
