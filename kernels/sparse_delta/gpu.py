@@ -17,8 +17,8 @@ Mosaic GPU has no prefix sum, population count, gather or scatter of registers. 
   word; over a warp they are split into bytes (exclusive prefixes end at 248) or halves.
 - *Compaction.* `compact` is two steps: a kernel that reads the weights once and leaves one bit an
   element and per-class prefixes every 64 elements, and a fusion by XLA in which each slot searches
-  its element in those, since only XLA can gather. `inline_mgpu` could emit ballots instead, but no
-  interpreter runs what it emits, and a kernel that no test has run is not one to trust.
+  its element in those, since only XLA can gather. `compact_by_stores` does it in one pass with
+  stores that `inline_mgpu` emits; no interpreter runs those, so it is off until a chip has.
 
 Needs compute capability 9.0 or later (Mosaic GPU emits `elect.sync`); elsewhere use `reference`.
 The digest has no kernel here: XLA makes one reduction of it that reads the weights once.
@@ -41,8 +41,8 @@ from jax.ref import freeze, new_ref
 from jaxtyping import Array, Float32, Int32, UInt, UInt32
 
 from kernels.sparse_delta.elements import ElementFormat
-from kernels.sparse_delta.gpu_compact import compact
-from kernels.sparse_delta.gpu_grid import LANES, VECTOR, WARPS, Grid, in_place, out_of_place
+from kernels.sparse_delta.gpu_compact import QUARTER, compact
+from kernels.sparse_delta.gpu_grid import LANES, VECTOR, WARPS, Grid, fits, in_place, out_of_place
 from kernels.sparse_delta.gpu_registers import (
     HALF_LANES,
     Registers,
@@ -53,7 +53,9 @@ from kernels.sparse_delta.gpu_registers import (
     keys_in_registers,
     launch,
 )
+from kernels.sparse_delta.gpu_store import compact as compact_by_stores
 from kernels.sparse_delta.reference import (
+    BLOCK,
     EMPTY_SLOT,
     SUBBLOCK,
     WORD_BITS,
@@ -61,9 +63,10 @@ from kernels.sparse_delta.reference import (
     Slots,
     Tile,
     subblocks_of,
+    tile_counts,
 )
 
-__all__ = ["class_counts", "compact", "epilogue", "expand", "pack"]
+__all__ = ["class_counts", "compact", "compact_by_stores", "epilogue", "expand", "pack", "traffic"]
 
 
 def pack(
@@ -281,3 +284,58 @@ def _add_change(bits: Array, change: Array, fmt: ElementFormat) -> Array:
         crossed = ((moved ^ wide) & sign) != 0
         moved = jnp.where(crossed, moved ^ (mask ^ sign), moved)
     return moved.astype(bits.dtype)
+
+
+def traffic(
+    name: str,
+    extents: tuple[int, int, int],
+    *,
+    fmt: ElementFormat,
+    tile: Tile,
+    capacity: int = 128,
+    touched: int | None = None,
+    room: int = 16,
+) -> int:
+    """Bytes that a kernel moves between the chip and its memory for a box.
+
+    Every operand is read once and every result written once; added are the slots that the search
+    of `compact` fills and what it gathers for them, and the copies that bring a box that does not
+    fit (`fits`) into tile order and back.
+
+    Args:
+      name: of the entry point: pack, epilogue, compact, compact_by_stores, class_counts or expand.
+      extents: lead, rows and cols of the box.
+      fmt: of its elements.
+      tile: R and C.
+      capacity: slots a block, of the compactions.
+      touched: listed tiles, of `expand`; all where None.
+      room: slots a sub-block, of `expand`.
+    """
+    width = 2 if name == "epilogue" else fmt.width_bits // 8
+    elements = math.prod(extents)
+    tiles, subblocks = math.prod(tile_counts(extents, tile)), subblocks_of(tile)
+    padded = elements
+    if not fits(extents, tile):
+        padded = tiles * SUBBLOCK * -(-subblocks // (WARPS * WORD_BITS)) * WARPS * WORD_BITS
+    laid_out = 0 if padded == elements else elements + padded
+    slots = padded // BLOCK * capacity
+    records = slots * (12 if fmt.width_bits == 32 else 8)
+    if name == "pack":
+        return 2 * width * (padded + laid_out) + padded // 8 + padded // 64
+    if name == "epilogue":
+        return 8 * (padded + laid_out) + padded // 8 + padded // 64
+    if name == "class_counts":
+        return width * (padded + laid_out) + padded // 32
+    if name == "compact_by_stores":
+        return 2 * width * (padded + laid_out) + records + 20 * padded // BLOCK
+    if name == "compact":
+        surveyed = padded // 8 + padded // 64 + padded // 8 + padded // 16
+        gathered = slots * (QUARTER + 1) * width
+        return 2 * width * (padded + laid_out) + 2 * surveyed + gathered + records
+    if name == "expand":
+        listed = tiles if touched is None else touched
+        words = listed * subblocks * room * (2 if fmt.width_bits == 32 else 1)
+        # The keys are read once more to find the fullest sub-blocks.
+        keys = 4 * (words + listed * subblocks * room)
+        return 2 * width * (listed * padded // tiles + laid_out) + keys
+    raise ValueError(f"no kernel of that name: {name!r}")

@@ -107,7 +107,7 @@ def _survey(
             for odd, counts in enumerate(class_bytes(nibbles)):
                 for axis in range(last - 1, last - 4, -1):
                     counts = jnp.sum(counts, axis=axis)  # over the 8 lanes of a quarter
-                quarters_out[odd, groups, outer] = registers.before_lanes(counts, (4, 3))
+                quarters_out[odd, groups, outer] = registers.before_lanes(counts, (4, 3))[0]
                 for high in range(2):
                     half = (counts >> (8 * high)) & jnp.uint32(0x00FF00FF)
                     total = jnp.sum(jnp.sum(half, axis=4), axis=3)

@@ -96,16 +96,16 @@ class Grid:
             split = (self.high, across, self.wide)
         return box.reshape(lead, rows // self.high, *split, *rest)
 
-    def at(self, tile: Any, quad: Any, outer: Any) -> tuple[Any, ...]:
+    def at(self, tile: Any, quad: Any, outer: Any, inner: Any = slice(None)) -> tuple[Any, ...]:
         """Index of sub-blocks of four groups in a `view`: [4, outer, inner, *lanes, 8]."""
         _, down, across = tile_counts(self.extents, self.tile)
         groups = pl.ds(lax.rem(tile // across, down) * self.groups + quad * WARPS, WARPS)
         lead, column = tile // (across * down), lax.rem(tile, across)
         if self.wide == 1:
-            return lead, groups, outer, slice(None), column
+            return lead, groups, outer, inner, column
         if self.high == 1:
-            return lead, groups, column, outer
-        return lead, groups, outer, column
+            return lead, groups, column, outer, inner
+        return lead, groups, outer, column, inner
 
 
 def in_place(box: Array, tile: Tile) -> tuple[Array, Grid]:

@@ -55,13 +55,14 @@ def _layout(rows: int, lanes: tuple[int, ...]) -> Any:
 class Registers:
     """Loads and constants in this layout; the interpreter knows neither layouts nor `load`."""
 
-    def __init__(self, lanes: tuple[int, ...], interpret: bool) -> None:
-        self.layout = _layout(2, lanes)
-        self.rank = 4 + len(lanes)
+    def __init__(self, lanes: tuple[int, ...], interpret: bool, rows: int = 2) -> None:
+        self.layout = _layout(rows, lanes)
+        self.rank = 2 + rows + len(lanes)
+        self.lanes = tuple(range(self.rank - 2, rows, -1))  # axes, from the fastest up
         self.interpret = interpret
 
     def cast(self, x: Array) -> Array:
-        """Says which registers hold x, an array [4, rows, wide, *lanes, 8] or its leading axes."""
+        """Says which registers hold x, an array [4, *rows, *lanes, 8] or its leading axes."""
         if self.interpret:
             return x
         missing = range(x.ndim, self.rank)
@@ -90,15 +91,26 @@ class Registers:
         kept = tuple(d for d in range(len(shape)) if d != axis)[: x.ndim]
         return self.cast(lax.broadcast_in_dim(x, shape, kept))
 
-    def before_lanes(self, counts: Array, axes: tuple[int, ...]) -> Array:
-        """Exclusive prefix sums over lanes, whose axes of 2 are given from the fastest up."""
+    def before_lanes(self, counts: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        """Exclusive prefix sums over lane axes of extent 2, from the fastest up, and the sums."""
         prefix = self.cast(jnp.zeros_like(counts))
         for axis in axes:
             both = self.spread(jnp.sum(counts, axis=axis), counts.shape, axis)
             upper = self.iota(counts.shape, axis) == 1
             prefix = prefix + jnp.where(upper, both - counts, jnp.zeros_like(counts))
             counts = both
-        return prefix
+        return prefix, counts
+
+    def before_in_lane(self, counts: Array) -> tuple[Array, Array]:
+        """Exclusive prefix sums over the 8 elements of every lane, and the lanes' sums."""
+        last = counts.ndim - 1
+        position = self.iota(counts.shape, last)
+        prefix = nothing = self.cast(jnp.zeros_like(counts))
+        total = jnp.sum(jnp.where(position == 0, counts, nothing), axis=last)
+        for j in range(1, VECTOR):
+            prefix = jnp.where(position == j, self.spread(total, counts.shape), prefix)
+            total += jnp.sum(jnp.where(position == j, counts, nothing), axis=last)
+        return prefix, total
 
 
 @functools.cache
@@ -116,9 +128,17 @@ def check_devices() -> None:
 
 
 def launch(
-    body: Callable[..., None], grid: tuple[int, ...], out_type: Any, interpret: bool
+    body: Callable[..., None],
+    grid: tuple[int, ...],
+    out_type: Any,
+    interpret: bool,
+    semantics: Any = plgpu.LoweringSemantics.Warpgroup,
 ) -> Callable[..., Any]:
     """A kernel over thread blocks of one warpgroup; `grid` axes are named "0", "1", …
+
+    Both semantics give the same code. With `Warpgroup`, the default since jax 0.11, the compiler
+    searches for the layouts, which takes minutes for a kernel of thousands of operations; with
+    `Lane` each result has to be cast to its layout, as `Registers` does, and nothing is searched.
 
     Raises:
       NotImplementedError: a GPU is here that is older than compute capability 9.0.
@@ -130,7 +150,7 @@ def launch(
         out_type=out_type,
         mesh=plgpu.Mesh(grid=grid, grid_names=tuple(str(axis) for axis in range(len(grid)))),
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            lowering_semantics=semantics,
             # A thread writes only what depends on what it read there, and no other thread reads
             # or writes that: barriers around loads and stores would order nothing.
             unsafe_no_auto_barriers=True,
@@ -183,40 +203,32 @@ def class_halves(nibbles: Array) -> list[Array]:
     return [(nibbles >> (4 * i)) & jnp.uint32(0x000F000F) for i in range(4)]
 
 
-def lane_counts(classes: Array, registers: Registers, visit: Callable[[int, Array], None]) -> Array:
-    """Counts the classes of the 8 elements of every lane, in nibbles; visits the counts on the way.
-
-    `visit(j, counts)` gets what elements 0 … j − 1 of each lane add up to, for j = 1 … 7.
-    """
-    last = classes.ndim - 1
-    one = jnp.uint32(1) << (classes * 4)
-    position = registers.iota(classes.shape, last)
-    counts = jnp.sum(jnp.where(position == 0, one, jnp.zeros_like(one)), axis=last)
-    for j in range(1, VECTOR):
-        visit(j, counts)
-        counts += jnp.sum(jnp.where(position == j, one, jnp.zeros_like(one)), axis=last)
-    return counts
-
-
 def class_bytes(nibbles: Array) -> tuple[Array, Array]:
     """Counts of the even and of the odd classes as bytes, from nibbles."""
     return nibbles & jnp.uint32(0x0F0F0F0F), (nibbles >> 4) & jnp.uint32(0x0F0F0F0F)
 
 
+def ranks_in_registers(
+    classes: Array, in_lane: Array, even: Array, odd: Array, registers: Registers
+) -> Array:
+    """How many elements of its class every element has before it, from counts by class.
+
+    Args:
+      classes: of the elements.
+      in_lane: counts of the earlier elements of the lane, as nibbles.
+      even: of the earlier lanes, the even classes, as bytes; one word a lane.
+      odd: likewise, the odd classes.
+      registers: that hold them.
+    """
+    even, odd = (registers.spread(counts, classes.shape) for counts in (even, odd))
+    before = jnp.where((classes & 1) == 1, odd, even) >> ((classes >> 1) * 8)
+    return (before & jnp.uint32(0xFF)) + ((in_lane >> (classes * 4)) & jnp.uint32(0xF))
+
+
 def keys_in_registers(classes: Array, registers: Registers) -> Array:
     """class << 24 | rank in the sub-block << 16 of every element."""
-    position = registers.iota(classes.shape, classes.ndim - 1)
-    in_lane = registers.cast(jnp.zeros_like(classes))
-
-    def keep(j: int, counts: Array) -> None:
-        nonlocal in_lane
-        in_lane = jnp.where(position == j, registers.spread(counts, classes.shape), in_lane)
-
-    lanes = tuple(range(classes.ndim - 2, classes.ndim - 2 - len(HALF_LANES), -1))
+    in_lane, nibbles = registers.before_in_lane(jnp.uint32(1) << (classes * 4))
     even, odd = (
-        registers.spread(registers.before_lanes(counts, lanes), classes.shape)
-        for counts in class_bytes(lane_counts(classes, registers, keep))
+        registers.before_lanes(counts, registers.lanes)[0] for counts in class_bytes(nibbles)
     )
-    before = jnp.where((classes & 1) == 1, odd, even) >> ((classes >> 1) * 8)
-    rank = (before & jnp.uint32(0xFF)) + ((in_lane >> (classes * 4)) & jnp.uint32(0xF))
-    return (classes << 24) | (rank << 16)
+    return (classes << 24) | (ranks_in_registers(classes, in_lane, even, odd, registers) << 16)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sparse_delta import gpu, reference
+from kernels.sparse_delta import gpu, gpu_store, reference
 from kernels.sparse_delta.elements import ElementFormat, element_format
 from kernels.sparse_delta.gpu_grid import fits
 from kernels.sparse_delta.gpu_registers import supports
@@ -136,6 +136,19 @@ def test_compact_gives_the_records(box, dtype, thresholds):
     assert int(found.counts.sum()) == int((old != new).sum())
 
 
+@pytest.mark.parametrize(("box", "dtype"), [(NARROW, "bfloat16"), (MOVED, "float32")])
+def test_compaction_by_stores_gives_the_same_records(box, dtype):
+    extents, tile = box
+    fmt, limits = element_format(dtype), jnp.array(UNEVEN, jnp.int32)
+    old, new = make_pair(3, extents, fmt, 0.01)
+    old = old.at[0, 10:14].set(0)  # whole sub-blocks of one class: a count of 256
+    new = new.at[0, 0, :5000].set(old[0, 0, :5000] + 1).at[0, 20:36].set(old[0, 20:36] + 1)
+    options = {"fmt": fmt, "tile": tile, "capacity": 128}
+    expected = reference.compact(old, new, limits, **options)
+    assert int(expected.counts.max()) > 128
+    assert_same(run(gpu_store.compact, old, new, limits, **options), expected)
+
+
 @cases
 def test_expand_adds_the_changes(box, dtype):
     extents, tile = box
@@ -174,6 +187,7 @@ def any_pair(key: int, density: float) -> tuple[jax.Array, jax.Array]:
 
 def test_expand_takes_a_change_of_every_element():
     old, new = any_pair(6, 1.0)
+    new = new.at[:, :16].set(old[:, :16])
     limits = jnp.array(OCTAVES, jnp.int32)
     slots = slots_for(old, new, limits, BF16, NARROW[1])
     assert slots.keys.shape[1] >= 256
@@ -233,3 +247,23 @@ def test_an_old_chip_is_refused_before_its_compiler_aborts(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         gpu.pack(box, box, tile=NARROW[1])
     gpu_registers.check_devices.cache_clear()
+
+
+def test_traffic_is_near_what_has_to_be_moved():
+    fmt, tile, extents = BF16, (256, 512), (1, 4096, 4096)
+    per_element = {
+        name: gpu.traffic(name, extents, fmt=fmt, tile=tile) / 4096**2
+        for name in ("pack", "epilogue", "class_counts", "compact_by_stores", "expand")
+    }
+    assert per_element == {
+        "pack": 4 + 1 / 8 + 1 / 64,
+        "epilogue": 8 + 1 / 8 + 1 / 64,
+        "class_counts": 2 + 1 / 32,
+        "compact_by_stores": 4 + 128 * 8 / 4096 + 20 / 4096,
+        "expand": 4 + 2 * 16 * 4 / 256,
+    }
+    # Out of tile order, the box is read and written once more.
+    moved = gpu.traffic("class_counts", (1, 4096, 4000), fmt=fmt, tile=(256, 500))
+    assert moved > 3 * 2 * 4096 * 4000
+    with pytest.raises(ValueError, match="no kernel of that name: 'unpack'"):
+        gpu.traffic("unpack", extents, fmt=fmt, tile=tile)

@@ -22,7 +22,7 @@ PROGRAM = """
 import json, re, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from kernels.sparse_delta import gpu, reference
+from kernels.sparse_delta import gpu, gpu_store, reference
 from kernels.sparse_delta.elements import element_format
 
 major, minor, dtype, width_bits = (*map(int, sys.argv[1:3]), sys.argv[3], int(sys.argv[4]))
@@ -61,6 +61,8 @@ programs = {
                      jax.P("x")),
     "compact": (lambda a, b, t: gpu.compact(a, b, t, fmt=fmt, tile=tile, capacity=128),
                 (box, box, limits), jax.P("x")),
+    "store": (lambda a, b, t: gpu_store.compact(a, b, t, fmt=fmt, tile=tile, capacity=128),
+              (box, box, limits), jax.P("x")),
     "expand": (lambda a, s, t: gpu.expand(a, s, t, fmt=fmt, tile=tile), (box, slots, limits),
                by_box),
 }
