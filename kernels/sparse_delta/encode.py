@@ -63,7 +63,7 @@ def encode(
         Needed where a receiver's tensor is spread over several processes.
       threads: how many work at once; as many as there are cores where None.
       conditional: code which elements change, and how, by the exponents of the old ones. False
-        codes plain gaps instead: about 3 bits a change more, several times faster at both ends. The
+        codes plain gaps instead: about 3 bits a change more, twice as fast at both ends. The
         format and `apply` are the same. Where the arrays lie on accelerators these count the
         exponents, at no cost, and the argument changes nothing.
 
