@@ -1,8 +1,9 @@
 """A second decoder of sparse_delta payloads, in plain NumPy, written from `FORMAT.md` alone.
 
-It shares no code with `kernels.sparse_delta`, none of which was read for it: where the two agree,
-the text is enough. It takes whole payloads, checks seals, sizes, sums and digests rather than every
-bound, and is slow, since symbols are decoded in Python.
+It shares no code with `kernels.sparse_delta`, and met payloads before its author had read any of
+that (the text was wrong on ties then, and was mended): where the two agree, the text is enough. It
+takes whole payloads, checks seals, sizes, sums and digests rather than every bound, and is slow,
+since symbols are decoded in Python.
 """
 
 import re
