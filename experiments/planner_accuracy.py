@@ -1,6 +1,7 @@
 """How well does the planner predict the step time of measured runs that it has not seen?
 
-    python -m experiments.planner_accuracy [--json FILE]
+    python -m experiments.planner_accuracy
+    python -m experiments.planner_accuracy --stacks fsdp  # runs of one software
 
 Every run is predicted by constants that were fitted without any run of its model. The same runs
 are predicted by the trivial baseline: model FLOPs at the median utilisation of other models on
@@ -8,21 +9,39 @@ the chip. CPU only, one core, about half a minute. Expected: the table in the RE
 the planner.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sharding.calibrate import held_out
+from experiments import harness
+from experiments.harness import Report, RunOptions, Table, plots
+from sharding.calibrate import FITTED, held_out
 from sharding.constants import shipped
 from sharding.evaluation import Errors, constant_mfu, problems, regret, spearman
 from sharding.runs import Run, read_runs
 
 TABLES = ("published_runs.csv", "vtrain_single_node_measured.csv")
+# Of its runs that are not in a set of `GOALS`.
+OTHER = "other runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """All of experiments.planner_accuracy; nothing in it is random."""
+
+    stacks: tuple[str, ...] = ()
+    """Software whose runs are predicted, such as fsdp or megatron; all when empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.stacks) - set(FITTED):
+            raise ValueError(f"no software {sorted(unknown)}; there are {', '.join(FITTED)}")
+
+
+PRESETS = {"full": Config(), "quick": Config(stacks=("fsdp",))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +88,34 @@ def published_runs() -> list[Run]:
     return [run for run in runs if run.measured_s and not run.source.startswith("AMP ")]
 
 
-def accuracy(runs: Sequence[Run], predicted: np.ndarray) -> list[dict]:
-    """One record a goal: wanted, reached, and what the trivial baseline reaches."""
+def predict(run: harness.Run, runs: Sequence[Run], stacks: Sequence[str]) -> np.ndarray:
+    """(runs,) seconds, held out; NaN for runs of software that is not asked for.
+
+    Software by software, which is what constants are fitted to: one fit does not see the others.
+    """
+    predicted = np.full(len(runs), np.nan)
+    chosen = stacks or sorted({r.stack for r in runs})
+    with run.progress("software", len(chosen)) as progress:
+        for done, stack in enumerate(chosen, 1):
+            rows = [i for i, r in enumerate(runs) if r.stack == stack]
+            predicted[rows] = held_out([runs[i] for i in rows], shipped(), stacks=(stack,))
+            progress.update(done)
+    return predicted
+
+
+def accuracy(runs: Sequence[Run], predicted: np.ndarray) -> list[dict[str, Any]]:
+    """One record a goal: wanted, reached, and what the trivial baseline reaches.
+
+    Runs whose prediction is NaN do not count, and goals without any run are left out.
+    """
     measured = np.asarray([run.measured_s for run in runs], float)
     trivial = constant_mfu(runs)
     records = []
     for goal in GOALS:
-        rows = np.asarray([i for i, run in enumerate(runs) if goal.chosen(run)])
+        rows = np.asarray(_rows(goal, runs, predicted), int)
         ours, theirs = (Errors.of(p[rows], measured[rows]) for p in (predicted, trivial))
-        assert ours is not None, f"no runs of {goal.name}"
-        assert theirs is not None
+        if ours is None or theirs is None:
+            continue
         reached = getattr(ours, goal.measure)
         met = reached <= goal.wanted
         if goal.within_15 is not None:
@@ -92,14 +129,19 @@ def accuracy(runs: Sequence[Run], predicted: np.ndarray) -> list[dict]:
     return records
 
 
-def choices(runs: Sequence[Run], predicted: np.ndarray) -> list[dict]:
+def _rows(goal: Goal, runs: Sequence[Run], predicted: np.ndarray) -> list[int]:
+    return [i for i, run in enumerate(runs) if goal.chosen(run) and np.isfinite(predicted[i])]
+
+
+def choices(runs: Sequence[Run], predicted: np.ndarray) -> list[dict[str, Any]]:
     """Regret and rank correlation where many configurations of one problem were measured."""
     measured = np.asarray([run.measured_s for run in runs], float)
     trivial = constant_mfu(runs)
     records = []
     for goal in GOALS[:2]:
-        rows = [i for i, run in enumerate(runs) if goal.chosen(run)]
-        found = problems(runs, rows)
+        found = problems(runs, _rows(goal, runs, predicted))
+        if not found:
+            continue
         ours = [regret(predicted[g], measured[g]) for g in found.values()]
         theirs = [regret(trivial[g], measured[g]) for g in found.values()]
         ranks = [spearman(predicted[g], measured[g]) for g in found.values()]
@@ -111,29 +153,73 @@ def choices(runs: Sequence[Run], predicted: np.ndarray) -> list[dict]:
     return records
 
 
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records there too")
-    options = parser.parse_args()
+def tables(errors: Sequence[dict[str, Any]], regrets: Sequence[dict[str, Any]]) -> list[Table]:
+    """Errors by set of runs, and regrets of choices where there are any."""
+    found = [
+        Table(
+            columns=("runs", "count", "measure", "wanted", "reached", "within 15 %",
+                     "constant MFU", "met"),
+            rows=tuple(
+                (r["set"], r["runs"], r["measure"], f"{r['wanted']:.0%}", f"{r['reached']:.1%}",
+                 f"{r['within_15']:.0%}", f"{r['constant_mfu']:.1%}", r["met"])
+                for r in errors
+            ),
+            caption="Error of the predicted step time, the model held out of the fit.",
+        ),
+        Table(
+            columns=("configurations", "problems", "mean regret", "worst", "rank correlation",
+                     "constant MFU's regret", "met (2 %)"),
+            rows=tuple(
+                (r["set"], r["problems"], f"{r['regret_mean']:.1%}", f"{r['regret_worst']:.1%}",
+                 r["spearman_mean"], f"{r['constant_mfu_regret']:.1%}", r["met"])
+                for r in regrets
+            ),
+            caption="Choice between measured configurations of one problem.",
+        ),
+    ]  # fmt: skip
+    return [table for table in found if table.rows]
+
+
+def experiment(run: harness.Run) -> None:
+    config: Config = run.config
     runs = published_runs()
-    predicted = held_out(runs, shipped())
+    predicted = predict(run, runs, config.stacks)
     errors, regrets = accuracy(runs, predicted), choices(runs, predicted)
-    print("| runs | count | measure | wanted | reached | within 15 % | constant MFU | met |")
-    print("|---|---|---|---|---|---|---|---|")
-    for r in errors:
-        print(f"| {r['set']} | {r['runs']} | {r['measure']} | {r['wanted']:.0%} | "
-              f"{r['reached']:.1%} | {r['within_15']:.0%} | {r['constant_mfu']:.1%} | "
-              f"{'yes' if r['met'] else 'no'} |")  # fmt: skip
-    print("\n| choice between measured configurations | problems | mean regret | worst | "
-          "rank correlation | constant MFU's regret | met (2 %) |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
-    for r in regrets:
-        print(f"| {r['set']} | {r['problems']} | {r['regret_mean']:.1%} | {r['regret_worst']:.1%} "
-              f"| {r['spearman_mean']:.3f} | {r['constant_mfu_regret']:.1%} | "
-              f"{'yes' if r['met'] else 'no'} |")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps({"accuracy": errors, "choice": regrets}, indent=1))
+    shown = tables(errors, regrets)
+    page = Report("Step time of measured runs", "every model predicted without its own runs")
+    for table in shown:
+        page.table(table)
+    page.figure(
+        plots.agreement(_series(runs, predicted), quantity="step time (s)"),
+        "Each point is a run; on the line the prediction is the measurement.",
+    )
+    page.record("Config", harness.to_json(config)).write(run.folder / "report.html")
+    run.finish({"accuracy": errors, "choice": regrets}, "\n".join(table.text() for table in shown))
+
+
+def _series(
+    runs: Sequence[Run], predicted: np.ndarray
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Measured and predicted seconds of each set of runs, a run in the first that it belongs to."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for run, ours in zip(runs, predicted.tolist(), strict=True):
+        if run.measured_s and np.isfinite(ours):
+            name = next((goal.name for goal in GOALS if goal.chosen(run)), OTHER)
+            measured, values = found.setdefault(name, ([], []))
+            measured.append(run.measured_s)
+            values.append(ours)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = harness.cli(
+        Config,
+        presets=PRESETS,
+        argv=argv,
+        prog="python -m experiments.planner_accuracy",
+        description=__doc__,
+    )
+    harness.main(experiment, "planner_accuracy", config)
 
 
 if __name__ == "__main__":

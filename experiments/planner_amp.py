@@ -1,6 +1,7 @@
 """Does the planner reproduce AMP, and does it choose better than AMP without any trial run?
 
-    python -m experiments.planner_amp [--json FILE]
+    python -m experiments.planner_amp
+    python -m experiments.planner_amp --problems het_model
 
 AMP (arXiv:2210.07297) published 170 trial launches of three problems with its predictions: 16 T4s,
 12 V100s with 4 T4s, and a model of uneven layers on 16 V100s. First AMP's own model is compared
@@ -10,18 +11,18 @@ the hosts' network, the seconds of a hand-over) are fitted to the *other two* pr
 the one that is predicted. CPU only, one core, under a minute.
 """
 
-import argparse
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import least_squares
 
+from experiments import harness
+from experiments.harness import Report, Run, RunOptions, Table, plots
 from sharding.amp import GPT2, AmpCluster, amp_step_time, gigabits
 from sharding.evaluation import regret, spearman
 from sharding.profiled import LayerProfile, ProfiledConstants, ProfiledPlan, memory_bytes, step_time
@@ -42,6 +43,30 @@ STATE_BYTES = 20.0
 # Memory of a 16 GB card that CUDA, NCCL and the allocator's fragments leave.
 USABLE_BYTES = 12.5e9
 WIDTH = 1024
+WANTED = (
+    "Wanted: AMP's own model to 1e-4; Spearman .95, .90, .90; regret at most 2 % each; 58 of 61 "
+    "failures; at most 5 false alarms; speed-up 1.00, 1.54, 1.77."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """All of experiments.planner_amp; nothing in it is random."""
+
+    problems: tuple[Literal["homogeneous", "het_cluster", "het_model"], ...] = (
+        "homogeneous",
+        "het_cluster",
+        "het_model",
+    )
+    """AMP's problems to predict; constants are always fitted to the other two of three."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.problems:
+            raise ValueError("no problem to predict; pass --problems homogeneous, for example")
+
+
+PRESETS = {"full": Config(), "quick": Config(problems=("homogeneous",))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,27 +249,30 @@ def reproduction() -> tuple[int, float]:
     return count, worst
 
 
-def comparison(problems: Problems) -> list[dict]:
-    """One record a problem: ours, held out, beside AMP's."""
-    records = []
-    for source in SAMPLES:
-        vector = problems.fit([s for s in SAMPLES if s != source])
-        ran, failed = problems.of(source, ran=True), problems.of(source, ran=False)
-        measured, amp = _measured(ran), np.asarray([t.amp_s for t in ran])
-        ours = problems.predict(ran, vector)
-        chosen = float(measured[int(np.argmin(ours))])
-        records.append(
-            {"problem": source, "launches": len(ran), "spearman": spearman(ours, measured),
-             "amp_spearman": spearman(amp, measured), "regret": regret(ours, measured),
-             "amp_regret": regret(amp, measured),
-             "error_mean": float(np.mean(np.abs(ours / measured - 1))),
-             "amp_error_mean": float(np.mean(np.abs(amp / measured - 1))),
-             "speed_up": BASELINE_S[source] / chosen, "failed": len(failed),
-             "failed_predicted": int(np.sum(~problems.fits(failed))),
-             "false_alarms": int(np.sum(~problems.fits(ran))),
-             "constants": dict(zip(_NAMES, np.round(vector, 4).tolist(), strict=True))}
-        )  # fmt: skip
-    return records
+def comparison(problems: Problems, source: str) -> dict[str, Any]:
+    """The record of a problem: ours, held out, beside AMP's."""
+    vector = problems.fit([s for s in SAMPLES if s != source])
+    ran, failed = problems.of(source, ran=True), problems.of(source, ran=False)
+    measured, amp = _measured(ran), np.asarray([t.amp_s for t in ran])
+    ours = problems.predict(ran, vector)
+    chosen = float(measured[int(np.argmin(ours))])
+    return {
+        "problem": source,
+        "launches": len(ran),
+        "spearman": spearman(ours, measured),
+        "amp_spearman": spearman(amp, measured),
+        "regret": regret(ours, measured),
+        "amp_regret": regret(amp, measured),
+        "error_mean": float(np.mean(np.abs(ours / measured - 1))),
+        "amp_error_mean": float(np.mean(np.abs(amp / measured - 1))),
+        "speed_up": BASELINE_S[source] / chosen,
+        "failed": len(failed),
+        "failed_predicted": int(np.sum(~problems.fits(failed))),
+        "false_alarms": int(np.sum(~problems.fits(ran))),
+        "constants": dict(zip(_NAMES, np.round(vector, 4).tolist(), strict=True)),
+        "measured_s": measured.tolist(),
+        "predicted_s": ours.tolist(),
+    }
 
 
 def _measured(some: Sequence[Trial]) -> np.ndarray:
@@ -256,26 +284,55 @@ def _rows(name: str) -> list[Mapping[str, str]]:
         return list(csv.DictReader(file))
 
 
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the records there too")
-    options = parser.parse_args()
+def experiment(run: Run) -> None:
+    config: Config = run.config
     count, worst = reproduction()
-    print(f"AMP's own model: {count} predictions, largest difference {worst:.1e} (wanted 1e-4)\n")
-    records = comparison(Problems())
-    print("| problem | launches | Spearman | AMP's | top-1 regret | AMP's | mean error | AMP's | "
-          "speed-up of the choice | failures predicted | false alarms |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for r in records:
-        print(f"| {r['problem']} | {r['launches']} | {r['spearman']:.3f} | {r['amp_spearman']:.3f} "
-              f"| {r['regret']:.1%} | {r['amp_regret']:.1%} | {r['error_mean']:.1%} | "
-              f"{r['amp_error_mean']:.1%} | {r['speed_up']:.2f} | {r['failed_predicted']} of "
-              f"{r['failed']} | {r['false_alarms']} |")  # fmt: skip
-    print("\nwanted: Spearman .95, .90, .90; regret at most 2 % each; 58 of 61 failures; at most "
-          "5 false alarms; speed-up 1.00, 1.54, 1.77")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps({"worst": worst, "problems": records}, indent=1))
+    problems, records = Problems(), []
+    with run.progress("problems", len(config.problems)) as progress:
+        for done, name in enumerate(config.problems, 1):
+            records.append(comparison(problems, f"AMP {name}"))
+            progress.update(done)
+    table = _table(records)
+    own = f"AMP's own model: {count} predictions, largest difference {worst:.1e}."
+    page = Report("AMP's problems without trial runs", "each predicted from the other two")
+    page.table(table).text(f"{own} {WANTED}")
+    page.figure(
+        plots.agreement(
+            {r["problem"]: (r["measured_s"], r["predicted_s"]) for r in records},
+            quantity="step time (s)",
+        ),
+        "Each point is a launch; on the line the prediction is the measurement.",
+    )
+    page.record("Config", harness.to_json(config)).write(run.folder / "report.html")
+    run.finish(
+        {"reproduced": count, "worst": worst, "problems": records},
+        f"{own}\n\n{table.text()}\n{WANTED}\n",
+    )
+
+
+def _table(records: Sequence[Mapping[str, Any]]) -> Table:
+    return Table(
+        columns=("problem", "launches", "Spearman", "AMP's", "top-1 regret", "AMP's", "mean error",
+                 "AMP's", "speed-up of the choice", "failures predicted", "false alarms"),
+        rows=tuple(
+            (r["problem"], r["launches"], r["spearman"], r["amp_spearman"], f"{r['regret']:.1%}",
+             f"{r['amp_regret']:.1%}", f"{r['error_mean']:.1%}", f"{r['amp_error_mean']:.1%}",
+             f"{r['speed_up']:.2f}", f"{r['failed_predicted']} of {r['failed']}",
+             r["false_alarms"])
+            for r in records
+        ),
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = harness.cli(
+        Config,
+        presets=PRESETS,
+        argv=argv,
+        prog="python -m experiments.planner_amp",
+        description=__doc__,
+    )
+    harness.main(experiment, "planner_amp", config)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """How well does the planner predict memory, against the production compilers?
 
-    python -m experiments.planner_memory [--clusters h100:1x8 v5e:4x4] [--json FILE]
+    python -m experiments.planner_memory
+    python -m experiments.planner_memory --clusters h100:1x8 --cases inference
 
 Plans decoders (dense and mixture of experts, training and inference) for clusters that need not be
 there, compiles every plan with XLA's compiler for that machine, and compares the predicted bytes
 of a device with `peak_memory_in_bytes`. Wanted: median error at most 5 %, worst at most 10 %, and
 no chosen plan predicted more than 3 % too low. CPU only; a program takes about ten seconds for
-H100s and two minutes for TPUs. Needs `flatbuffers`, and jax[tpu] or jax-cuda13-plugin.
+H100s and two minutes for TPUs; started again, a run keeps what it has compiled. Needs
+`flatbuffers`, and jax[tpu] or jax-cuda13-plugin.
 """
 
-import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ import numpy as np
 import optax
 
 import sharding
+from experiments import harness
+from experiments.harness import Report, Run, RunOptions, Table, plots
 
 HEAD = 128
 
@@ -59,6 +62,33 @@ CASES = (
     Case(name="dense 2.6B, inference", layers=16, width=3072, hidden=12_288, batch=32, length=2048,
          training=False),
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """All of experiments.planner_memory; nothing in it is random."""
+
+    clusters: tuple[str, ...] = ("h100:1x8", "v5e:4x4")
+    """Clusters to plan and compile for, as sharding.plan takes them."""
+    cases: tuple[str, ...] = ()
+    """Parts of names of decoders, such as experts or inference; all of them when empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.clusters or not self.chosen:
+            names = "; ".join(case.name for case in CASES)
+            raise ValueError(
+                f"a cluster and a case are needed: {self.clusters=}, {self.cases=}; the cases "
+                f"are: {names}"
+            )
+
+    @property
+    def chosen(self) -> list[Case]:
+        """The cases that `cases` names."""
+        return [c for c in CASES if not self.cases or any(part in c.name for part in self.cases)]
+
+
+PRESETS = {"full": Config(), "quick": Config(clusters=("h100:1x8",), cases=("inference",))}
 
 
 def parameters(case: Case) -> Any:
@@ -160,46 +190,97 @@ def measure(case: Case, cluster: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table, and what is wanted against what is reached."""
-    lines = [f"{'case':28s} {'cluster':9s} {'mesh':34s} {'predicted':>9s} {'compiled':>9s} error"]
-    errors = []
-    for row in rows:
-        if "error" in row:
-            lines.append(f"{row['case']:28s} {row['cluster']:9s} {row['error']}")
-            continue
-        errors.append(row["error_share"])
-        mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
-        lines.append(
-            f"{row['case']:28s} {row['cluster']:9s} {mesh + ', remat ' + row['remat']:34s} "
-            f"{row['predicted_bytes'] / 1e9:6.2f} GB {row['compiled_bytes'] / 1e9:6.2f} GB "
-            f"{row['error_share']:+.1%}"
-        )
-    if errors:
-        size = np.abs(errors)
-        lines.append(
-            f"{len(errors)} programs: median error {np.median(size):.1%} (wanted 5 %), worst "
-            f"{size.max():.1%} (10 %), lowest {min(errors):+.1%} (-3 %)"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Runs the cases and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--clusters", nargs="+", default=["h100:1x8", "v5e:4x4"])
-    parser.add_argument("--cases", nargs="*", help="parts of names; all if absent")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
-    chosen = [c for c in CASES if not options.cases or any(p in c.name for p in options.cases)]
+def experiment(run: Run) -> None:
+    config: Config = run.config
+    work = [(cluster, case) for cluster in config.clusters for case in config.chosen]
     rows = []
-    for cluster in options.clusters:
-        for case in chosen:
-            rows.append(measure(case, cluster))
-            print(json.dumps(rows[-1]), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(summarise(rows))
+    with run.progress("programs", len(work)) as progress:
+        for done, (cluster, case) in enumerate(work, 1):
+            rows.append(_kept_or_measured(run, case, cluster))
+            progress.update(done)
+    table, numbers = _table(rows), errors(rows)
+    said = _verdict(numbers)
+    page = Report("Memory against the production compilers", "bytes of a device")
+    page.table(table).text(said)
+    compiled = [row for row in rows if "error" not in row]
+    if compiled:
+        points = {
+            cluster: (
+                [row["compiled_bytes"] / 1e9 for row in compiled if row["cluster"] == cluster],
+                [row["predicted_bytes"] / 1e9 for row in compiled if row["cluster"] == cluster],
+            )
+            for cluster in config.clusters
+        }
+        page.figure(
+            plots.agreement(points, quantity="peak memory (GB)", truth="compiled"),
+            "Each point is a program; on the line the prediction is the compiler's figure.",
+        )
+    page.record("Config", harness.to_json(config)).write(run.folder / "report.html")
+    run.finish({"rows": rows, **numbers}, f"{table.text()}\n{said}\n")
+
+
+def _kept_or_measured(run: Run, case: Case, cluster: str) -> dict[str, Any]:
+    """The row of a program; compiled before it was interrupted, or now."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{cluster} {case.name}".lower())
+    path = run.folder / "programs" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    row = measure(case, cluster)
+    if "error" not in row:  # what failed is tried again
+        harness.write_json(path, row)
+    return row
+
+
+def errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the compiled rows: how many, the median and worst size of the error, and the lowest."""
+    found = np.asarray([row["error_share"] for row in rows if "error" not in row], float)
+    size = np.abs(found)
+    return {
+        "programs": len(found),
+        "failed": len(rows) - len(found),
+        "error_median": float(np.median(size)) if len(found) else None,
+        "error_worst": float(size.max()) if len(found) else None,
+        "error_lowest": float(found.min()) if len(found) else None,
+    }
+
+
+def _verdict(numbers: Mapping[str, Any]) -> str:
+    if not numbers["programs"]:
+        return f"no program was compiled, {numbers['failed']} failed"
+    return (
+        f"{numbers['programs']} programs, {numbers['failed']} failed: median error "
+        f"{numbers['error_median']:.1%} (wanted 5 %), worst {numbers['error_worst']:.1%} (10 %), "
+        f"lowest {numbers['error_lowest']:+.1%} (-3 %)"
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        if "error" in row:
+            return row["case"], row["cluster"], row["error"], None, None, None
+        mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+        return (
+            row["case"],
+            row["cluster"],
+            f"{mesh}, remat {row['remat']}",
+            f"{row['predicted_bytes'] / 1e9:.2f}",
+            f"{row['compiled_bytes'] / 1e9:.2f}",
+            f"{row['error_share']:+.1%}",
+        )
+
+    columns = ("case", "cluster", "mesh", "predicted (GB)", "compiled (GB)", "error")
+    return Table(columns=columns, rows=tuple(map(cells, rows)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = harness.cli(
+        Config,
+        presets=PRESETS,
+        argv=argv,
+        prog="python -m experiments.planner_memory",
+        description=__doc__,
+    )
+    harness.main(experiment, "planner_memory", config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Does a planned step compute what the step computes, for every kind of axis?
 
-    python -m experiments.planner_runs [--json FILE]
+    python -m experiments.planner_runs
+    python -m experiments.planner_runs --axes stage,expert
 
 One update of a small decoder (dense and mixture of experts) by gradient descent with a rate of
 one, so that the change of a parameter is its gradient: planned for eight devices with each kind of
@@ -9,10 +10,8 @@ the largest difference of the loss and of any gradient at most 1e-5 of the large
 about two minutes; tests/sharding/test_two_processes.py does the same across two processes.
 """
 
-import argparse
 import functools
-import json
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,9 +20,12 @@ import numpy as np
 import optax
 
 import sharding
+from experiments import harness
+from experiments.harness import Report, RunOptions, Table
 from experiments.planner_memory import Case, loss, parameters
 
 WANTED = 1e-5
+DEVICES = 8
 DENSE = Case(name="dense", layers=3, width=256, hidden=512, batch=16, length=32, vocab=128)
 EXPERTS = Case(name="experts", layers=2, width=256, hidden=256, batch=16, length=32, vocab=128,
                experts=4)  # fmt: skip
@@ -45,9 +47,37 @@ RUNS: tuple[tuple[Case, dict[str, Any]], ...] = (
 )
 
 
-def run(case: Case, pinned: dict[str, Any]) -> dict[str, Any]:
-    """One comparison: the largest differences, as shares of the largest entry."""
-    keys = iter(jax.random.split(jax.random.key(0), 32))
+@dataclass(frozen=True, kw_only=True)
+class Config(RunOptions):
+    """All of experiments.planner_runs."""
+
+    axes: tuple[str, ...] = ()
+    """Only comparisons that pin one of these, such as tensor or stage; all when empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.chosen:
+            names = sorted({name for _, pinned in RUNS for name in pinned})
+            raise ValueError(f"no comparison pins {self.axes}; they pin {', '.join(names)}")
+
+    @property
+    def chosen(self) -> list[tuple[Case, dict[str, Any]]]:
+        """The comparisons that `axes` names."""
+        return [one for one in RUNS if not self.axes or set(self.axes) & set(one[1])]
+
+
+PRESETS = {"full": Config(), "quick": Config(axes=("expert",))}
+
+
+def compare(case: Case, pinned: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One comparison: the largest differences, as shares of the largest entry.
+
+    Args:
+      case: the decoder.
+      pinned: of its plan.
+      seed: of parameters and tokens.
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), 32))
     params = jax.tree.map(
         lambda x: 0.05 * jax.random.normal(next(keys), x.shape, x.dtype), parameters(case)
     )
@@ -74,29 +104,73 @@ def run(case: Case, pinned: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Runs all comparisons and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+def experiment(run: harness.Run) -> None:
+    config: Config = run.config
     rows = []
-    print(f"{'case':8s} {'mesh and choices':60s} {'loss':>8s} {'gradient':>9s}  wanted {WANTED:g}")
-    for case, pinned in RUNS:
-        row = run(case, pinned)
-        rows.append(row)
-        text = " ".join(f"{name} {value}" for name, value in pinned.items())
-        if row["stage_layers"]:
-            text += f" layers {row['stage_layers']}"
-        good = max(row["loss_difference"], row["gradient_difference"]) <= WANTED
-        print(
-            f"{case.name:8s} {text:60s} {row['loss_difference']:8.1e} "
-            f"{row['gradient_difference']:9.1e}  {'reached' if good else 'MISSED'}",
-            flush=True,
+    with run.progress("comparisons", len(config.chosen)) as progress:
+        for done, (case, pinned) in enumerate(config.chosen, 1):
+            rows.append(compare(case, pinned, config.seed))
+            progress.update(done)
+    table = _table(rows)
+    page = Report("Planned steps against the plain step", f"{DEVICES} CPU devices, float32")
+    page.table(table).record("Config", harness.to_json(config)).write(run.folder / "report.html")
+    run.finish({"wanted": WANTED, "reached": all(map(_reached, rows)), "rows": rows}, table.text())
+
+
+def _reached(row: dict[str, Any]) -> bool:
+    return max(row["loss_difference"], row["gradient_difference"]) <= WANTED
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    def choices(row: dict[str, Any]) -> str:
+        text = " ".join(f"{name} {value}" for name, value in row["pinned"].items())
+        return f"{text} layers {row['stage_layers']}" if row["stage_layers"] else text
+
+    return Table(
+        columns=("case", "mesh and choices", "loss", "gradient", f"within {WANTED:g}"),
+        rows=tuple(
+            (
+                row["case"],
+                choices(row),
+                f"{row['loss_difference']:.1e}",
+                f"{row['gradient_difference']:.1e}",
+                _reached(row),
+            )
+            for row in rows
+        ),
+        caption="Largest differences, as shares of the largest entry.",
+    )
+
+
+def _use_cpu_devices() -> None:
+    """Asks JAX for eight CPU devices; a process in which it has started must have them.
+
+    Raises:
+      ValueError: JAX has started with fewer.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+    except RuntimeError:  # it has started
+        pass
+    if len(jax.devices()) < DEVICES:
+        raise ValueError(
+            f"{DEVICES} devices are needed, there are {len(jax.devices())}; start a new process "
+            "without XLA_FLAGS"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = harness.cli(
+        Config,
+        presets=PRESETS,
+        argv=argv,
+        prog="python -m experiments.planner_runs",
+        description=__doc__,
+    )
+    with harness.clean_errors():
+        _use_cpu_devices()
+    harness.main(experiment, "planner_runs", config)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,8 @@ def _squeeze(_graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
 
 def _reduce(_graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
     axes = eqn.params.get("axes", eqn.params.get("dimensions", ()))
-    gone = {d % len(ins[0]) for d in axes} if ins[0] else set()
+    # Some of JAX's own functions name axes by NumPy's integers.
+    gone = {int(d) % len(ins[0]) for d in axes} if ins[0] else set()
     out = tuple(axis for i, axis in enumerate(ins[0]) if i not in gone)
     return Applied(
         kind="reduce",

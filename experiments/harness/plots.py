@@ -164,6 +164,41 @@ def sorted_prompts(
     return draw(paint, size=(7.2, 3.6))
 
 
+def agreement(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    quantity: str,
+    truth: str = "measured",
+) -> "Figure":
+    """Predicted against true values on logarithmic axes; on the line both are equal.
+
+    Args:
+      points: true and predicted values by series, all positive.
+      quantity: what they are, with its unit: "step time (s)".
+      truth: how the true ones were found.
+    """
+
+    def paint(axis: "Axes") -> None:
+        for i, (name, (true, predicted)) in enumerate(points.items()):
+            axis.plot(
+                true,
+                predicted,
+                color=SERIES[i % len(SERIES)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=4,
+                linestyle="none",
+                alpha=0.6,
+                label=name,
+            )
+        values = [v for pair in points.values() for series in pair for v in series]
+        ends = [min(values), max(values)]
+        axis.plot(ends, ends, color=INK, lw=0.9, alpha=0.6)
+        axis.set(xscale="log", yscale="log")
+        axis.set(xlabel=f"{truth} {quantity}", ylabel=f"predicted {quantity}")
+
+    return draw(paint, size=(7.2, 5.4))
+
+
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
