@@ -8,8 +8,9 @@ tile is coded on its own, in the smallest of the modes. What the bytes mean is i
 import enum
 import functools
 import itertools
+import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -660,5 +661,20 @@ def _in_threads(function, count: int, threads: int) -> list:
     ranges = list(itertools.pairwise(edges))
     if parts <= 1:
         return [function(*r) for r in ranges]
-    with ThreadPoolExecutor(parts) as pool:
-        return list(pool.map(lambda r: function(*r), ranges))
+    others = [_pool(threads - 1).submit(function, *r) for r in ranges[1:]]
+    try:
+        done = [function(*ranges[0])]
+    finally:
+        wait(others)  # they write into arrays that an error here would let go of
+    return [*done, *(other.result() for other in others)]
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Kept from call to call: making threads takes longer than coding a small tensor."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="sparse_delta")
+
+
+# A child process has the pools but none of their threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
