@@ -33,8 +33,14 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     data = task.load(CONFIG)
     work = task.build(CONFIG, data, folder)
-    evaluators = task.exact_evaluators(data)
+    # An untrained policy writes nonsense, for which the world's rewards are all the same: a
+    # group without differences has no gradient.
+    evaluators = replace(task.exact_evaluators(data), reward=distinct_characters)
     return work, evaluators, stages.initial_policy(CONFIG, work)
+
+
+def distinct_characters(prompts, completions, **columns):
+    return np.array([len(set(completion)) for completion in completions], np.float32)
 
 
 def opened(folder, config=CONFIG):
