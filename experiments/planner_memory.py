@@ -27,6 +27,8 @@ from experiments import harness
 from experiments.harness import Report, Run, RunOptions, Table, plots
 
 HEAD = 128
+# Characters of a failure that the table shows.
+_ERROR_WIDTH = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +259,8 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
         if "error" in row:
-            return row["case"], row["cluster"], row["error"], None, None, None
+            said = row["error"].partition("\n")[0]  # the whole of it stands in summary.json
+            return row["case"], row["cluster"], said[:_ERROR_WIDTH], None, None, None
         mesh = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
         return (
             row["case"],

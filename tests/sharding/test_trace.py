@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -170,3 +171,12 @@ def test_parameters_that_are_cast_before_use_are_counted_as_they_are_stored(mode
     assert program.parameter_count == sum(x.size for x in jax.tree.leaves(params))
     stored = {t.dtype for t in program.tensors.values() if t.role == "param"}
     assert stored == {"float32"}
+
+
+def test_axes_named_by_numpys_integers():
+    # JAX leaves such axes in the parameters of the operation.
+    traced = trace(
+        lambda x: jax.lax.reduce_max_p.bind(x, axes=(np.int64(1),), out_sharding=None),
+        (jnp.ones((4, 8)),),
+    )
+    assert len(traced.inputs[0].factors) == 2
