@@ -22,6 +22,7 @@ SHORT = {
     "experiments.safety": f"--steps 2 --sft.steps 2 --evaluation.prompts 4 --evaluation.samples 2 "
     f"--samples-per-step 16 --scorers.steps 4 {_MODEL}",
     "experiments.safety_seeds": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
+    "experiments.safety_controls": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
     "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2 --algorithms repo_tb,repo,ppo",
 }
 PLACEHOLDER = re.compile(r"\b(?!PATH\b)[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
