@@ -8,8 +8,9 @@ next one goes on. About three minutes on an H200, most of it compilation.
 
 Weights are a base of bf16 normals (σ = 0.02) with 1 % of the elements moved by one step, repeated
 in tensors of 2^28 elements until 8·10^9 elements or 3/4 of the memory are reached. Every kernel is
-first compared with `reference` on the base, which XLA runs on the host; then timed over all tensors, one call each, as medians. Its speed counts the
-bytes that no implementation can avoid, and is set against a copy measured in the same run.
+first compared with `reference` on the base, which XLA runs on the host; then timed over all
+tensors, one call each, as medians. Its speed counts the bytes that no implementation can avoid, and
+is set against a copy measured in the same run.
 
 To expect on an H200: a copy of about 4.3 TB/s, at least 80 % of it for pack, 60 % for compact, and
 at most 12 ms each for the device halves of encode (compact) and apply (class_counts + expand).
