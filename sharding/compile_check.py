@@ -26,6 +26,7 @@ from sharding.dims import product
 from sharding.execute import Execution, leaf_specs, rewritten
 from sharding.hlo import Traffic, collectives
 from sharding.topology import Cluster
+from sharding.torus import device_grid
 
 _PLATFORMS = {"torus": "tpu", "switch": "cuda"}
 
@@ -80,6 +81,7 @@ def check(
     cluster: Cluster,
     *,
     donate: Sequence[int] = (),
+    placement: Mapping[str, Sequence[int]] | None = None,
     predicted_bytes: float | None = None,
     timeout_s: float = 1200.0,
     **roles: Any,
@@ -92,6 +94,7 @@ def check(
       execution: what the plan asks for; of its mesh only names and sizes are read.
       cluster: the machine.
       donate: positions of arguments whose memory results may take.
+      placement: torus dimensions of the mesh axes, see `sharding.torus.device_grid`.
       predicted_bytes: for the report.
       timeout_s: seconds until the compilation is given up.
       roles: `state` and `data` of `sharding.plan`.
@@ -105,6 +108,7 @@ def check(
     request = {
         "platform": platform,
         "mesh": sizes,
+        "placement": dict(placement or {}),
         "topology": _topology(cluster, platform),
         "donated": donated,
     }
@@ -189,6 +193,8 @@ def _devices(request: Mapping[str, Any]) -> np.ndarray:
         return np.asarray(jax.devices()[: product(sizes)]).reshape(sizes)
     described = topologies.get_topology_desc(platform=request["platform"], **request["topology"])
     devices = list(described.devices)
+    if request["placement"]:
+        return device_grid(devices, request["mesh"], request["placement"])
     if request["platform"] == "tpu" and "num_slices" not in request["topology"]:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     devices.sort(key=lambda d: (getattr(d, "slice_index", 0), d.id))

@@ -19,6 +19,7 @@ from sharding.execute import Execution, Planned
 from sharding.explain import Alternative, Prediction, explain
 from sharding.paths import leaf_path
 from sharding.topology import Cluster
+from sharding.torus import device_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Plan:
       inputs: path within the tuple of arguments of the planned step to its spec; unlike `specs`
         whole paths.
       outputs: path within its result to its spec.
+      placement: mesh axis to its factors over (slices, *torus dimensions, devices of a chip), the
+        axis with the nearest neighbours at the front; {} leaves devices in their order.
       activations: named dimension of the step to the mesh axes that divide it within.
       gradients: path of a parameter, within its argument, to the spec of its gradient.
       remat: rematerialisation of layers: "none", "dots" (products are kept) or "full".
@@ -65,6 +68,7 @@ class Plan:
     accumulation_steps: int = 1
     pipeline: tuple[int, ...] = ()
     microbatches: int = 1
+    placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     prediction: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
@@ -242,6 +246,7 @@ class Plan:
             step, args, self._execution(abstract_mesh(self.mesh)), Cluster.from_name(self.cluster)
             if self.where is None else self.where,
             donate=donate,
+            placement=self.placement,
             predicted_bytes=self.prediction.memory_bytes if self.prediction else None,
             timeout_s=timeout_s, state=self.state, data=self.data,
         )  # fmt: skip
@@ -260,7 +265,7 @@ class Plan:
         )
 
     def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":
-        """Lays the plan on devices.
+        """Lays the plan on devices: on a torus, each axis on the dimensions that it was given.
 
         Args:
           devices: JAX devices; all of this process's backend when None.
@@ -276,7 +281,7 @@ class Plan:
                 f"the plan's mesh {dict(self.mesh)} needs {needed} devices, got {len(devices)}; "
                 "plan for the devices that are there, or pass more"
             )
-        grid = np.asarray(devices[:needed]).reshape(sizes)
+        grid = device_grid(devices[:needed], self.mesh, self.placement)
         return BoundPlan(plan=self, mesh=Mesh(grid, tuple(self.mesh) or ("single",)))
 
 

@@ -44,10 +44,11 @@ def loads(text: str) -> dict[str, Any]:
     if not isinstance(held, dict) or "mesh" not in held:
         raise ValueError(f"no plan: an object with a mesh is needed, got {text[:60]!r}")
     for name in _SPECS:
-        held[name] = {path: _spec(entries) for path, entries in held[name].items()}
+        held[name] = {path: _spec(entries) for path, entries in held.get(name, {}).items()}
     for name in _TUPLES:
         held[name] = None if held[name] is None else tuple(held[name])
-    held["activations"] = {name: tuple(axes) for name, axes in held["activations"].items()}
+    for name in ("activations", "placement"):
+        held[name] = {key: tuple(values) for key, values in held.get(name, {}).items()}
     if held["prediction"] is not None:
         held["prediction"] = Prediction(**held["prediction"])
     held["alternatives"] = tuple(Alternative(**other) for other in held["alternatives"])

@@ -16,7 +16,7 @@ from sharding.explain import Alternative
 from sharding.pipeline import cut_layers
 from sharding.plan import Plan
 from sharding.rewrite import POLICIES
-from sharding.simulation import find_cluster, predicted, without_rule
+from sharding.simulation import find_cluster, placement_of, predicted, without_rule
 from sharding.solver import Candidate, solve
 from sharding.space import Constraints
 from sharding.specs import Layout, layout
@@ -181,6 +181,7 @@ def _plan(
         outputs=placed.outputs,
         activations=placed.activations,
         gradients=gradients,
+        placement=placement_of(strategy, cluster),
         remat="none" if traced.has_remat else strategy.remat,
         accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
         pipeline=_cuts(traced, cluster, strategy, calibration),

@@ -85,6 +85,11 @@ def find_cluster(cluster: str | Cluster | Sequence[Any]) -> Cluster:
     return Cluster.from_devices(list(cluster))
 
 
+def placement_of(strategy: Strategy, cluster: Cluster) -> dict[str, tuple[int, ...]]:
+    """The torus dimensions of every mesh axis of a strategy; see `Cluster.placement`."""
+    return cluster.placement([getattr(strategy, axis) for axis in AXES], strategy.first)
+
+
 def predicted(candidate: Candidate) -> Prediction:
     """What a candidate is predicted to cost."""
     return Prediction(

@@ -15,8 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-# Axes of a mesh from the innermost, whose members are closest, to the outermost.
-AXES = ("tensor", "context", "expert", "fsdp", "data", "stage")
+from sharding.torus import AXES, Torus, assign, factorings
+
+# What a group gets that the wires cannot hold: so slow that no search takes it.
+_IMPOSSIBLE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +168,39 @@ class Cluster:
           first: the axis that takes its torus dimensions first; then inner to outer.
         """
         if self.is_torus:
-            torus = _Torus(
-                shape=self.shape,
-                slices=self.slices,
-                wrap=self.chip.wrap,
-                link=self.chip.link_bytes_per_s,
-                cores=self.chip.devices_per_chip,
-                network=self.network_bytes_per_s,
-            )
-            return _torus_bandwidth(torus, tuple(int(d) for d in degrees), first)
+            found = assign(self._torus, tuple(int(d) for d in degrees), first)
+            return found.bandwidth if found else (_IMPOSSIBLE,) * len(AXES)
         return _switch_bandwidth(self, tuple(degrees))
+
+    def placement(self, degrees: Sequence[int], first: str) -> dict[str, tuple[int, ...]]:
+        """Which dimensions each axis takes, as `sharding.torus.device_grid` reads it.
+
+        Args:
+          degrees: one per axis of `AXES`.
+          first: as in `axis_bandwidth`.
+
+        Returns:
+          Axis to its factors over (slices, *dimensions, devices of a chip), the axis that takes
+          first at the front, axes of size one left out; {} without a torus.
+
+        >>> Cluster.from_name("v5e:4x8").placement((4, 1, 1, 8, 1, 1), "tensor")
+        {'tensor': (1, 4, 1, 1), 'fsdp': (1, 1, 8, 1)}
+        """
+        found = assign(self._torus, tuple(degrees), first) if self.is_torus else None
+        if found is None:
+            return {}
+        return {AXES[i]: found.factors[i] for i in found.order if degrees[i] > 1}
+
+    @property
+    def _torus(self) -> Torus:
+        return Torus(
+            shape=self.shape,
+            slices=self.slices,
+            wrap=self.chip.wrap,
+            link=self.chip.link_bytes_per_s,
+            cores=self.chip.devices_per_chip,
+            network=self.network_bytes_per_s,
+        )
 
     @classmethod
     def from_name(cls, name: str) -> "Cluster":
@@ -360,21 +385,8 @@ def _shape_of(chip: Chip, count: int) -> tuple[int, ...]:
     if not chip.torus_rank:
         per_node = math.gcd(count, chip.chips_per_host) if count > chip.chips_per_host else count
         return count // per_node, per_node
-    shapes = [s for s in _factorings(count, chip.torus_rank) if list(s) == sorted(s)]
+    shapes = [s for s in factorings(count, chip.torus_rank) if list(s) == sorted(s)]
     return min(shapes, key=lambda s: (max(s) / min(s), s))
-
-
-@functools.cache
-def _factorings(number: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    """All ways to write a number as an ordered product of `parts` factors."""
-    if parts == 1:
-        return ((number,),)
-    return tuple(
-        (d, *rest)
-        for d in range(1, number + 1)
-        if number % d == 0
-        for rest in _factorings(number // d, parts - 1)
-    )
 
 
 def _switch_bandwidth(cluster: Cluster, degrees: tuple[int, ...]) -> tuple[float, ...]:
@@ -386,76 +398,3 @@ def _switch_bandwidth(cluster: Cluster, degrees: tuple[int, ...]) -> tuple[float
         found.append(cluster.link_bytes_per_s if fits else min(cluster.link_bytes_per_s, network))
         stride *= degree
     return tuple(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Torus:
-    """What the speed of a group depends on, hashable so that it is computed once."""
-
-    shape: tuple[int, ...]
-    slices: int
-    wrap: int
-    link: float
-    cores: int
-    network: float
-
-
-# What a group gets that the wires cannot hold: so slow that no search takes it.
-_IMPOSSIBLE = 1.0
-
-
-@functools.lru_cache(maxsize=200_000)
-def _torus_bandwidth(torus: _Torus, degrees: tuple[int, ...], first: str) -> tuple[float, ...]:
-    """Assigns axes to torus dimensions, each the best left for it, `first` before the others."""
-    # The network between slices goes to the outermost axes that it divides.
-    shares, network_left = [1] * len(AXES), torus.slices
-    for axis in (AXES.index("data"), AXES.index("stage"), AXES.index("fsdp")):
-        shares[axis] = math.gcd(degrees[axis], network_left)
-        network_left //= shares[axis]
-    left, stride, cores = list(torus.shape), [1] * len(torus.shape), torus.cores
-    found = [_IMPOSSIBLE] * len(AXES)
-    if network_left > 1:
-        return tuple(found)
-    for axis in sorted(range(len(AXES)), key=lambda i: (AXES[i] != first, i)):
-        inside = degrees[axis] // shares[axis]
-        on_chip = math.gcd(inside, cores)  # the devices of a chip are nearer than any link
-        cores //= on_chip
-        split = _best_split(torus, inside // on_chip, left, stride)
-        if split is None:
-            return tuple([_IMPOSSIBLE] * len(AXES))
-        speed, factors = split
-        for i, factor in enumerate(factors):
-            left[i] //= factor
-            stride[i] *= factor
-        speed *= on_chip / torus.cores  # the devices of a chip share its links
-        if shares[axis] > 1:
-            speed = min(speed, inside * torus.network)
-        found[axis] = speed
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _splits(
-    torus: _Torus, degree: int, left: tuple[int, ...], stride: tuple[int, ...]
-) -> tuple[float, tuple[int, ...]] | None:
-    best = None
-    for factors in _factorings(degree, len(left)):
-        if any(size % factor for size, factor in zip(left, factors, strict=True)):
-            continue
-        speed = 0.0
-        for size, factor, inner, whole in zip(left, factors, stride, torus.shape, strict=True):
-            if factor > 1:
-                closed = factor == size and whole % torus.wrap == 0
-                speed += torus.link * (2 if closed else 1) / inner
-        # Among equals, keep whole dimensions free for the axes that follow.
-        key = (speed, -sum(f > 1 for f in factors), factors)
-        best = max(best, key) if best else key
-    return None if best is None else (best[0], best[2])
-
-
-def _best_split(
-    torus: _Torus, degree: int, left: Sequence[int], stride: Sequence[int]
-) -> tuple[float, tuple[int, ...]] | None:
-    if degree == 1:
-        return 2 * torus.link * len(left), (1,) * len(left)
-    return _splits(torus, degree, tuple(left), tuple(stride))
