@@ -173,7 +173,8 @@ class Checkpointer:
 
         Args:
           template: a pytree with the structure, shapes, dtypes and shardings wanted; its
-            values do not matter, and leaves may be `jax.ShapeDtypeStruct`.
+            values do not matter, and leaves may be `jax.ShapeDtypeStruct`. Or a function that
+            makes it of the metadata, where shapes depend on what was saved (a replay).
 
         Raises:
           ValueError: the checkpoint holds other leaves than the template.
@@ -183,7 +184,8 @@ class Checkpointer:
             target = self.folder / f"{step:08d}"
             try:
                 seal = _verified(target)
-                tree = _load(target, seal, template)
+                wanted = template(seal["metadata"]) if callable(template) else template
+                tree = _load(target, seal, wanted)
             except DamagedCheckpoint as damage:
                 _log.warning("checkpoint %s is damaged (%s); trying an earlier one", target, damage)
                 continue

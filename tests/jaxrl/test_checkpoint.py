@@ -255,3 +255,12 @@ def test_saving_blocks_only_for_the_copy(tmp_path):
             blocked.append(time.perf_counter() - began)
             checkpointer.wait()
     assert min(blocked) < 0.1, blocked
+
+
+def test_a_template_may_be_made_of_the_metadata(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"grown": np.arange(5)}, metadata={"size": 5})
+        found = checkpoints.restore_latest(
+            lambda metadata: {"grown": np.zeros(metadata["size"], int)}
+        )
+    np.testing.assert_array_equal(found.tree["grown"], np.arange(5))
