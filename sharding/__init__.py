@@ -1,7 +1,7 @@
 """Plans: where the arrays of a JAX program lie on a mesh. Knows nothing of models or of RL.
 
 `plan` finds one for a function and a cluster, `simulate` costs one that somebody else made, and
-`train_step` makes a step whose inside a plan may change.
+`train_step` makes a step whose inside a plan may change; `profile` measures the machine that is here.
 """
 
 from sharding.execute import TrainStep as TrainStep
@@ -10,6 +10,7 @@ from sharding.paths import leaf_path as leaf_path
 from sharding.plan import BoundPlan as BoundPlan
 from sharding.plan import Plan as Plan
 from sharding.planner import plan as plan
+from sharding.profiling import profile as profile
 from sharding.simulation import simulate as simulate
 from sharding.space import Constraints as Constraints
 from sharding.topology import Cluster as Cluster

@@ -16,6 +16,7 @@ from sharding.space import Constraints
 from sharding.strategies import REMAT, Strategy
 from sharding.table import Table
 from sharding.topology import AXES, Cluster
+from sharding.model_file import read_model
 from sharding.transformer import named_model, transformer
 
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_simulate(commands)
     _add_validate(commands)
     _add_calibrate(commands)
+    _add_profile(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -36,12 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a published model, as llama3-8b")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a published model, as llama3-8b, or a JSON file: fields of "
+        "TransformerConfig, or a Program as its to_json writes it",
+    )
     parser.add_argument("--cluster", required=True,
                         help="CHIP:SHAPE, as v5p:4x4x8 or h100:8x8, or a JSON file")  # fmt: skip
     parser.add_argument("--global-batch", type=int, help="sequences of a step")
-    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a sequence")
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8", "fp4", "int8"))
+    parser.add_argument("--seq-len", type=int, help="tokens of a sequence; 4,096 if nothing says")
+    parser.add_argument("--precision", choices=("bf16", "fp8", "fp4", "int8"))
     parser.add_argument("--inference", action="store_true", help="a forward pass only")
     parser.add_argument("--calibration", type=Path, help="constants; the shipped ones if absent")
     parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else")
@@ -49,15 +56,18 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 
 def _problem(options: argparse.Namespace) -> tuple[Program, Cluster]:
     cluster = Cluster.from_name(options.cluster)
-    config = named_model(
-        options.model,
-        # Two sequences a device keep small and large clusters busy where nothing is said.
-        global_batch=options.global_batch or 2 * cluster.device_count,
-        seq_len=options.seq_len,
-        precision=options.precision,
-        training=not options.inference,
-    )
-    return transformer(config), cluster
+    said = {
+        "global_batch": options.global_batch,
+        "seq_len": options.seq_len,
+        "precision": options.precision,
+        "training": False if options.inference else None,
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    # Two sequences a device keep small and large clusters busy where nothing is said.
+    default = {"global_batch": 2 * cluster.device_count}
+    if options.model.endswith(".json"):
+        return read_model(Path(options.model), said, default), cluster
+    return transformer(named_model(options.model, **{**default, **said})), cluster
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
@@ -220,6 +230,27 @@ def _calibrate(options: argparse.Namespace) -> int:
     if errors:
         print(f"{errors.count} runs: mean error {errors.mean:.1%}, median {errors.median:.1%}")
     print(f"wrote {options.out}")
+    return 0
+
+
+def _add_profile(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("profile", help="measure the devices that are here")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="JSON file to write, which --cluster reads")  # fmt: skip
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of measuring")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from sharding.profiling import profile  # noqa: PLC0415 (starts JAX)
+
+    found = profile(budget_s=options.budget)
+    options.out.write_text(found.to_json() + "\n")
+    for name, value in found.measured.items():
+        print(f"{name:10s} {value:.4g}{' s' if name.endswith('_s') else ' of the nominal figure'}")
+    peaks = ", ".join(f"{n} {v / 1e12:.4g} TFLOP/s" for n, v in found.chip.peak_flops.items())
+    print(f"{found.name}: {peaks}, memory {found.chip.hbm_bytes_per_s / 1e9:.4g} GB/s a chip")
+    print(f"wrote {options.out}; plan with --cluster {options.out}")
     return 0
 
 

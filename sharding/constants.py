@@ -90,8 +90,10 @@ class Calibration:
     chips: Mapping[str, Mapping[str, float]]
     about: Mapping[str, str]
 
-    def constants(self, chip: str, stack: str = "") -> Constants:
-        """For a chip under a stack; "" is XLA.
+    def constants(
+        self, chip: str, stack: str = "", measured: Mapping[str, float] | None = None
+    ) -> Constants:
+        """For a chip under a stack; "" is XLA. What was measured takes the place of the fit.
 
         Raises:
           ValueError: an unknown stack.
@@ -103,7 +105,8 @@ class Calibration:
             raise ValueError(f"no stack is called {stack!r}; one of {', '.join(self.stacks)}")
         found = self.stacks[stack]
         shifts = self.chips.get(f"{stack}/{chip}", {})
-        return replace(found, **{n: shifted(getattr(found, n), d) for n, d in shifts.items()})
+        shifted_ = {n: shifted(getattr(found, n), d) for n, d in shifts.items()}
+        return replace(found, **{**shifted_, **(measured or {})})
 
     def to_json(self) -> str:
         """As `from_json` reads it."""

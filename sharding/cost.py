@@ -107,7 +107,7 @@ def estimate(
       Arrays of N entries.
     """
     if isinstance(cluster, Cluster):
-        constants = (calibration or shipped()).constants(cluster.chip.name, stack)
+        constants = (calibration or shipped()).constants(cluster.chip.name, stack, cluster.measured)
         cluster = machine(cluster, strategies, constants)
     view = View(program, strategies, sizes)
     repeats = [b.repeat for b in program.blocks] if repeats is None else list(repeats)

@@ -73,6 +73,14 @@ def lower(
     )
 
 
+def _precision(record: Record) -> str:
+    """The rate of the matrix unit at which a product of such operands runs."""
+    types = {v.dtype for v in record.ins[:2]}
+    if types <= {"float32", "float64"}:
+        return "fp32"
+    return "fp8" if all(t.startswith("float8") for t in types) else ""
+
+
 def _readers(stretches: Sequence[Stretch]) -> dict[int, set[int]]:
     """For every array, by identity, the stretches that read it."""
     found: dict[int, set[int]] = {}
@@ -164,6 +172,7 @@ class _Builder:
                 contracted=summed,
                 work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
                 space=tuple(space),
+                precision=_precision(record),
                 # What a product makes is counted whether differentiation keeps it or not: a
                 # policy that saves products keeps it, and too much is better than too little.
                 residuals=(*self._read_backward(record.ins[:2], (), stretch), *outs),

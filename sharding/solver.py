@@ -19,7 +19,7 @@ from sharding.local import View
 from sharding.machine import machine
 from sharding.memory import memory
 from sharding.program import Op, Program
-from sharding.roofline import SCATTERED
+from sharding.roofline import SCATTERED, precision_gain
 from sharding.space import Constraints, candidates
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
@@ -98,7 +98,7 @@ def solve(
     began = time.perf_counter()
     constraints = constraints or Constraints()
     calibration = calibration or shipped()
-    constants = calibration.constants(cluster.chip.name, stack)
+    constants = calibration.constants(cluster.chip.name, stack, cluster.measured)
     space = candidates(program, cluster, constraints)
     limit = cluster.memory_bytes * constraints.memory_fraction
     used, host = _memory_in_chunks(program, space)
@@ -186,8 +186,8 @@ def _least_time(program: Program, op: Op, cluster: Cluster, constants: Any) -> f
         share = constants.attention if op.kind == "attention" else constants.matmul
         share *= constants.grouped if op.kind == "grouped_dot" else 1.0
         peak = chip.peak_flops["bf16"]
-        gain = chip.peak_flops.get(op.precision or "bf16", peak) / peak
-        rate = peak * share * gain**constants.low_precision / chip.devices_per_chip
+        gain = precision_gain(chip.peak_flops, op.precision, constants)
+        rate = peak * share * gain / chip.devices_per_chip
         return program.flops(op) / (rate * devices)
     if op.fused or op.kind == "gather":
         return 0.0

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,8 @@ class Cluster:
       nodes: the nodes one by one if they differ, else empty.
       bandwidth: bytes/s one way between every pair of nodes, or empty.
       warnings: what is unusual about it.
+      measured: fields of `sharding.constants.Constants` that were measured on it, which take the
+        place of the calibrated ones; `sharding.profile` makes them.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Cluster:
     nodes: tuple[Node, ...] = ()
     bandwidth: tuple[tuple[float, ...], ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1 or self.slices < 1:
@@ -265,27 +268,55 @@ class Cluster:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Cluster":
-        """Reads a file of nodes: `{"nodes": [{"chip": "v100", "count": 4, ...}], ...}`.
+        """Reads a file that describes a cluster: what `to_json` wrote, or written by hand.
 
-        A node may give `repeat`, `link_bytes_per_s`, `network_bytes_per_s`, and any field of
-        `Chip` to override; the file may give `name` and `bandwidth` (bytes/s between nodes).
+        Equal chips: `{"chip": "v5p", "shape": [4, 4, 8], "slices": 1}`. Nodes that differ:
+        `{"nodes": [{"chip": "v100", "count": 4, ...}], "bandwidth": ...}`. A node may give
+        `repeat`, `link_bytes_per_s`, `network_bytes_per_s`, and any field of `Chip` to override,
+        as may `"chip": {"name": "v5p", ...}`; the file may give `name`, `measured`, and
+        `bandwidth` (bytes/s between nodes).
 
         Raises:
           ValueError: not such a file; the message says what is wrong.
         """
         try:
             fields = json.loads(Path(path).read_text())
-            entries = fields["nodes"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            if not {"shape", "nodes"} & set(fields):
+                raise TypeError("it has neither shape nor nodes")
+        except (OSError, json.JSONDecodeError, TypeError) as error:
             raise ValueError(
                 f"{path} is no cluster file ({error!r}); it holds "
-                '{"nodes": [{"chip": NAME, "count": N}], "bandwidth": [[bytes/s]]}'
+                '{"nodes": [{"chip": NAME, "count": N}], "bandwidth": [[bytes/s]]} or '
+                '{"chip": NAME, "shape": [SIZES], "slices": N}'
             ) from error
-        nodes = tuple(node for entry in entries for node in _nodes(entry))
-        bandwidth = tuple(tuple(float(x) for x in row) for row in fields.get("bandwidth", ()))
-        if bandwidth and len(bandwidth) != len(nodes):
-            raise ValueError(f"bandwidth has {len(bandwidth)} rows for {len(nodes)} nodes")
-        return cls.of_nodes(nodes, name=fields.get("name", str(path)), bandwidth=bandwidth)
+        name, measured = fields.get("name", str(path)), fields.get("measured", {})
+        if "shape" in fields:
+            chip = _chip(fields.get("chip"))
+            shape = tuple(int(size) for size in fields["shape"])
+            found = cls.of(chip, shape, slices=int(fields.get("slices", 1)), name=name)
+        else:
+            nodes = tuple(node for entry in fields["nodes"] for node in _nodes(entry))
+            bandwidth = tuple(tuple(float(x) for x in row) for row in fields.get("bandwidth", ()))
+            if bandwidth and len(bandwidth) != len(nodes):
+                raise ValueError(f"bandwidth has {len(bandwidth)} rows for {len(nodes)} nodes")
+            found = cls.of_nodes(nodes, name=name, bandwidth=bandwidth)
+        return replace(found, measured=dict(measured))
+
+    def to_json(self) -> str:
+        """The cluster as JSON, which `from_json` reads."""
+        held: dict[str, Any] = {"name": self.name}
+        if self.nodes:
+            held["nodes"] = [
+                {**asdict(n.chip), "chip": n.chip.name, "count": n.count,
+                 "link_bytes_per_s": n.link_bytes_per_s,
+                 "network_bytes_per_s": n.network_bytes_per_s}
+                for n in self.nodes
+            ]  # fmt: skip
+        else:
+            held |= {"chip": asdict(self.chip), "shape": self.shape, "slices": self.slices}
+        if self.bandwidth:
+            held["bandwidth"] = self.bandwidth
+        return json.dumps(held | {"measured": dict(self.measured)}, indent=1)
 
     @classmethod
     def of_nodes(
@@ -363,21 +394,33 @@ def find_chip(text: str) -> Chip | None:
 def _nodes(entry: Mapping[str, Any]) -> list[Node]:
     fields = dict(entry)
     name, count, repeat = fields.pop("chip", None), fields.pop("count", 1), fields.pop("repeat", 1)
-    if name not in catalog():
-        raise ValueError(f"a node's chip is {name!r}; one of {', '.join(catalog())}")
-    chip = catalog()[name]
+    chip = _chip({"name": name})
     link = fields.pop("link_bytes_per_s", chip.link_bytes_per_s)
     network = fields.pop("network_bytes_per_s", chip.host_bytes_per_s)
-    unknown = set(fields) - set(Chip.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"a node has no fields {sorted(unknown)}")
     node = Node(
-        chip=replace(chip, **fields),
+        chip=_chip({**fields, "name": name}),
         count=int(count),
         link_bytes_per_s=float(link),
         network_bytes_per_s=float(network),
     )
     return [node] * int(repeat)
+
+
+def _chip(entry: Any) -> Chip:
+    """A chip of the catalogue by its name, or with fields that differ."""
+    fields = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+    name = fields.pop("name", None)
+    unknown = set(fields) - set(Chip.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"a node has no fields {sorted(unknown)}")
+    if name not in catalog() and len(fields) < len(Chip.__dataclass_fields__) - 1:
+        raise ValueError(
+            f"a node's chip is {name!r}; one of {', '.join(catalog())}, or all fields of `Chip`"
+        )
+    for key in ("aliases", "largest"):
+        if isinstance(fields.get(key), list):
+            fields[key] = tuple(fields[key])
+    return replace(catalog().get(name, catalog()["cpu"]), **fields, name=name)
 
 
 def _shape_of(chip: Chip, count: int) -> tuple[int, ...]:

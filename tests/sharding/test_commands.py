@@ -13,6 +13,7 @@ from sharding.constants import Calibration, load
 from sharding.evaluation import Errors
 from sharding.runs import read_runs
 from sharding.table import Table
+from sharding.transformer import named_model, transformer
 
 PROBLEM = ["--model", "llama3-8b", "--cluster", "v5e:8x8", "--global-batch", "64",
            "--seq-len", "2048"]  # fmt: skip
@@ -111,3 +112,44 @@ def test_calibrate_writes_constants_that_validate_reads(tmp_path, capsys):
     before = Table.of(read_runs(runs)[0]).predict(known)
     measured = [r["measured_s"] for r in json.loads(out)["rows"]]
     assert after < Errors.of(before, np.asarray(measured)).mean / 2
+
+
+def test_a_model_may_come_from_a_file(capsys, tmp_path):
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text('{"model": "llama3-8b", "layers": 8, "seq_len": 2048}')
+    where = ["--cluster", "v5e:4x4", "--json"]
+    _, out, _ = run(capsys, "plan", "--model", str(sizes), "--global-batch", "16", *where)
+    described = json.loads(out)
+    # The same decoder as a program, which brings its own sizes.
+    config = named_model("llama3-8b", layers=8, seq_len=2048, global_batch=16)
+    program = tmp_path / "program.json"
+    program.write_text(transformer(config).to_json())
+    _, out, _ = run(capsys, "plan", "--model", str(program), *where)
+    assert json.loads(out)["step_time_s"] == described["step_time_s"]
+    status, _, err = run(capsys, "plan", "--model", str(program), "--seq-len", "64", *where)
+    assert status == 2
+    assert "sizes of its own: leave out seq_len" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", "it holds a list"), ('{"depth": 3}', "depth"), ("{", "no model file"),
+     ('{"model": "llama9"}', "no model is called")],
+)  # fmt: skip
+def test_a_file_that_is_no_model_says_what_is(capsys, tmp_path, text, message):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    status, _, err = run(capsys, "plan", "--model", str(path), "--cluster", "v5e:4x4")
+    assert status == 2
+    assert message in err
+
+
+def test_profile_writes_a_cluster_to_plan_for(capsys, tmp_path):
+    path = tmp_path / "here.json"
+    status, out, _ = run(capsys, "profile", "--out", str(path), "--budget", "0.5")
+    assert status == 0
+    assert f"plan with --cluster {path}" in out
+    model = ["--model", "gpt2", "--cluster", str(path), "--seq-len", "64"]
+    status, out, err = run(capsys, "plan", *model, "--json")
+    assert status == 0, err
+    assert json.loads(out)["devices"] == 8
