@@ -1,0 +1,95 @@
+"""Where each subscriber is: signs of life in the store, so that nothing is removed that it needs.
+
+The name of the blob says all, RUN/acks/NAME/BEAT-SEQUENCE, so that one listing reads all of them.
+"""
+
+import re
+import time
+from collections.abc import Callable
+
+from jaxrl.sync.stores import Store
+
+_ACK = re.compile(r".*/acks/([^/]+)/(\d{14})-(\d{12})")
+
+
+class Acker:
+    """The subscriber's end: says which publication serves."""
+
+    def __init__(self, store: Store, run: str, name: str, *, every_s: float) -> None:
+        """Prepares to acknowledge.
+
+        Args:
+          store: of the run.
+          run: its identity.
+          name: of the subscriber.
+          every_s: seconds between signs of life while the publication stays the same.
+        """
+        self._store, self._every_s = store, every_s
+        self._folder = f"{run}/acks/{name}/"
+        self._last: tuple[int, float] | None = None
+
+    def send(self, sequence: int) -> None:
+        """Acknowledges a publication, unless that was done just now.
+
+        Raises:
+          StoreError: the store failed.
+        """
+        now = time.monotonic()
+        if self._last and self._last[0] == sequence and now - self._last[1] < self._every_s:
+            return
+        older = self._store.keys(self._folder)
+        # Milliseconds since 1970 only order the acks of one name; no clocks are compared.
+        beat = time.time_ns() // 1_000_000
+        self._store.put(f"{self._folder}{beat:014d}-{sequence:012d}", b"")
+        for key in older:
+            self._store.delete(key)
+        self._last = sequence, now
+
+
+class Acks:
+    """The publisher's end: who is alive, and where.
+
+    Life is judged by the publisher's own clock, from when it first saw an ack: the clocks of other
+    machines may be wrong.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        *,
+        expiry_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepares to listen.
+
+        Args:
+          store: of the run.
+          run: its identity.
+          expiry_s: a subscriber whose ack has not changed for so long counts as dead.
+          clock: seconds that never go back.
+        """
+        self._store, self._run = store, run
+        self._expiry_s, self._clock = expiry_s, clock
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def live(self) -> dict[str, int]:
+        """Sequence number of the publication that each living subscriber serves; removes dead acks.
+
+        Raises:
+          StoreError: the store failed.
+        """
+        now, newest = self._clock(), {}
+        for key in self._store.keys(f"{self._run}/acks/"):
+            match = _ACK.fullmatch(key)
+            if match:
+                newest[match[1]] = key, int(match[3])  # listings rise, and so do beats
+        seen = {
+            name: (key, self._seen[name][1] if self._seen.get(name, ("",))[0] == key else now)
+            for name, (key, _) in newest.items()
+        }
+        dead = {name for name, (_, since) in seen.items() if now - since > self._expiry_s}
+        for name in dead:
+            self._store.delete(newest[name][0])
+        self._seen = {name: entry for name, entry in seen.items() if name not in dead}
+        return {name: newest[name][1] for name in self._seen}

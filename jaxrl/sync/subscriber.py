@@ -1,0 +1,283 @@
+"""The actor's end: fetches, rebuilds and verifies a version beside the one that serves."""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxrl.sync import trees
+from jaxrl.sync.acks import Acker
+from jaxrl.sync.errors import StoreError, SyncError
+from jaxrl.sync.index import Index
+from jaxrl.sync.manifest import Manifest, Payload, checked_name
+from jaxrl.sync.routes import Step, route
+from jaxrl.sync.stores import Store
+from kernels import sparse_delta
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One change of the weights that serve.
+
+    Attributes:
+      version: that serves now.
+      previous: that served before; None at the first.
+      sequence: number of the publication.
+      kinds: of the payloads that were applied, in order.
+      size_bytes: fetched.
+      fetch_s: seconds of fetching, beside generation.
+      apply_s: seconds of rebuilding and verifying, beside generation.
+      pause_s: seconds for which generation had to wait.
+    """
+
+    version: int
+    previous: int | None
+    sequence: int
+    kinds: tuple[str, ...]
+    size_bytes: int
+    fetch_s: float
+    apply_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A complete, verified version, and what it took to make it."""
+
+    manifest: Manifest
+    params: Any
+    digest: sparse_delta.TreeDigest
+    kinds: tuple[str, ...] = ()
+    size_bytes: int = 0
+    fetch_s: float = 0.0
+    apply_s: float = 0.0
+
+
+class _BadPayload(Exception):
+    """A payload that must not be used; another way may exist."""
+
+    def __init__(self, key: str, reason: object) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key = key
+
+
+class _BadBase(Exception):
+    """The weights that a delta was applied to are not what they were when they were verified."""
+
+
+class Subscriber:
+    """Weights of one run at one actor; those that serve are always one complete, verified version.
+
+    `prepare` may run in a thread of its own, beside generation; `flip` is called where generation
+    can change weights, between two batches. A version that cannot be fetched, applied or verified
+    never serves: the reason is logged and the old one stays.
+
+    >>> from jaxrl.sync import MemoryStore, Publisher
+    >>> store, params = MemoryStore(), {"w": jnp.arange(8.0)}
+    >>> _ = Publisher(store, run_id="docs").publish(params, version=3)
+    >>> subscriber = Subscriber(store, run_id="docs", like=jax.eval_shape(lambda: params))
+    >>> subscriber.prepare(), subscriber.flip().version, subscriber.prepare()
+    (True, 3, False)
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        run_id: str,
+        like: Any,
+        name: str = "actor",
+        heartbeat_s: float = 60.0,
+    ) -> None:
+        """Prepares to subscribe; reads nothing yet.
+
+        Args:
+          store: of the publisher.
+          run_id: of the publisher.
+          like: pytree of `jax.ShapeDtypeStruct` or arrays: shapes, dtypes and, where they have
+            one, shardings of the weights here. Mesh and layout may differ from the learner's.
+          name: of this subscriber, different from every other's.
+          heartbeat_s: seconds between signs of life in the store; well below the publisher's
+            `ack_expiry_s`.
+
+        Raises:
+          ValueError: `run_id` or `name` cannot stand in a key.
+        """
+        self._store = store
+        self.run_id, self.name = checked_name("run_id", run_id), checked_name("name", name)
+        self._like = like
+        self._index = Index(store, run_id)
+        self._acker = Acker(store, run_id, name, every_s=heartbeat_s)
+        self._serving: _Weights | None = None
+        self._next: _Weights | None = None
+        self._preparing, self._swapping = threading.Lock(), threading.Lock()
+        self.problem: str | None = None
+        """Why the last `prepare` did not give what it could have given; None where it did."""
+
+    @property
+    def version(self) -> int | None:
+        """What the learner calls the weights that serve; None before the first flip."""
+        return None if self._serving is None else self._serving.manifest.version
+
+    @property
+    def params(self) -> Any:
+        """The weights that serve.
+
+        Raises:
+          SyncError: none do yet.
+        """
+        if self._serving is None:
+            raise SyncError("no version serves yet: call prepare() until it is true, then flip()")
+        return self._serving.params
+
+    def prepare(self, version: int | None = None) -> bool:
+        """Fetches, rebuilds and verifies a version beside the one that serves.
+
+        What damage, delay or a broken connection prevents is logged, kept in `problem`, and tried
+        again by the next call.
+
+        Args:
+          version: which one; the newest that can be had where None.
+
+        Returns:
+          Whether another version than the one that serves is ready for `flip`.
+
+        Raises:
+          WrongModel: the weights published have other names, shapes or dtypes than `like`.
+        """
+        with self._preparing:
+            self.problem = None
+            try:
+                self._acknowledge()
+                self._index.refresh()
+                self._prepare(version)
+            except StoreError as error:
+                self._complain(error)
+            return self._next is not None
+
+    def flip(self) -> Update | None:
+        """Lets the prepared version serve; all that generation waits for.
+
+        Returns:
+          What changed; None where nothing was prepared.
+        """
+        started = time.perf_counter()
+        with self._swapping:
+            new, old = self._next, self._serving
+            if new is None:
+                return None
+            self._serving, self._next = new, None
+        pause_s = time.perf_counter() - started
+        return Update(
+            version=new.manifest.version,
+            previous=None if old is None else old.manifest.version,
+            sequence=new.manifest.sequence,
+            kinds=new.kinds,
+            size_bytes=new.size_bytes,
+            fetch_s=new.fetch_s,
+            apply_s=new.apply_s,
+            pause_s=pause_s,
+        )
+
+    def _acknowledge(self) -> None:
+        if self._serving is not None:
+            self._acker.send(self._serving.manifest.sequence)
+
+    def _prepare(self, version: int | None) -> None:
+        start = self._next or self._serving
+        avoid: set[str] = set()
+        while True:
+            found = self._plan(version, start, avoid)
+            if found is None:
+                return
+            goal, steps = found
+            try:
+                new = self._build(start, goal, steps)
+            except _BadPayload as bad:
+                self._complain(bad)
+                avoid.add(bad.key)
+            except _BadBase as bad:
+                self._complain(bad)
+                start = None
+            else:
+                with self._swapping:
+                    self._next = new
+                return
+
+    def _plan(
+        self, version: int | None, start: _Weights | None, avoid: set[str]
+    ) -> tuple[Manifest, list[Step]] | None:
+        """The newest publication that is wanted and can be reached, and the way to it."""
+        at = -1 if start is None else start.manifest.sequence
+        have = None if start is None else start.manifest.id
+        for sequence, goal in sorted(self._index.manifests.items(), reverse=True):
+            wanted = sequence > at if version is None else goal.version == version
+            if not wanted or goal.id == have:
+                continue
+            steps = route(
+                self._index.manifests.values(),
+                goal.id,
+                have=have,
+                shortcuts=self._index.shortcuts,
+                avoid=avoid,
+            )
+            if steps is not None:
+                return goal, steps
+        return None
+
+    def _build(self, start: _Weights | None, goal: Manifest, steps: Sequence[Step]) -> _Weights:
+        """The weights of a publication, of which not a bit is in doubt."""
+        started = time.perf_counter()
+        payloads = [self._fetch(step.payload) for step in steps]
+        fetched = time.perf_counter()
+        params = self._like if start is None else start.params
+        known = None if start is None else start.digest
+        for step, data in zip(steps, payloads, strict=True):
+            try:
+                anchor = step.payload.kind == "anchor"
+                params = sparse_delta.apply(params, data, None if anchor else known)
+                known = sparse_delta.inspect(data).target_digest
+            except sparse_delta.WrongModel:
+                raise
+            except sparse_delta.CorruptPayload as error:
+                raise _BadPayload(step.payload.key, error) from error
+            if known is None or known.root.hex() != step.target.digest:
+                raise _BadPayload(step.payload.key, "it leads to other weights than its manifest")
+        # The checks above are of what was computed; this one is of what lies on the devices.
+        digest = trees.digest(params)
+        if digest.root.hex() != goal.digest:
+            raise _BadBase(
+                f"version {goal.version} came out as {digest}, not as {goal.digest}: the weights "
+                "that it was made from, or this machine's memory, are damaged"
+            )
+        return _Weights(
+            manifest=goal,
+            params=params,
+            digest=digest,
+            kinds=tuple(step.payload.kind for step in steps),
+            size_bytes=sum(map(len, payloads)),
+            fetch_s=fetched - started,
+            apply_s=time.perf_counter() - fetched,
+        )
+
+    def _fetch(self, payload: Payload) -> bytes:
+        try:
+            data = self._store.get(payload.key)
+        except KeyError as error:
+            raise _BadPayload(payload.key, "it is not in the store") from error
+        if len(data) != payload.size_bytes or hashlib.sha256(data).hexdigest() != payload.sha256:
+            raise _BadPayload(
+                payload.key,
+                f"{len(data)} bytes that are not the {payload.size_bytes} of the manifest",
+            )
+        return data
+
+    def _complain(self, error: Exception) -> None:
+        serving = "none" if self.version is None else str(self.version)
+        self.problem = str(error)
+        _log.warning("%s: version %s goes on serving: %s", self.name, serving, error)
