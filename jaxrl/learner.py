@@ -187,7 +187,9 @@ class Learner:
             targets = self._targets(recipe_state, rollouts, self.apply(params, rollouts))
         for _ in range(self.recipe.epochs):
             gradient = jax.value_and_grad(self._loss, has_aux=True)
-            (loss, seen), grads = gradient(params, recipe_state, rollouts, targets, demonstrations)
+            (loss, seen), grads = gradient(
+                params, recipe_state, rollouts, targets, demonstrations, state.step
+            )
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             done.append((loss, optax.tree.norm(grads), seen))
@@ -205,7 +207,7 @@ class Learner:
         metrics |= seen | {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
         return kept, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
-    def _loss(self, params, recipe_state, rollouts, targets, demonstrations):
+    def _loss(self, params, recipe_state, rollouts, targets, demonstrations, version):
         output = self.apply(params, rollouts)
         if targets is None:
             # On the first pass the values of this very forward are the old values.
@@ -214,7 +216,7 @@ class Learner:
         if self.ptx is not None and demonstrations is not None:
             metrics["ptx_loss"] = self.ptx(params, demonstrations)
             loss += self.ptx_coef * metrics["ptx_loss"]
-        return loss, metrics | _observed(rollouts, output)
+        return loss, metrics | _observed(rollouts, output, version)
 
     def _targets(self, recipe_state, rollouts, output):
         targets = self.recipe.targets(recipe_state, rollouts, output.values)
@@ -229,17 +231,22 @@ class Learner:
         return jax.jit(self.step, donate_argnums=0)
 
 
-def _observed(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
-    """What a user watches: KL to the reference, entropy, and the sampler's honesty."""
+def _observed(rollouts: Rollouts, output: PolicyOutput, version: Int32[Array, ""]) -> Metrics:
+    """What a user watches: KL to the reference, entropy, and the sampler's honesty.
+
+    Only tokens of the policy's present version say whether the sampler was honest: those of an
+    older one differ by right.
+    """
     own = rollouts.mask & (rollouts.policy_version >= 0)
     count = jnp.maximum(jnp.sum(own), 1)
     sequences = jnp.maximum(jnp.sum(jnp.any(own, axis=-1)), 1)
     log_ratio = output.log_probs - rollouts.reference_log_probs
+    current = rollouts.mask & (rollouts.policy_version == version)
     gap = jnp.abs(output.log_probs - rollouts.behaviour_log_probs)
     return {
         "kl": jnp.sum(jnp.where(own, log_ratio, 0.0)) / sequences,
         "entropy": jnp.sum(jnp.where(own, output.entropy, 0.0)) / count,
-        "sampler_gap": jnp.max(jnp.where(own, gap, 0.0)),
+        "sampler_gap": jnp.max(jnp.where(current, gap, 0.0)),
     }
 
 

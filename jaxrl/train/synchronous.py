@@ -1,103 +1,21 @@
-"""The training loop: prompts → rollouts → rewards, costs → update, one step after another."""
+"""The synchronous loop: prompts → rollouts → rewards, costs → update, one step after another."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import learner as learner_lib
 from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, Metrics
-from jaxrl.rollouts import Collector
-from jaxrl.tokenizers import Tokenizer
-from jaxrl.types import Completions, Rollouts
+from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
+from jaxrl.types import Rollouts
 
-Scores = Mapping[str, np.ndarray]
-Evaluator = Callable[..., Sequence[float] | np.ndarray]
 Span = Callable[[str], AbstractContextManager[None]]
-
-
-class NonFiniteScores(ValueError):
-    """A reward or cost is NaN or infinite; `rows` says for which prompts and completions."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self.rows = list(rows)
-        first = self.rows[0]
-        super().__init__(
-            f"rewards and costs must be finite: {len(self.rows)} of this step's are not, first "
-            f"{first['name']}={first['value']} for the completion {first['completion'][:60]!r} "
-            f"of the prompt {first['prompt'][:60]!r}; the step is refused and nothing has changed"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scorer:
-    """Reads completions and scores them.
-
-    Attributes:
-      tokenizer: turns tokens into the text that is scored.
-      prompts: the texts that prompt ids point to.
-      rewards, costs: plain functions `f(prompts, completions, **columns)` by name, at least
-        "reward" and "cost".
-    """
-
-    tokenizer: Tokenizer
-    prompts: PromptSet
-    rewards: Mapping[str, Evaluator]
-    costs: Mapping[str, Evaluator]
-
-    def texts(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[list[str], list[str]]:
-        """Prompts and completions as text, row by row of [B, G]."""
-        groups = tokens.shape[1]
-        prompts = [self.prompts.texts[i] for i in ids for _ in range(groups)]
-        return prompts, self.tokenizer.decode_batch(tokens.reshape(-1, tokens.shape[-1]))
-
-    def score(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[Scores, Scores]:
-        """Rewards and costs, float32 [B, G] by name.
-
-        Raises:
-          NonFiniteScores: a score is NaN or infinite.
-          ValueError: a function gives more or fewer numbers than there are completions.
-        """
-        prompts, completions = self.texts(ids, tokens)
-        shape = tokens.shape[:2]
-        results, refused = [], []
-        for functions in (self.rewards, self.costs):
-            scores = {}
-            for name, function in functions.items():
-                flat = np.asarray(function(prompts, completions), np.float32)
-                if flat.shape != (len(completions),):
-                    raise ValueError(
-                        f"{name} must give one number for each of {len(completions)} completions, "
-                        f"got shape {flat.shape}; score every row, with 0 where nothing applies"
-                    )
-                refused += [
-                    {"name": name, "value": str(flat[i]), "prompt": prompts[i],
-                     "completion": completions[i], "prompt_id": int(ids[i // shape[1]])}
-                    for i in np.flatnonzero(~np.isfinite(flat))
-                ]  # fmt: skip
-                scores[name] = flat.reshape(shape)
-            results.append(scores)
-        if refused:
-            raise NonFiniteScores(refused)
-        return results[0], results[1]
-
-    def __call__(self, rollouts: Rollouts, greedy: Completions | None = None) -> Rollouts:
-        """The rollouts with their scores, and those of the greedy completions."""
-        ids = np.asarray(rollouts.prompts.ids)
-        rewards, costs = self.score(ids, np.asarray(rollouts.tokens))
-        baseline = None
-        if greedy is not None:
-            greedy_rewards, greedy_costs = self.score(ids, np.asarray(greedy.tokens))
-            scored = {"reward": greedy_rewards["reward"], "cost": greedy_costs["cost"]}
-            baseline = {name: jnp.asarray(value[:, 0]) for name, value in scored.items()}
-        arrays = jax.tree.map(jnp.asarray, (dict(rewards), dict(costs)))
-        return rollouts.replace(rewards=arrays[0], costs=arrays[1], greedy=baseline)
 
 
 def _no_span(_: str) -> AbstractContextManager[None]:

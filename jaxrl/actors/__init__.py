@@ -1,0 +1,30 @@
+"""Actors write and score rollouts apart from the learner.
+
+    work items ─► pool (threads | processes | Ray) ─► actor: newest weights, generate, score
+                                                          │
+    learner ◄─ checks, journal, acknowledgement ◄─ result ┘
+"""
+
+from jaxrl.actors.actor import Actor, ActorConfig, WeightsUnavailable
+from jaxrl.actors.ledger import ActorStatistics
+from jaxrl.actors.pool import NoActorsLeft, Pool, PoolConfig
+from jaxrl.actors.threads import Threads
+from jaxrl.actors.validation import RolloutChecks
+from jaxrl.actors.work import AbstractActor, Refusal, Result, Timings, WorkItem
+
+__all__ = [
+    "AbstractActor",
+    "Actor",
+    "ActorConfig",
+    "ActorStatistics",
+    "NoActorsLeft",
+    "Pool",
+    "PoolConfig",
+    "Refusal",
+    "Result",
+    "RolloutChecks",
+    "Threads",
+    "Timings",
+    "WeightsUnavailable",
+    "WorkItem",
+]

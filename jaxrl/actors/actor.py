@@ -1,0 +1,201 @@
+"""One actor: newest weights in, scored rollouts out."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import jax
+import numpy as np
+
+from jaxrl.actors.work import Refusal, Result, Timings, WorkItem
+from jaxrl.data.batches import PromptSet
+from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
+from jaxrl.types import Rollouts
+
+SCORES = "scores"
+"""The reason of refusals for rewards or costs that are not finite."""
+
+
+@runtime_checkable
+class AbstractSubscriber(Protocol):
+    """Where an actor's weights come from; `jaxrl.sync.Subscriber` is one."""
+
+    @property
+    def version(self) -> int | None: ...
+
+    @property
+    def params(self) -> Any: ...
+
+    def prepare(self, version: int | None = None) -> bool: ...
+
+    def flip(self) -> Any: ...
+
+
+class Interrupted(RuntimeError):
+    """The actor was told to stop while it waited."""
+
+
+class WeightsUnavailable(TimeoutError):
+    """The version that an item needs did not come in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """How an actor waits.
+
+    Attributes:
+      poll_s: seconds between two looks for new weights.
+      patience_s: the longest wait for the version that an item needs.
+    """
+
+    poll_s: float = 0.05
+    patience_s: float = 600.0
+
+
+class Actor:
+    """Writes and scores the rollouts of work items; a context manager.
+
+    New weights are fetched, verified and rebuilt in a thread of their own while the old ones
+    generate. They take over between two items, so that one item is of one version.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        collector: Collector,
+        scorer: Scorer,
+        prompts: PromptSet,
+        reference: Any,
+        subscriber: AbstractSubscriber,
+        config: ActorConfig | None = None,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        """An actor that is ready to be entered.
+
+        Args:
+          name: in logs and statistics.
+          collector: writes completions.
+          scorer: rewards and costs.
+          prompts: the learner's training set.
+          reference: parameters of the frozen reference policy.
+          subscriber: gives the policy's parameters.
+          config: how it waits; defaults where None.
+          close: called at the end, to close what `subscriber` reads from.
+        """
+        self.name = name
+        self._collector, self._scorer, self._prompts = collector, scorer, prompts
+        self._reference, self._subscriber = reference, subscriber
+        self._config, self._close = config or ActorConfig(), close
+        self._stop, self._news = threading.Event(), threading.Event()
+        self._fetcher = threading.Thread(target=self._fetch, name=f"{name}-sync", daemon=True)
+        self._failure: Exception | None = None
+        self._free_since = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._fetcher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.interrupt()
+        self._fetcher.join()
+        if self._close is not None:
+            self._close()
+
+    def interrupt(self) -> None:
+        """Ends a wait for weights, from any thread: `run` then raises `Interrupted`."""
+        self._stop.set()
+        self._news.set()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that would write now; −1 before there are any."""
+        version = self._subscriber.version
+        return -1 if version is None else version
+
+    def run(self, item: WorkItem) -> Result:
+        """Answers an item.
+
+        Raises:
+          WeightsUnavailable: `item.min_version` did not come within the actor's patience.
+          Interrupted: see `interrupt`.
+          Exception: what the subscriber, the collector or a reward raised; the actor is unusable.
+        """
+        paused = self._catch_up(item.min_version)
+        version, started = self.version, time.perf_counter()
+        idle = started - self._free_since - paused
+        rollouts, greedy = self._collector.collect(
+            self._subscriber.params,
+            self._reference,
+            self._prompts.take(np.asarray(item.rows, np.int64)),
+            item.key,
+            version,
+        )
+        jax.block_until_ready(rollouts.tokens)
+        generated = time.perf_counter()
+        scored, refusal = None, None
+        try:
+            scored = _on_host(self._scorer(rollouts, greedy))
+        except NonFiniteScores as error:
+            refusal = Refusal(reason=SCORES, detail=str(error), item=item.id, actor=self.name)
+        self._free_since = time.perf_counter()
+        timings = Timings(
+            generate=generated - started,
+            score=self._free_since - generated,
+            paused=paused,
+            idle=idle,
+        )
+        return Result(
+            item=item.id,
+            actor=self.name,
+            version=version,
+            rollouts=scored,
+            refusal=refusal,
+            timings=timings,
+        )
+
+    def _catch_up(self, wanted: int) -> float:
+        """Takes the newest weights over, waiting for version `wanted`; the seconds it paused."""
+        begun, paused = time.perf_counter(), 0.0
+        while True:
+            self._news.clear()
+            flip = time.perf_counter()
+            self._subscriber.flip()
+            now = time.perf_counter()
+            paused += now - flip
+            if self.version >= max(wanted, 0):
+                return paused
+            if self._failure is not None:
+                raise self._failure
+            if self._stop.is_set():
+                raise Interrupted(f"{self.name} was told to stop")
+            if now - begun > self._config.patience_s:
+                raise WeightsUnavailable(
+                    f"{self.name} needs weights of version {wanted} or later and has version "
+                    f"{self.version} after {now - begun:.0f} s: does the learner publish to the "
+                    "store that this actor reads? (patience_s sets how long it waits)"
+                )
+            self._news.wait(self._config.poll_s)
+
+    def _fetch(self) -> None:
+        """In the background: keeps the next weights ready beside those that serve."""
+        try:
+            while not self._stop.wait(self._config.poll_s):
+                if self._subscriber.prepare():
+                    self._news.set()
+        except Exception as error:  # what may pass by itself the subscriber tries again itself
+            self._failure = error
+            self._news.set()
+
+
+def _on_host(rollouts: Rollouts) -> Rollouts:
+    """NumPy arrays, which outlive devices and cross processes."""
+    return jax.tree.map(np.asarray, rollouts)

@@ -1,0 +1,205 @@
+"""Who has which work item: handed out at least once, accepted exactly once."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from jaxrl.actors.work import Accept, Refusal, Result, Timings, WorkItem
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorStatistics:
+    """What one actor has done so far.
+
+    Attributes:
+      items: results accepted.
+      refused: results refused, by reason.
+      duplicates: results dropped since another actor's came first.
+      timings: seconds of work and of waiting.
+      restarts: times that it died and was started again.
+      version: of the weights behind its last result; −1 before the first.
+    """
+
+    items: int = 0
+    refused: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    duplicates: int = 0
+    timings: Timings = field(default_factory=Timings)
+    restarts: int = 0
+    version: int = -1
+
+    @property
+    def idle_share(self) -> float:
+        """Share of its time that it waited for work or weights; 0 before the first result."""
+        return self.timings.idle / self.timings.total if self.timings.total else 0.0
+
+
+@dataclass
+class _Open:
+    """An item that has no accepted answer yet."""
+
+    item: WorkItem
+    holders: dict[str, float] = field(default_factory=dict)  # actor → when it took the item
+    failures: int = 0
+
+
+class Ledger:
+    """The book of open items; every method may be called from any thread.
+
+    Items go out lowest id first. An item comes back to the queue when its actor dies, and is
+    handed to a second actor when nothing else is left to do and the first has had it for
+    `lease_s`; whoever answers second is a duplicate.
+    """
+
+    def __init__(self, accept: Accept, *, lease_s: float, max_failures: int) -> None:
+        """An empty book.
+
+        Args:
+          accept: makes a result durable before it is acknowledged.
+          lease_s: seconds after which an idle actor may get an item that another one holds.
+          max_failures: deaths of actors over one item after which the item is refused.
+        """
+        self._accept, self._lease_s, self._max_failures = accept, lease_s, max_failures
+        self._open: dict[int, _Open] = {}
+        self._done: list[Result] = []
+        self._statistics: dict[str, ActorStatistics] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+        self._receiving = threading.Lock()  # one result at a time: accepted in one order
+
+    def submit(self, item: WorkItem) -> None:
+        """Queues an item.
+
+        Raises:
+          ValueError: an item of this id is open.
+        """
+        with self._changed:
+            if item.id in self._open:
+                raise ValueError(f"an item is submitted once: {item.id=} is open already")
+            self._open[item.id] = _Open(item)
+            self._changed.notify_all()
+
+    def take(self, actor: str, timeout_s: float | None = None) -> WorkItem | None:
+        """The next item for `actor`; None when the book is closed, or after `timeout_s`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                if (found := self._next(actor, now)) is not None:
+                    found.holders[actor] = now
+                    return found.item
+                left = None if deadline is None else deadline - now
+                if left is not None and left <= 0:
+                    return None
+                # Leases run out without anybody saying so.
+                patience = self._lease_s if self._open else None
+                waits = [x for x in (left, patience) if x is not None]
+                self._changed.wait(min(waits) if waits else None)
+        return None
+
+    def _next(self, actor: str, now: float) -> _Open | None:
+        free = [x for x in self._open.values() if not x.holders]
+        if not free:
+            free = [
+                x
+                for x in self._open.values()
+                if actor not in x.holders and now - max(x.holders.values()) >= self._lease_s
+            ]
+        return min(free, key=lambda x: x.item.id, default=None)
+
+    def give(self, result: Result) -> str:
+        """Takes a result in.
+
+        Returns:
+          "accepted", "refused" or "duplicate": all three settle the matter for the actor.
+
+        Raises:
+          OSError: it could not be made durable; the item stays open and the actor should offer
+            the result again.
+        """
+        with self._receiving:
+            with self._changed:
+                known = result.item in self._open
+            outcome, kept = ("duplicate", None) if not known else self._judge(result)
+            with self._changed:
+                self._count(result, outcome, kept)
+                if kept is not None:
+                    self._settle(kept)
+        return outcome
+
+    def _judge(self, result: Result) -> tuple[str, Result]:
+        refusal = result.refusal or self._accept(result)
+        if refusal is None:
+            return "accepted", result
+        _log.warning("refused item %d of %s: %s", result.item, result.actor, refusal.detail)
+        return "refused", replace(result, rollouts=None, refusal=refusal)
+
+    def _count(self, result: Result, outcome: str, kept: Result | None) -> None:
+        old = self._statistics.get(result.actor, ActorStatistics())
+        refused = Counter(old.refused)
+        if kept is not None and kept.refusal is not None:
+            refused[kept.refusal.reason] += 1
+        self._statistics[result.actor] = replace(
+            old,
+            items=old.items + (outcome == "accepted"),
+            duplicates=old.duplicates + (outcome == "duplicate"),
+            refused=MappingProxyType(dict(refused)),
+            timings=old.timings + result.timings,
+            version=result.version,
+        )
+
+    def _settle(self, result: Result) -> None:
+        del self._open[result.item]
+        self._done.append(result)
+        self._changed.notify_all()
+
+    def release(self, actor: str, why: str) -> None:
+        """Notes the death of an actor: what it held is free again, or refused as a killer."""
+        with self._changed:
+            held = [x for x in self._open.values() if actor in x.holders]
+            for entry in held:
+                del entry.holders[actor]
+                entry.failures += 1
+                if entry.failures >= self._max_failures:
+                    detail = f"item {entry.item.id} ended {entry.failures} actors, last: {why}"
+                    refusal = Refusal(
+                        reason="fatal", detail=detail, item=entry.item.id, actor=actor
+                    )
+                    _log.error("%s; it is refused", detail)
+                    result = Result(
+                        item=entry.item.id, actor=actor, version=-1, rollouts=None, refusal=refusal
+                    )
+                    self._count(result, "refused", result)
+                    self._settle(result)
+            old = self._statistics.get(actor, ActorStatistics())
+            self._statistics[actor] = replace(old, restarts=old.restarts + 1)
+            self._changed.notify_all()
+        ids = [x.item.id for x in held]
+        _log.warning("%s died (%s); its items %s are handed out again", actor, why, ids)
+
+    def poll(self, timeout_s: float) -> list[Result]:
+        """All results that came in since the last call, waiting up to `timeout_s` for the first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done or self._closed, timeout_s)
+            done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        """Ends every wait; actors get no more items."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def statistics(self) -> Mapping[str, ActorStatistics]:
+        with self._changed:
+            return dict(sorted(self._statistics.items()))

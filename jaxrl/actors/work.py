@@ -1,0 +1,131 @@
+"""What passes between a learner and its actors: work items one way, results the other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from jaxrl.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """One batch of prompts to complete: the same item always gives the same samples.
+
+    An item may be handed to several actors, when one dies or is slow; one answer counts.
+
+    Attributes:
+      id: counts from 0; names the item for ever.
+      rows: which prompts of the training set.
+      seed: of the run.
+      min_version: the oldest version of the policy that may write it; an actor waits for it.
+    """
+
+    id: int
+    rows: tuple[int, ...]
+    seed: int
+    min_version: int = 0
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """Consumed by sampling: one root for every run, folded with the item."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why an item's rollouts are not trained on.
+
+    Attributes:
+      reason: one word, by which refusals are counted; see `jaxrl.actors.validation`.
+      detail: a sentence for the log.
+      item: the item's id.
+      actor: who delivered it.
+    """
+
+    reason: str
+    detail: str
+    item: int
+    actor: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """What an actor did between two results, in seconds.
+
+    Attributes:
+      generate: wrote completions.
+      score: computed rewards and costs.
+      paused: exchanged its weights, the only time at which generation stands still for them.
+      idle: waited for work or for weights.
+    """
+
+    generate: float = 0.0
+    score: float = 0.0
+    paused: float = 0.0
+    idle: float = 0.0
+
+    def __add__(self, other: "Timings") -> "Timings":
+        return Timings(
+            generate=self.generate + other.generate,
+            score=self.score + other.score,
+            paused=self.paused + other.paused,
+            idle=self.idle + other.idle,
+        )
+
+    @property
+    def total(self) -> float:
+        return self.generate + self.score + self.paused + self.idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """An actor's answer to an item: scored rollouts, or why there are none.
+
+    Attributes:
+      item: the item's id.
+      actor: who wrote it.
+      version: of the policy that wrote it.
+      rollouts: NumPy arrays; None when refused.
+      refusal: None unless refused.
+      timings: of the actor since its last result.
+    """
+
+    item: int
+    actor: str
+    version: int
+    rollouts: Rollouts | None
+    refusal: Refusal | None = None
+    timings: Timings = field(default_factory=Timings)
+
+
+@runtime_checkable
+class AbstractActor(Protocol):
+    """What a pool keeps alive: a context manager that answers work items."""
+
+    def run(self, item: WorkItem) -> Result:
+        """Answers an item; whatever it raises is the death of the actor."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends what `run` waits for, from any thread."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+Build = Callable[[str], AbstractActor]
+"""Makes the actor of a name, in the thread or process that it will live in."""
+
+Accept = Callable[[Result], Refusal | None]
+"""Makes a result durable, or says why it is refused; an OSError means: offer it again later."""

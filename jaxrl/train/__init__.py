@@ -1,0 +1,9 @@
+"""The training loops: synchronous, and with actors that run apart from the learner."""
+
+from jaxrl.rollouts import NonFiniteScores as NonFiniteScores
+from jaxrl.rollouts import Scorer as Scorer
+from jaxrl.train.synchronous import NonFiniteUpdates as NonFiniteUpdates
+from jaxrl.train.synchronous import SamplerDrift as SamplerDrift
+from jaxrl.train.synchronous import Span as Span
+from jaxrl.train.synchronous import Trainer as Trainer
+from jaxrl.train.synchronous import summarise as summarise
