@@ -1,8 +1,8 @@
 """Actors write and score rollouts apart from the learner.
 
-    work items ─► pool (threads | processes | Ray) ─► actor: newest weights, generate, score
-                                                          │
-    learner ◄─ checks, journal, acknowledgement ◄─ result ┘
+work items ─► pool (threads | processes | Ray) ─► actor: newest weights, generate, score
+│
+learner ◄─ checks, journal, acknowledgement ◄─ result ┘
 """
 
 from jaxrl.actors.actor import Actor, ActorConfig, WeightsUnavailable

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,25 +13,11 @@ import numpy as np
 from jaxrl.actors.work import Refusal, Result, Timings, WorkItem
 from jaxrl.data.batches import PromptSet
 from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
+from jaxrl.sync import Subscriber
 from jaxrl.types import Rollouts
 
 SCORES = "scores"
 """The reason of refusals for rewards or costs that are not finite."""
-
-
-@runtime_checkable
-class AbstractSubscriber(Protocol):
-    """Where an actor's weights come from; `jaxrl.sync.Subscriber` is one."""
-
-    @property
-    def version(self) -> int | None: ...
-
-    @property
-    def params(self) -> Any: ...
-
-    def prepare(self, version: int | None = None) -> bool: ...
-
-    def flip(self) -> Any: ...
 
 
 class Interrupted(RuntimeError):
@@ -70,7 +56,7 @@ class Actor:
         scorer: Scorer,
         prompts: PromptSet,
         reference: Any,
-        subscriber: AbstractSubscriber,
+        subscriber: Subscriber,
         config: ActorConfig | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
@@ -95,7 +81,7 @@ class Actor:
         self._failure: Exception | None = None
         self._free_since = time.perf_counter()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Actor":
         self._fetcher.start()
         return self
 

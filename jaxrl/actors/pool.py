@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
 
 from jaxrl.actors.ledger import ActorStatistics, Ledger
 from jaxrl.actors.work import AbstractActor, Accept, Result, WorkItem
@@ -129,7 +128,7 @@ class Pool(abc.ABC):
         """What each actor has done, by its name."""
         return {} if self._ledger is None else self._ledger.statistics
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Pool":
         return self
 
     def __exit__(

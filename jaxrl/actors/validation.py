@@ -59,8 +59,7 @@ class RolloutChecks:
             if array.shape != shape or array.dtype != dtype:
                 yield (
                     SHAPE,
-                    f"{name} must be {dtype} {list(shape)}, "
-                    f"got {array.dtype} {list(array.shape)}",
+                    f"{name} must be {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}",
                 )
         for which, scores in (("reward", rollouts.rewards), ("cost", rollouts.costs)):
             if which not in scores:
@@ -135,4 +134,5 @@ def _numbers(rollouts: Rollouts) -> Mapping[str, np.ndarray]:
 
 
 def _greedy(rollouts: Rollouts) -> Mapping[str, np.ndarray]:
-    return {} if rollouts.greedy is None else dict(rollouts.greedy)
+    greedy = {} if rollouts.greedy is None else rollouts.greedy
+    return {name: np.asarray(array) for name, array in greedy.items()}

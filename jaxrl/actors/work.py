@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -114,7 +114,7 @@ class AbstractActor(Protocol):
         """Ends what `run` waits for, from any thread."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Any: ...
 
     def __exit__(
         self,

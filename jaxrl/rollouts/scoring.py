@@ -33,7 +33,7 @@ class HasTexts(Protocol):
     """What knows the text of every prompt id, such as `jaxrl.data.batches.PromptSet`."""
 
     @property
-    def texts(self) -> Sequence[str]: ...
+    def texts(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

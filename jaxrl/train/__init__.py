@@ -2,6 +2,9 @@
 
 from jaxrl.rollouts import NonFiniteScores as NonFiniteScores
 from jaxrl.rollouts import Scorer as Scorer
+from jaxrl.train.asynchronous import AsynchronousTrainer as AsynchronousTrainer
+from jaxrl.train.asynchronous import Stalled as Stalled
+from jaxrl.train.asynchronous import TooManyRefusals as TooManyRefusals
 from jaxrl.train.synchronous import NonFiniteUpdates as NonFiniteUpdates
 from jaxrl.train.synchronous import SamplerDrift as SamplerDrift
 from jaxrl.train.synchronous import Span as Span

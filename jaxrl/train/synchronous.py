@@ -18,7 +18,7 @@ from jaxrl.types import Rollouts
 Span = Callable[[str], AbstractContextManager[None]]
 
 
-def _no_span(_: str) -> AbstractContextManager[None]:
+def no_span(_: str) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -52,7 +52,7 @@ class Trainer:
     sampler_tolerance: float = 1e-2
     max_refused: int = 3
     demonstrations: Demonstrations | None = None
-    span: Span = field(default=_no_span)
+    span: Span = field(default=no_span)
 
     def rollout(self, state: LearnerState, step: int) -> Rollouts:
         """Scored rollouts of step `step`; a function of the state, the seed and the step.
@@ -98,7 +98,10 @@ class Trainer:
                 continue
             refused = 0
             with self.span("update"):
-                state, metrics = self.learner.update(state, rollouts, self._imitated(step))
+                demonstrations = imitated(
+                    self.demonstrations, rollouts.mask.shape, seed=self.seed, step=step
+                )
+                state, metrics = self.learner.update(state, rollouts, demonstrations)
                 summary = summarise(rollouts, metrics)
             self._check_sampler(summary, step)
             skipped = skipped + 1 if summary["skipped"] else 0
@@ -106,16 +109,19 @@ class Trainer:
                 raise NonFiniteUpdates(skipped, step)
             yield step + 1, state, summary, None
 
-    def _imitated(self, step: int) -> learner_lib.Demonstrations | None:
-        if self.demonstrations is None:
-            return None
-        batch = self.prompts_per_step * self.collector.group_size
-        rows = shuffled(len(self.demonstrations), batch, seed=self.seed, step=step)
-        return self.demonstrations.take(rows)
-
     def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
         if metrics["sampler_gap"] > self.sampler_tolerance:
             raise SamplerDrift(metrics["sampler_gap"], self.sampler_tolerance, step)
+
+
+def imitated(
+    demonstrations: Demonstrations | None, shape: tuple[int, ...], *, seed: int, step: int
+) -> learner_lib.Demonstrations | None:
+    """The demonstrations of a step: as many as completions, in shape [B, G, T] of the rollouts."""
+    if demonstrations is None:
+        return None
+    rows = shuffled(len(demonstrations), shape[0] * shape[1], seed=seed, step=step)
+    return demonstrations.take(rows)
 
 
 class NonFiniteUpdates(ValueError):

@@ -1,0 +1,218 @@
+"""The asynchronous loop: it is the synchronous one at staleness 0, and bounded beyond."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrl import recipes
+from jaxrl.actors import Actor, PoolConfig, RolloutChecks, Threads
+from jaxrl.data.batches import PromptSet
+from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
+from jaxrl.models import Decoder, DecoderConfig
+from jaxrl.replay import Replay, ReplayConfig
+from jaxrl.rollouts import Collector, Sampling, Scorer
+from jaxrl.sync import MemoryStore, Publisher, Subscriber
+from jaxrl.tokenizers import PLAIN, train_bpe
+from jaxrl.train import AsynchronousTrainer, NonFiniteUpdates, TooManyRefusals, Trainer
+
+TEXTS = ("one", "two words", "three", "four more", "five", "six", "seven")
+TOKENIZER = train_bpe(TEXTS * 3, 270)
+PROMPTS = PromptSet.encode(TOKENIZER, TEXTS, PLAIN, max_len=10)
+CONFIG = DecoderConfig(
+    vocab_size=TOKENIZER.vocab_size, layers=1, embed=8, heads=2, kv_heads=1, head_dim=4, mlp=8,
+    max_len=16, remat="none",
+)  # fmt: skip
+GRAPHDEF, PARAMS = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+COLLECTOR = Collector(
+    graphdef=GRAPHDEF,
+    sampling=Sampling(max_new_tokens=4, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id),
+    group_size=4,
+    reference_completions=2,
+)
+LEARNER = Learner(
+    recipe=recipes.get("repo_tb", group_size=4),
+    apply=lm_apply(GRAPHDEF, None, temperature=1.0),
+    optimizer=lm_optimizer(OptimizerConfig(learning_rate=1e-2)),
+)
+CHECKS = RolloutChecks(
+    prompts=PROMPTS, group_size=4, completion_len=4, vocab_size=TOKENIZER.vocab_size
+)
+
+
+def length(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+def vowels(prompts, completions):
+    return np.array([sum(map(text.count, "aeiou")) - 0.5 for text in completions])
+
+
+def scorer(reward=length):
+    return Scorer(
+        tokenizer=TOKENIZER, prompts=PROMPTS, rewards={"reward": reward}, costs={"cost": vowels}
+    )
+
+
+def trainer(actors=1, *, reward=length, before=None, config=None, **options):
+    """A trainer over threads; `before(name)` may be called by an actor before each rollout."""
+    store = MemoryStore()
+
+    def build(name):
+        subscriber = Subscriber(
+            store, run_id="test", like=jax.eval_shape(lambda: PARAMS), name=name
+        )
+        actor = Actor(
+            name=name,
+            collector=COLLECTOR,
+            scorer=scorer(reward),
+            prompts=PROMPTS,
+            reference=PARAMS,
+            subscriber=subscriber,
+        )
+        if before is not None:
+            run = actor.run
+
+            def delayed(item):
+                before(name)
+                return run(item)
+
+            actor.run = delayed
+        return actor
+
+    return AsynchronousTrainer(
+        learner=options.pop("learner", LEARNER),
+        pool=Threads(actors, build, config=config),
+        publisher=Publisher(store, run_id="test"),
+        checks=CHECKS,
+        prompts_per_item=2,
+        seed=3,
+        **{"max_staleness": 0, "stall_s": 60.0} | options,
+    )
+
+
+def started(learner=LEARNER):
+    return learner.init({"policy": PARAMS}, num_prompts=len(PROMPTS))
+
+
+def trained(loop, steps, learner=LEARNER):
+    rows, refusals, state = [], [], None
+    for _, state, metrics, news in loop.run(started(learner), start=0, steps=steps):  # noqa: B007
+        rows.append(metrics)
+        refusals += news
+    return state, rows, refusals
+
+
+def test_without_staleness_it_is_the_synchronous_loop_bit_for_bit():
+    synchronous = Trainer(
+        learner=LEARNER, collector=COLLECTOR, scorer=scorer(), prompts=PROMPTS,
+        prompts_per_step=2, reference=PARAMS, seed=3,
+    )  # fmt: skip
+    expected = []
+    for _, state, row, _ in synchronous.run(started(), start=0, steps=5):
+        expected.append(row)
+        whole = jax.tree.map(jnp.copy, state)
+    found, rows, _ = trained(trainer(), 5)
+    assert [{k: row[k] for k in expected[0]} for row in rows] == expected
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [row["staleness_max"] for row in rows] == [0.0] * 5
+    assert all(0 < row["learner_idle_share"] < 1 for row in rows)
+    assert all(row["sync_bytes"] > 0 for row in rows)
+
+
+def test_one_step_off_writes_the_next_batch_while_the_learner_updates():
+    _, rows, _ = trained(trainer(max_staleness=1), 6)
+    assert {row["staleness_max"] for row in rows} <= {0.0, 1.0}
+    assert rows[1]["staleness_max"] == 1.0  # items 0 and 1 went out before there was a version 1
+    assert all(row["staleness_1"] == 1.0 for row in rows if row["staleness_max"] == 1.0)
+
+
+def test_rarer_publications_are_within_the_bound_and_cost_fewer_bytes():
+    _, rows, _ = trained(trainer(sync_every=3, max_staleness=2), 7)
+    assert [row["staleness_max"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert ["sync_bytes" in row for row in rows] == [True, False, False] * 2 + [True]
+    with pytest.raises(ValueError, match=r"max_staleness ≥ sync_every − 1 is needed"):
+        trainer(sync_every=3, max_staleness=1)
+
+
+def test_slow_actors_do_not_hold_up_fast_ones_and_stale_work_is_refused():
+    finished = threading.Event()
+
+    def slow(prompts, completions):
+        if threading.current_thread().name == "actor-0":
+            finished.wait(60.0)  # it has written with the weights of the beginning
+        return length(prompts, completions)
+
+    loop = trainer(2, reward=slow, max_staleness=2)
+    updates = loop.run(started(), start=0, steps=9)
+    seen = []
+    for done, _, metrics, refusals in updates:
+        assert metrics["staleness_max"] <= 2
+        seen += refusals
+        if done == 7:  # as many as the fast one could do alone; item 0 is as old as the run
+            finished.set()
+            time.sleep(1.0)
+    assert [(refusal.reason, refusal.actor) for refusal in seen] == [("stale", "actor-0")]
+    assert loop.pool.statistics["actor-1"].items >= 8
+
+
+def test_scores_that_are_not_finite_are_refused_counted_and_not_trained_on():
+    calls = iter(range(10_000))
+
+    def sometimes(prompts, completions):
+        scores = length(prompts, completions)
+        return [np.nan] * len(scores) if next(calls) in (1, 2) else scores
+
+    state, rows, refusals = trained(trainer(reward=sometimes), 4)
+    assert [(refusal.item, refusal.reason) for refusal in refusals] == [
+        (1, "scores"),
+        (2, "scores"),
+    ]
+    assert "rewards and costs must be finite" in refusals[0].detail
+    assert rows[-1]["refused_scores"] == 2.0
+    assert int(state.step) == 4
+    with pytest.raises(TooManyRefusals, match=r"3 items in a row were refused.*scores"):
+        trained(trainer(reward=lambda p, c: [np.inf] * len(c), max_refused=2), 4)
+
+
+def test_updates_that_are_never_finite_stop_the_run():
+    def broken(params, rollouts):
+        output = LEARNER.apply(params, rollouts)
+        return output.replace(log_probs=output.log_probs * jnp.nan)
+
+    learner = Learner(recipe=LEARNER.recipe, apply=broken, optimizer=LEARNER.optimizer)
+    with pytest.raises(NonFiniteUpdates, match="those of the 2 steps up to step 1 are not"):
+        trained(trainer(learner=learner, max_refused=1), 5, learner)
+
+
+def test_an_actor_that_dies_is_replaced_and_its_item_handed_out_again():
+    deaths = iter([True, False, True])
+
+    def before(name):
+        if next(deaths, False):
+            raise RuntimeError("power cut")
+
+    loop = trainer(before=before, config=PoolConfig(backoff_s=0.0))
+    found, rows, _ = trained(loop, 4)
+    expected, _, _ = trained(trainer(), 4)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rows[-1]["restarts"] == 2.0
+    actor = loop.pool.statistics["actor-0"]
+    assert (actor.items, actor.restarts) == (4, 2)
+
+
+def test_with_replay_the_learner_need_not_wait():
+    replay = Replay(ReplayConfig(recent_share=0.5), seed=0)
+    loop = trainer(2, replay=replay, max_staleness=50, sync_every=2, prompts_per_update=3)
+    _, rows, _ = trained(loop, 12)
+    assert len(rows) == 12
+    assert len(replay) > 0
+    assert min(row["learner_idle_share"] for row in rows) < 0.5
+    with pytest.raises(ValueError, match="prompts_per_update is drawn from a replay"):
+        trainer(prompts_per_update=3)
