@@ -60,6 +60,28 @@ class Rotation(NamedTuple):
     sin: Float32[Array, "*batch 1 half"]
 
 
+class Turns(NamedTuple):
+    """Rotations of one pass through the network.
+
+    Attributes:
+      everywhere: of layers that see all tokens, and of all where `windowed` is None.
+      windowed: of layers with a window, where theirs is another one (Gemma 3).
+    """
+
+    everywhere: Rotation
+    windowed: Rotation | None
+
+    def of_layer(self, has_window: bool | Bool[Array, ""]) -> Rotation:
+        """The rotation of a layer; what it is may be known only inside a scan."""
+        if self.windowed is None:
+            return self.everywhere
+        if isinstance(has_window, bool):
+            return self.windowed if has_window else self.everywhere
+        return jax.tree.map(
+            lambda local, rest: jnp.where(has_window, local, rest), self.windowed, self.everywhere
+        )
+
+
 class Cache(NamedTuple):
     """A batch that is being generated, one entry for each layer.
 
@@ -76,7 +98,7 @@ class Cache(NamedTuple):
 
     prompt: tuple[CachedKeyValue, ...]
     prompt_mask: Bool[Array, "B P"]
-    turns: Rotation
+    turns: Turns
     own: tuple[CachedKeyValue, ...]
 
     def with_room(self, size: int) -> "Cache":

@@ -19,6 +19,7 @@ class RopeScaling:
       low_freq_factor, high_freq_factor: bounds of Llama 3.1's interpolated band, in
         wavelengths per original context.
       beta_fast, beta_slow: bounds of YaRN's ramp, in rotations per original context.
+      temperature: scale of the rotated queries and keys; None takes YaRN's own (eq. 22).
     """
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -28,6 +29,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -36,6 +38,8 @@ class RopeScaling:
     @property
     def attention_factor(self) -> float:
         """Scale of the rotated queries and keys (YaRN's temperature, eq. 22); 1 elsewhere."""
+        if self.temperature is not None:
+            return self.temperature
         return 0.1 * math.log(self.factor) + 1.0 if self.kind == "yarn" else 1.0
 
     def frequencies(self, head_dim: int, theta: float) -> np.ndarray:
@@ -78,7 +82,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder of the Llama and Qwen families.
+    """A decoder of the Llama, Qwen, Mistral and Gemma families, dense or mixture of experts.
 
     Attributes:
       vocab_size: size of the tokenizer's vocabulary.
@@ -87,14 +91,28 @@ class DecoderConfig:
       heads: query heads.
       kv_heads: key and value heads, a divisor of `heads` (grouped-query attention).
       head_dim: width of one head, even.
-      mlp: width of the SwiGLU feed-forward block.
+      mlp: width of the gated feed-forward block; of one expert where there are experts.
       max_len: longest prompt and completion together, in tokens.
       rope_theta: base of the rotary frequencies.
       rope_scaling: stretch of the rotary frequencies.
       qk_norm: RMS-normalise queries and keys per head (Qwen3).
       attention_bias: biases on the query, key and value projections (Qwen2).
+      output_bias: a bias on the projection that ends attention.
       tie_embeddings: the output projection is the transposed embedding.
       norm_eps: ε of RMSNorm.
+      norm_plus_one: RMSNorm multiplies by 1 + scale (Gemma).
+      post_norms: both branches are normalised once more before they are added (Gemma 2, 3).
+      scale_embeddings: embeddings are multiplied by √embed (Gemma).
+      activation: of the gate: SiLU (SwiGLU), or GELU in its tanh form (Gemma's GeGLU).
+      query_scale: what scores are multiplied by; None is 1/√head_dim.
+      attention_softcap, logit_softcap: c of c·tanh(x/c) on scores and on logits (Gemma 2).
+      windows: tokens, itself included, that each layer's attention sees backwards; None in
+        place of a number sees all. One entry a layer; () is no window anywhere.
+      window_rope_theta: base of the rotary frequencies, unscaled, in layers that have a
+        window (Gemma 3); None: the same as elsewhere.
+      experts: feed-forward blocks of each layer, of which a router picks some; 0 is dense.
+      experts_per_token: how many it picks.
+      normalise_routing: the picked experts' probabilities are made to sum to 1.
       compute_dtype: dtype of the matrix products; parameters are always float32.
       remat: what the backward pass computes again instead of reading it from memory: all but
         the products with weights ("projections"), the whole layer ("full") or nothing ("none").
@@ -113,8 +131,21 @@ class DecoderConfig:
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     qk_norm: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    scale_embeddings: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    windows: tuple[int | None, ...] = ()
+    window_rope_theta: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    normalise_routing: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "projections", "full"] = "projections"
     scan_unroll: int = 1
@@ -133,13 +164,37 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"RoPE rotates pairs: head_dim must be even, got {self.head_dim}")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"activation must be silu or gelu_tanh, got {self.activation!r}")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(
+                f"windows needs one entry a layer, got {len(self.windows)} for {self.layers} "
+                "layers; use None for a layer without window"
+            )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"a window holds the token itself: ≥ 1, got {self.windows}")
+        if self.window_rope_theta is not None and not any(self.windows):
+            raise ValueError("window_rope_theta is of layers with a window, and there are none")
+        for name in ("query_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}; None leaves it out")
+        if not 0 <= self.experts_per_token <= self.experts or bool(self.experts) != bool(
+            self.experts_per_token
+        ):
+            raise ValueError(
+                "a token goes to between 1 and all of the experts, and a dense decoder has 0 of "
+                f"both: {self.experts=}, {self.experts_per_token=}"
+            )
 
     @property
     def num_params(self) -> int:
         """Parameters of the decoder, embeddings counted once when tied."""
         attention = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads)
         biases = self.head_dim * (self.heads + 2 * self.kv_heads) * self.attention_bias
-        norms = 2 * self.embed + 2 * self.head_dim * self.qk_norm
-        block = attention + biases + norms + 3 * self.embed * self.mlp
+        biases += self.embed * self.output_bias
+        norms = (4 if self.post_norms else 2) * self.embed + 2 * self.head_dim * self.qk_norm
+        feed_forward = 3 * self.embed * self.mlp * max(self.experts, 1) + self.embed * self.experts
+        block = attention + biases + norms + feed_forward
         embeddings = self.vocab_size * self.embed * (1 if self.tie_embeddings else 2)
         return self.layers * block + embeddings + self.embed

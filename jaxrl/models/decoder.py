@@ -1,11 +1,14 @@
 """One decoder-only transformer in Flax NNX: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
+The options of `DecoderConfig` make it a Llama, Qwen, Mistral, Mixtral or Gemma.
+
 All layers live in stacked parameters with leading axis `layer` and run as a scan, so that a
 program's size does not grow with depth and a planner sees one layer. Every parameter names its
 axes (see `LOGICAL_AXES`); the names are metadata and shard nothing by themselves.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxrl.models import attention
-from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation
-from jaxrl.models.config import DecoderConfig
+from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation, Turns
+from jaxrl.models.config import DecoderConfig, RopeScaling
+from jaxrl.models.mixture import mixture_of_experts
 from jaxrl.types import Prompts
 
 LOGICAL_AXES = ("layer", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "expert")
@@ -26,8 +30,13 @@ _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+_EVERYTHING = 1 << 30  # the window of a layer without one, where other layers have one
+
 Weights = dict[str, Float[Array, "..."]]
-Attend = Callable[[Float[Array, "..."], KeyValue, Any], tuple[Float[Array, "..."], Any]]
+Attend = Callable[
+    [Float[Array, "..."], KeyValue, attention.Window, Any], tuple[Float[Array, "..."], Any]
+]
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 def parameter(
@@ -120,13 +129,14 @@ class Layers(nnx.Module):
         # Residual branches start small, so that the depth does not change the initial scale.
         normal = nnx.initializers.normal(0.02)
         small = nnx.initializers.normal(0.02 / (2 * n) ** 0.5)
-        ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
+        zeros = nnx.initializers.zeros
+        unit = zeros if c.norm_plus_one else nnx.initializers.ones
         heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
 
         def stacked(init, shape, axes):
             return parameter(init, rngs, (n, *shape), ("layer", *axes))
 
-        self.attention_norm = stacked(ones, (c.embed,), ("embed",))
+        self.attention_norm = stacked(unit, (c.embed,), ("embed",))
         self.query = stacked(normal, (c.embed, c.heads, c.head_dim), ("embed", *heads))
         self.key = stacked(normal, (c.embed, c.kv_heads, c.head_dim), ("embed", *kv))
         self.value = stacked(normal, (c.embed, c.kv_heads, c.head_dim), ("embed", *kv))
@@ -135,13 +145,21 @@ class Layers(nnx.Module):
             self.query_bias = stacked(zeros, (c.heads, c.head_dim), heads)
             self.key_bias = stacked(zeros, (c.kv_heads, c.head_dim), kv)
             self.value_bias = stacked(zeros, (c.kv_heads, c.head_dim), kv)
+        if c.output_bias:
+            self.attention_out_bias = stacked(zeros, (c.embed,), ("embed",))
         if c.qk_norm:
-            self.query_norm = stacked(ones, (c.head_dim,), ("head_dim",))
-            self.key_norm = stacked(ones, (c.head_dim,), ("head_dim",))
-        self.mlp_norm = stacked(ones, (c.embed,), ("embed",))
-        self.gate = stacked(normal, (c.embed, c.mlp), ("embed", "mlp"))
-        self.up = stacked(normal, (c.embed, c.mlp), ("embed", "mlp"))
-        self.down = stacked(small, (c.mlp, c.embed), ("mlp", "embed"))
+            self.query_norm = stacked(unit, (c.head_dim,), ("head_dim",))
+            self.key_norm = stacked(unit, (c.head_dim,), ("head_dim",))
+        self.mlp_norm = stacked(unit, (c.embed,), ("embed",))
+        if c.post_norms:
+            self.post_attention_norm = stacked(unit, (c.embed,), ("embed",))
+            self.post_mlp_norm = stacked(unit, (c.embed,), ("embed",))
+        number, expert = ((c.experts,), ("expert",)) if c.experts else ((), ())
+        self.gate = stacked(normal, (*number, c.embed, c.mlp), (*expert, "embed", "mlp"))
+        self.up = stacked(normal, (*number, c.embed, c.mlp), (*expert, "embed", "mlp"))
+        self.down = stacked(small, (*number, c.mlp, c.embed), (*expert, "mlp", "embed"))
+        if c.experts:
+            self.router = stacked(normal, (c.embed, c.experts), ("embed", "expert"))
 
     def weights(self) -> Weights:
         """Stacked arrays by name: what the scan over layers slices."""
@@ -157,7 +175,8 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.embed)
         self.embedding = parameter(normal, rngs, shape, ("vocab", "embed"))
         self.layers = Layers(config, rngs=rngs)
-        self.final_norm = parameter(nnx.initializers.ones, rngs, (config.embed,), ("embed",))
+        unit = nnx.initializers.zeros if config.norm_plus_one else nnx.initializers.ones
+        self.final_norm = parameter(unit, rngs, (config.embed,), ("embed",))
         if not config.tie_embeddings:
             self.output = parameter(normal, rngs, shape[::-1], ("embed", "vocab"))
 
@@ -179,8 +198,8 @@ class Decoder(nnx.Module):
         """
         segments = jnp.ones_like(tokens) if segments is None else segments
 
-        def attend(query, kv, _):
-            return attention.causal(query, kv, segments), None
+        def attend(query, kv, window, _):
+            return attention.causal(query, kv, segments, rule=self._scores, window=window), None
 
         return self._run(self._embed(tokens), _positions(segments), attend, None)[0]
 
@@ -203,11 +222,13 @@ class Decoder(nnx.Module):
             own = x[:, prompt_len:]
             return x[:, :prompt_len], own.reshape(batch, groups, steps, *x.shape[2:])
 
-        def attend(query, kv, _):
+        def attend(query, kv, window, _):
+            options = {"rule": self._scores, "window": window}
             (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = map(split, (query, *kv))
             prompt = KeyValue(k_prompt, v_prompt)
-            out_prompt = attention.causal(q_prompt, prompt, prompts.mask.astype(jnp.int32))
-            out_own = attention.after_prompt(q_own, prompt, prompts.mask, KeyValue(k_own, v_own))
+            segments, own = prompts.mask.astype(jnp.int32), KeyValue(k_own, v_own)
+            out_prompt = attention.causal(q_prompt, prompt, segments, **options)
+            out_own = attention.after_prompt(q_own, prompt, prompts.mask, own, **options)
             out_own = out_own.reshape(batch, groups * steps, *query.shape[2:])
             return jnp.concatenate([out_prompt, out_own], axis=1), None
 
@@ -232,8 +253,9 @@ class Decoder(nnx.Module):
         segments = prompts.mask.astype(jnp.int32)
         positions = _positions(segments)
 
-        def attend(query, kv, _):
-            return attention.causal(query, kv, segments), CachedKeyValue.of_prompt(kv)
+        def attend(query, kv, window, _):
+            out = attention.causal(query, kv, segments, rule=self._scores, window=window)
+            return out, CachedKeyValue.of_prompt(kv)
 
         x, stacked = self._run(self._embed(prompts.tokens), positions, attend, None)
         steps = jnp.arange(1, max_new_tokens + 1, dtype=jnp.int32)
@@ -241,7 +263,7 @@ class Decoder(nnx.Module):
         cache = Cache(
             prompt=tuple(CachedKeyValue(*(kv[i] for kv in stacked)) for i in range(c.layers)),
             prompt_mask=prompts.mask,
-            turns=self._rotation(positions[None, :, -1] + steps[:, None]),
+            turns=self._turns(positions[None, :, -1] + steps[:, None]),
             own=(empty,) * c.layers,
         )
         return x[:, -1], cache
@@ -289,52 +311,93 @@ class Decoder(nnx.Module):
         def by_prompt(x):
             return x.reshape(batch, groups, *x.shape[1:])
 
-        turn, written = jax.tree.map(rows, cache.turns), []
+        turns, written = jax.tree.map(rows, cache.turns), []
         x = self._embed(tokens.reshape(-1))  # two axes only: a third is not vectorised on CPU
-        for layer, prompt, own in zip(weights, cache.prompt, cache.own, strict=True):
+        windows = self.config.windows or (None,) * self.config.layers
+        for layer, window, prompt, own in zip(
+            weights, windows, cache.prompt, cache.own, strict=True
+        ):
 
-            def attend(query, kv, own, prompt=prompt):
+            def attend(query, kv, window, own, prompt=prompt):
                 own = own.write(jax.tree.map(by_prompt, kv), step)
-                query = by_prompt(query)
-                return attention.one_token(query, prompt, cache.prompt_mask, own, step), own
+                out = attention.one_token(
+                    by_prompt(query), prompt, cache.prompt_mask, own, step,
+                    rule=self._scores, window=window,
+                )  # fmt: skip
+                return out, own
 
-            x, own = self._layer(layer, x, turn, attend, own)
+            turn = turns.of_layer(window is not None)
+            x, own = self._layer(layer, x, turn, window, attend, own)
             written.append(own)
-        x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        x = self._norm(x, self.final_norm[...])
         return by_prompt(x), cache._replace(own=tuple(written))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Logits of the next token, always float32."""
         kernel = self.embedding[...].T if self.config.tie_embeddings else self.output[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+    @property
+    def _scores(self) -> attention.Scores:
+        return attention.Scores(
+            scale=self.config.query_scale, softcap=self.config.attention_softcap
+        )
+
+    def _norm(self, x: Float[Array, "*batch D"], scale: Float32[Array, " D"]):
+        if self.config.norm_plus_one:
+            scale = scale + 1.0
+        return rms_norm(x, scale, self.config.norm_eps)
 
     def _embed(self, tokens: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        return self.embedding[...][tokens].astype(self.config.compute_dtype)
+        x = self.embedding[...][tokens].astype(self.config.compute_dtype)
+        if not self.config.scale_embeddings:
+            return x
+        # Rounded to the compute dtype before the product, as the model was trained.
+        return x * jnp.asarray(self.config.embed**0.5, x.dtype)
 
     def _run(self, x, positions, attend: Attend, layer_state):
-        """Scans the layers; `attend` maps (query, kv, layer_state) to (out, result per layer)."""
-        turn = self._rotation(positions)
+        """Scans the layers; `attend` maps query, keys and values, window and the layer's state to
+        what attention gives and a result per layer.
+        """
+        turns, windows = self._turns(positions), self._windows
 
         def body(x, layer):
-            weights, state = layer
-            return self._layer(weights, x, turn, attend, state)
+            weights, state, window = layer
+            if window is None:
+                turn = turns.of_layer(False)
+            else:
+                turn = turns.of_layer(window < _EVERYTHING)
+            return self._layer(weights, x, turn, window, attend, state)
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT[self.config.remat], prevent_cse=False)
         x, results = jax.lax.scan(
-            body, x, (self.layers.weights(), layer_state), unroll=self.config.scan_unroll
+            body, x, (self.layers.weights(), layer_state, windows), unroll=self.config.scan_unroll
         )
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), results
+        return self._norm(x, self.final_norm[...]), results
+
+    @property
+    def _windows(self) -> Int32[Array, " L"] | None:
+        """Window of each layer, for the scan; None where no layer has one."""
+        if not any(self.config.windows):
+            return None
+        return jnp.asarray([w or _EVERYTHING for w in self.config.windows], jnp.int32)
 
     def _cast(self, weights: Weights) -> Weights:
         """Norms stay float32, as their arithmetic does."""
         dtype = self.config.compute_dtype
         return {k: w if "norm" in k else w.astype(dtype) for k, w in weights.items()}
 
-    def _rotation(self, positions: Int32[Array, "*batch"]) -> Rotation:
+    def _turns(self, positions: Int32[Array, "*batch"]) -> Turns:
         c = self.config
         frequencies = jnp.asarray(c.rope_scaling.frequencies(c.head_dim, c.rope_theta))
-        return rotation(positions, frequencies, scale=c.rope_scaling.attention_factor)
+        everywhere = rotation(positions, frequencies, scale=c.rope_scaling.attention_factor)
+        if c.window_rope_theta is None:
+            return Turns(everywhere, None)
+        local = jnp.asarray(RopeScaling().frequencies(c.head_dim, c.window_rope_theta))
+        return Turns(everywhere, rotation(positions, local))
 
     def _query_key_value(self, weights: Weights, x):
         if "joined" not in weights:
@@ -343,9 +406,11 @@ class Decoder(nnx.Module):
         query = joined[..., :-2, :].reshape(*x.shape[:-1], self.config.heads, -1)
         return query, joined[..., -2, :], joined[..., -1, :]
 
-    def _layer(self, weights: Weights, x, turn: Rotation, attend: Attend, state):
+    def _layer(
+        self, weights: Weights, x, turn: Rotation, window: attention.Window, attend: Attend, state
+    ):
         c, weights = self.config, self._cast(weights)
-        normed = rms_norm(x, weights["attention_norm"], c.norm_eps)
+        normed = self._norm(x, weights["attention_norm"])
         query, key, value = self._query_key_value(weights, normed)
         if c.attention_bias:
             query, key, value = (
@@ -353,15 +418,32 @@ class Decoder(nnx.Module):
                 for name, out in (("query", query), ("key", key), ("value", value))
             )
         if c.qk_norm:
-            query = rms_norm(query, weights["query_norm"], c.norm_eps)
-            key = rms_norm(key, weights["key_norm"], c.norm_eps)
-        out, state = attend(rotate(query, turn), KeyValue(rotate(key, turn), value), state)
-        x = x + project(
-            out.reshape(*x.shape[:-1], -1), weights["attention_out"].reshape(-1, c.embed)
-        )
-        normed = rms_norm(x, weights["mlp_norm"], c.norm_eps)
-        gated = jax.nn.silu(project(normed, weights["gate"])) * project(normed, weights["up"])
-        return x + project(gated, weights["down"]), state
+            query = self._norm(query, weights["query_norm"])
+            key = self._norm(key, weights["key_norm"])
+        keys_values = KeyValue(rotate(key, turn), value)
+        out, state = attend(rotate(query, turn), keys_values, window, state)
+        out = project(out.reshape(*x.shape[:-1], -1), weights["attention_out"].reshape(-1, c.embed))
+        if c.output_bias:
+            out = out + _as_rank(weights["attention_out_bias"], out.ndim)
+        if c.post_norms:
+            out = self._norm(out, weights["post_attention_norm"])
+        x = x + out
+        out = self._feed_forward(weights, self._norm(x, weights["mlp_norm"]))
+        if c.post_norms:
+            out = self._norm(out, weights["post_mlp_norm"])
+        return x + out, state
+
+    def _feed_forward(self, weights: Weights, x):
+        c, activation = self.config, _ACTIVATIONS[self.config.activation]
+        kernels = (weights["gate"], weights["up"], weights["down"])
+        if c.experts:
+            return mixture_of_experts(
+                x, weights["router"], *kernels,
+                experts_per_token=c.experts_per_token, normalise=c.normalise_routing,
+                activation=activation,
+            )  # fmt: skip
+        gate, up, down = kernels
+        return project(activation(project(x, gate)) * project(x, up), down)
 
 
 def _positions(segments: Int32[Array, "N S"]) -> Int32[Array, "N S"]:

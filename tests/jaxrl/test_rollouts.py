@@ -20,6 +20,10 @@ CONFIG = DecoderConfig(
     vocab_size=9, layers=2, embed=16, heads=4, kv_heads=2, head_dim=6, mlp=20, max_len=32,
     qk_norm=True,
 )  # fmt: skip
+GEMMA = {
+    "windows": (3, None), "window_rope_theta": 50.0, "post_norms": True, "norm_plus_one": True,
+    "scale_embeddings": True, "attention_softcap": 1.5, "logit_softcap": 3.0, "query_scale": 0.3,
+}  # fmt: skip
 NEVER, EOS, PAD = 99, 1, 0
 PROMPTS = Prompts(
     tokens=jnp.asarray([[0, 0, 3, 2], [5, 2, 2, 7], [0, 0, 0, 8]], jnp.int32),
@@ -69,8 +73,14 @@ def test_log_probs_are_those_of_a_fresh_forward(name, group_size):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"attention_bias": True, "qk_norm": False}, {"kv_heads": 4}, {"tie_embeddings": False}],
-    ids=lambda changes: "-".join(changes),
+    [
+        {"attention_bias": True, "qk_norm": False},
+        {"kv_heads": 4},
+        {"tie_embeddings": False},
+        GEMMA,
+        {"experts": 4, "experts_per_token": 2},
+    ],
+    ids=lambda changes: "-".join(changes)[:40],
 )
 def test_log_probs_are_those_of_a_fresh_forward_in_other_decoders(changes):
     model = Decoder(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))

@@ -26,7 +26,15 @@ VARIANTS = {
     "untied": {"tie_embeddings": False},
     "multi_head": {"kv_heads": 4, "qk_norm": True, "attention_bias": True},
     "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_max_len=16)},
-}
+    "gemma": {
+        "norm_plus_one": True, "post_norms": True, "scale_embeddings": True, "qk_norm": True,
+        "activation": "gelu_tanh", "query_scale": 0.3, "attention_softcap": 1.5,
+        "logit_softcap": 3.0, "windows": (3, None), "window_rope_theta": 50.0,
+    },
+    "window": {"windows": (3, 2), "output_bias": True},
+    "mixture": {"experts": 5, "experts_per_token": 2, "normalise_routing": False},
+    "mixtral": {"experts": 3, "experts_per_token": 2},
+}  # fmt: skip
 
 
 def randomised(config: DecoderConfig, seed: int = 0) -> Decoder:
@@ -84,7 +92,7 @@ def test_every_parameter_names_its_axes(name):
     config = case(name).config
     sizes = {"layer": config.layers, "embed": config.embed, "heads": config.heads}
     sizes |= {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "mlp": config.mlp}
-    sizes |= {"vocab": config.vocab_size}
+    sizes |= {"vocab": config.vocab_size, "expert": config.experts}
     model = ScalarModel(config, heads=("reward", "cost"), rngs=nnx.Rngs(0))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         axes, shape = variable.get_metadata()["out_sharding"], variable[...].shape
@@ -108,6 +116,12 @@ def test_every_parameter_names_its_axes(name):
         ({"head_dim": 5}, "head_dim must be even"),
         ({"layers": 0}, "layers must be ≥ 1, got 0"),
         ({"scan_unroll": 0}, "scan_unroll must be ≥ 1, got 0"),
+        ({"windows": (4,)}, "one entry a layer, got 1 for 2"),
+        ({"windows": (4, 0)}, "holds the token itself"),
+        ({"window_rope_theta": 1e4}, "there are none"),
+        ({"query_scale": 0.0}, "query_scale must be above 0"),
+        ({"experts": 4}, "between 1 and all of the experts"),
+        ({"experts": 4, "experts_per_token": 5}, "between 1 and all of the experts"),
     ],
 )
 def test_config_refuses(changes, message):
@@ -225,14 +239,16 @@ def test_rms_norm_against_numpy_and_its_gradient():
 # --- attention ----------------------------------------------------------------------------------
 
 
-def numpy_attention(query, key, value, visible):
+def numpy_attention(query, key, value, visible, scale=None, softcap=None):
     """softmax(q kᵀ/√d) v, one query head and one position at a time; query [S, Q, d]."""
+    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
     group = query.shape[1] // key.shape[1]
     out = np.zeros_like(query)
     for s in range(query.shape[0]):
         for head in range(query.shape[1]):
             seen = np.flatnonzero(visible[s])
-            scores = key[seen, head // group] @ query[s, head] / math.sqrt(query.shape[2])
+            scores = key[seen, head // group] @ query[s, head] * scale
+            scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             out[s, head] = weights / weights.sum() @ value[seen, head // group]
     return out
@@ -297,31 +313,40 @@ def numpy_decoder(model: Decoder, tokens):
     """Logits of one sequence."""
     c, kernel = model.config, model.embedding if model.config.tie_embeddings else model.output
     kernel = np.asarray(kernel[...], np.float64)
-    return numpy_hidden(model, tokens) @ (kernel.T if c.tie_embeddings else kernel)
+    logits = numpy_hidden(model, tokens) @ (kernel.T if c.tie_embeddings else kernel)
+    return (
+        logits if c.logit_softcap is None else c.logit_softcap * np.tanh(logits / c.logit_softcap)
+    )
 
 
 def numpy_hidden(model: Decoder, tokens):
     """Hidden states of one sequence, as the papers write them: no scan, no batch."""
     c = model.config
     w = {k: np.asarray(v, np.float64) for k, v in model.layers.weights().items()}
-    frequencies = np.asarray(c.rope_scaling.frequencies(c.head_dim, c.rope_theta), np.float64)
-    turn = np.exp(1j * np.arange(len(tokens))[:, None] * frequencies)
-    half = c.head_dim // 2
+    half, positions = c.head_dim // 2, np.arange(len(tokens))
 
     def norm(x, scale):
+        scale = scale + c.norm_plus_one
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
+
+    def turn(window):
+        scaling, theta = c.rope_scaling, c.rope_theta
+        if window is not None and c.window_rope_theta is not None:
+            scaling, theta = RopeScaling(), c.window_rope_theta
+        frequencies = np.asarray(scaling.frequencies(c.head_dim, theta), np.float64)
+        return scaling.attention_factor * np.exp(1j * positions[:, None] * frequencies)
 
     def project(x, kernel, bias, heads):
         out = x @ kernel.reshape(c.embed, heads * c.head_dim)
         return out.reshape(len(x), heads, c.head_dim) + bias
 
-    def rope(x):
-        z = (x[..., :half] + 1j * x[..., half:]) * turn[:, None] * c.rope_scaling.attention_factor
+    def rope(x, window):
+        z = (x[..., :half] + 1j * x[..., half:]) * turn(window)[:, None]
         return np.concatenate([z.real, z.imag], axis=-1)
 
     embedding = np.asarray(model.embedding[...], np.float64)
-    x = embedding[np.asarray(tokens)]
-    for i in range(c.layers):
+    x = embedding[np.asarray(tokens)] * (c.embed**0.5 if c.scale_embeddings else 1)
+    for i, window in enumerate(c.windows or [None] * c.layers):
         normed = norm(x, w["attention_norm"][i])
         bias = {n: w[f"{n}_bias"][i] if c.attention_bias else 0 for n in ("query", "key", "value")}
         q = project(normed, w["query"][i], bias["query"], c.heads)
@@ -329,12 +354,43 @@ def numpy_hidden(model: Decoder, tokens):
         v = project(normed, w["value"][i], bias["value"], c.kv_heads)
         if c.qk_norm:
             q, k = norm(q, w["query_norm"][i]), norm(k, w["key_norm"][i])
-        out = numpy_attention(rope(q), rope(k), v, np.tri(len(tokens), dtype=bool))
-        x = x + out.reshape(len(x), -1) @ w["attention_out"][i].reshape(-1, c.embed)
+        visible = np.tri(len(tokens), dtype=bool)
+        if window is not None:
+            visible &= positions[:, None] - positions < window
+        out = numpy_attention(
+            rope(q, window), rope(k, window), v, visible, c.query_scale, c.attention_softcap
+        )
+        out = out.reshape(len(x), -1) @ w["attention_out"][i].reshape(-1, c.embed)
+        out = out + (w["attention_out_bias"][i] if c.output_bias else 0)
+        x = x + (norm(out, w["post_attention_norm"][i]) if c.post_norms else out)
         normed = norm(x, w["mlp_norm"][i])
-        gate, up = normed @ w["gate"][i], normed @ w["up"][i]
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ w["down"][i]
+        out = numpy_feed_forward(c, {k: kernel[i] for k, kernel in w.items()}, normed)
+        x = x + (norm(out, w["post_mlp_norm"][i]) if c.post_norms else out)
     return norm(x, np.asarray(model.final_norm[...], np.float64))
+
+
+def numpy_feed_forward(c, w, x):
+    """Token by token, expert by expert."""
+
+    def activation(x):
+        if c.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def block(x, gate, up, down):
+        return (activation(x @ gate) * (x @ up)) @ down
+
+    if not c.experts:
+        return block(x, w["gate"], w["up"], w["down"])
+    out = np.zeros_like(x)
+    for t, row in enumerate(x):
+        odds = np.exp(row @ w["router"])
+        odds /= odds.sum()
+        chosen = sorted(range(c.experts), key=lambda e: -odds[e])[: c.experts_per_token]
+        total = sum(odds[e] for e in chosen) if c.normalise_routing else 1.0
+        for e in chosen:
+            out[t] += odds[e] / total * block(row, w["gate"][e], w["up"][e], w["down"][e])
+    return out
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -348,7 +404,7 @@ def test_decoder_against_numpy(name):
 # --- layouts agree ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen3", "yarn"])
+@pytest.mark.parametrize("name", ["qwen3", "yarn", "gemma", "mixtral"])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_completion_hidden_is_that_of_the_concatenated_sequences(name, groups, steps):
