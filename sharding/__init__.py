@@ -1,7 +1,8 @@
 """Plans: where the arrays of a JAX program lie on a mesh. Knows nothing of models or of RL.
 
 `plan` finds one for a function and a cluster, `simulate` costs one that somebody else made, and
-`train_step` makes a step whose inside a plan may change; `profile` measures the machine that is here.
+`train_step` makes a step whose inside a plan may change; `profile` measures the machine that is
+here.
 """
 
 from sharding.execute import TrainStep as TrainStep

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sharding import calibrate, constants, evaluation, report
+from sharding.model_file import read_model
 from sharding.program import Program
 from sharding.runs import read_runs
 from sharding.solver import evaluate, solve
@@ -16,7 +17,6 @@ from sharding.space import Constraints
 from sharding.strategies import REMAT, Strategy
 from sharding.table import Table
 from sharding.topology import AXES, Cluster
-from sharding.model_file import read_model
 from sharding.transformer import named_model, transformer
 
 
@@ -242,7 +242,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from sharding.profiling import profile  # noqa: PLC0415 (starts JAX)
+    from sharding.profiling import profile
 
     found = profile(budget_s=options.budget)
     options.out.write_text(found.to_json() + "\n")

@@ -8,7 +8,7 @@ the *named dimensions* of PartIR (arXiv:2401.11202) and TOAST: a typical decoder
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 
 class DimensionGraph:
@@ -18,6 +18,7 @@ class DimensionGraph:
         self._size: list[int] = []
         self._parent: list[int] = []
         self._factors: dict[int, tuple[int, ...]] = {}
+        self._derived: dict[Hashable, list[tuple[int, int]]] = {}
 
     def new(self, size: int) -> int:
         """A dimension that is related to no other yet."""
@@ -28,6 +29,19 @@ class DimensionGraph:
     def array(self, shape: Iterable[int]) -> tuple[int, ...]:
         """A new dimension for every axis of an array."""
         return tuple(self.new(size) for size in shape)
+
+    def derived(self, source: int, size: int, how: Hashable) -> int:
+        """The dimension that an operation makes of another: the same one if it is done again.
+
+        A program is walked more than once (as it is, and differentiated); a slice of the sequence
+        has to be the same dimension in all walks, or what one finds is lost on the others.
+        """
+        atoms, known = self.atoms(source), self._derived.setdefault((how, size), [])
+        for before, made in known:
+            if self.atoms(before) == atoms:
+                return made
+        known.append((source, self.new(size)))
+        return known[-1][1]
 
     def size(self, node: int) -> int:
         return self._size[node]

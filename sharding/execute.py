@@ -13,6 +13,9 @@ from sharding.paths import leaf_path
 from sharding.rewrite import Rewrite
 from sharding.trace import Leaf, Trace, trace
 
+# The kind of memory that transfers to and from a device take least time.
+HOST = "pinned_host"
+
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
@@ -60,6 +63,8 @@ class Execution:
       accumulation_steps: micro-batches whose gradients are summed before the update.
       pipeline: layers of every stage, or ().
       microbatches: that fill the pipeline.
+      offload: "optimizer" or "activations": what lies in the host's memory; or "none".
+      sequence_parallel: see `Rewrite`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -71,6 +76,28 @@ class Execution:
     accumulation_steps: int = 1
     pipeline: tuple[int, ...] = ()
     microbatches: int = 1
+    offload: str = "none"
+    sequence_parallel: bool = False
+
+    def shardings(
+        self, tree: Any, specs: Mapping[str, PartitionSpec], *, host: bool = True
+    ) -> list[NamedSharding]:
+        """Of the leaves of arguments or results.
+
+        Args:
+          tree: the tuple of them.
+          specs: path to spec.
+          host: whether what is offloaded lies in the host's memory, or in the device's.
+        """
+        found = []
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(tree), leaf_specs(tree, specs), strict=True
+        ):
+            # Of a train step the second argument and result is the optimiser's state.
+            moments = leaf_path(path).startswith("1/") and leaf.ndim > 0
+            away = host and moments and self.offload == "optimizer"
+            found.append(NamedSharding(self.mesh, spec, memory_kind=HOST if away else None))
+        return found
 
 
 class Planned:
@@ -122,7 +149,7 @@ class Planned:
         return self._jitted[key]
 
     def _of(self, tree: Any, specs: Mapping[str, PartitionSpec]) -> Any:
-        found = [NamedSharding(self._execution.mesh, spec) for spec in leaf_specs(tree, specs)]
+        found = self._execution.shardings(tree, specs)
         return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
@@ -162,7 +189,10 @@ def _rewrite(
             traced=traced,
             axes=execution.activations,
             constrain=constrain,
+            mesh=mesh.shape,
             remat=execution.remat,
+            offload=execution.offload,
+            sequence_parallel=execution.sequence_parallel,
             pipeline=pipeline,
         )
 
@@ -232,9 +262,24 @@ def _train_step(
             value, gradients = gradients_of(params, data)
         else:
             value, gradients = accumulated(params, jax.tree.map(lambda x: _cut(x, parts), data))
-        return *step.update(params, opt_state, gradients), value
+        opt_state = _state_in(opt_state, execution, host=False)
+        params, opt_state = step.update(params, opt_state, gradients)
+        return params, _state_in(opt_state, execution, host=True), value
 
     return run
+
+
+def _state_in(opt_state: Any, execution: Execution, *, host: bool) -> Any:
+    """The optimiser's state in the host's or the device's memory, if the plan moves it."""
+    if execution.offload != "optimizer":
+        return opt_state
+    leaves, structure = jax.tree.flatten((None, opt_state))
+    placed = execution.shardings((None, opt_state), execution.inputs, host=host)
+    moved = [
+        jax.device_put(x, where if host else where.with_memory_kind("device")) if x.ndim else x
+        for x, where in zip(leaves, placed, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)[1]
 
 
 def _cut(x: Any, parts: int) -> Any:

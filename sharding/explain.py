@@ -58,6 +58,10 @@ def explain(plan: Any) -> str:
         lines.append(f"  {name} is divided over {' and '.join(axes)}")
     lines += _placed(plan.inputs)
     lines.append(f"  rematerialisation: {plan.remat}")
+    if plan.offload != "none":
+        lines.append(f"  in the host's memory: {plan.offload}")
+    if plan.sequence_parallel:
+        lines.append("  what layers hand on is divided along the sequence over tensor too")
     if plan.accumulation_steps > 1:
         lines.append(f"  gradients are accumulated over {plan.accumulation_steps} micro-batches")
     if plan.pipeline:

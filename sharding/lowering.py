@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from sharding.dims import DimensionGraph, product
 from sharding.program import Block, Op, Parallelism, Program, Tensor
-from sharding.splits import Splits
+from sharding.splits import Splits, pairs_positions
 from sharding.walk import Axes, Record, Stretch, Value, Walk
 
 _FUSED = ("elementwise", "reduce")
@@ -79,6 +79,10 @@ def _precision(record: Record) -> str:
     if types <= {"float32", "float64"}:
         return "fp32"
     return "fp8" if all(t.startswith("float8") for t in types) else ""
+
+
+def _label(records: Sequence[Record]) -> str:
+    return next((v.label for record in records for v in record.outs if v.label), "")
 
 
 def _readers(stretches: Sequence[Stretch]) -> dict[int, set[int]]:
@@ -173,6 +177,7 @@ class _Builder:
                 work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
                 space=tuple(space),
                 precision=_precision(record),
+                name=self._product_name(record),
                 # What a product makes is counted whether differentiation keeps it or not: a
                 # policy that saves products keeps it, and too much is better than too little.
                 residuals=(*self._read_backward(record.ins[:2], (), stretch), *outs),
@@ -295,6 +300,7 @@ class _Builder:
                     work=flops / max(size, 1),
                     space=tuple(dims),
                     fused=not flops,  # only views: the neighbours read through them
+                    name=self._fused_name(run),
                     residuals=self._read_backward(
                         [v for record in run for v in record.ins if id(v) not in made],
                         [v for record in run for v in record.outs],
@@ -319,6 +325,20 @@ class _Builder:
                 )
             )
         return found
+
+    def _product_name(self, record: Record) -> str:
+        """What policies call a product: as the program names it, or what it is to attention."""
+        if label := _label([record]):
+            return label
+        makes, reads = (any(map(self._is_scores, side)) for side in (record.outs, record.ins[:2]))
+        return "scores" if makes else "attention" if reads else ""
+
+    def _fused_name(self, run: Sequence[Record]) -> str:
+        outs = [v for record in run for v in record.outs]
+        return _label(run) or ("softmax" if any(map(self._is_scores, outs)) else "")
+
+    def _is_scores(self, value: Value) -> bool:
+        return pairs_positions(self.graph, self.splits, value)
 
     def _kinds(self, axes: Axes) -> Iterable[str]:
         for axis in axes:

@@ -43,6 +43,8 @@ class Plan:
       accumulation_steps: micro-batches whose gradients are summed before an update.
       pipeline: layers of every pipeline stage, or ().
       microbatches: that fill the pipeline.
+      offload: "optimizer" or "activations": what lies in the host's memory; or "none".
+      sequence_parallel: what layers hand on is divided along the sequence over the tensor axis.
       prediction: what the step will cost; None of a plan that was written by hand.
       alternatives: the next best, fastest first.
       notes: what was out of reach, unknown or left whole, for `explain`.
@@ -68,6 +70,8 @@ class Plan:
     accumulation_steps: int = 1
     pipeline: tuple[int, ...] = ()
     microbatches: int = 1
+    offload: str = "none"
+    sequence_parallel: bool = False
     placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     prediction: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -262,6 +266,8 @@ class Plan:
             accumulation_steps=self.accumulation_steps,
             pipeline=self.pipeline,
             microbatches=self.microbatches,
+            offload=self.offload,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":

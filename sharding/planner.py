@@ -15,10 +15,9 @@ from sharding.execute import TrainStep
 from sharding.explain import Alternative
 from sharding.pipeline import cut_layers
 from sharding.plan import Plan
-from sharding.rewrite import POLICIES
 from sharding.simulation import find_cluster, placement_of, predicted, without_rule
 from sharding.solver import Candidate, solve
-from sharding.space import Constraints
+from sharding.space import Constraints, policies
 from sharding.specs import Layout, layout
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategies, Strategy
@@ -96,14 +95,20 @@ def _within_reach(
     step: Callable[..., Any], traced: Trace, wanted: Constraints
 ) -> tuple[Constraints, list[str]]:
     """Constraints that keep to what can be executed, and what they leave out, in words."""
-    reach: dict[str, Any] = {"interleave": 1, "sequence_parallel": False}
-    remat = tuple(POLICIES)
+    reach: dict[str, Any] = {"interleave": 1}
+    remat, offload = policies(traced.program), ("none",)
     notes = without_rule(traced)
     if isinstance(step, TrainStep):
         obstacle = stages.obstacle(traced)
         if obstacle:
             reach["stage"] = 1
             notes.append(f"pipeline stages were out of reach: {obstacle}")
+        else:
+            notes.append(
+                "several stretches of layers a stage were out of reach: layers that are stacked in "
+                "their order would move between stages in every step"
+            )
+        offload = ("none", "optimizer", "activations")
     else:
         reach |= {"stage": 1, "microbatches": 1}
         if traced.is_loss:
@@ -123,17 +128,25 @@ def _within_reach(
     clash = {
         name: value
         for name, value in wanted.pinned.items()
-        if reach.get(name, value) != value or (name == "remat" and value not in remat)
+        if reach.get(name, value) != value
+        or (name == "remat" and value not in remat)
+        or (name == "offload" and value not in offload)
     }
     if clash:
         raise ValueError(f"{clash} cannot be executed for this step: {'; '.join(notes) or remat}")
     allowed = tuple(r for r in remat if not wanted.remat or r in wanted.remat)
     if not allowed:
         raise ValueError(f"remat allows {wanted.remat}, this step can do {remat}")
-    if set(wanted.offload) - {"none"}:
-        raise ValueError(f"offload {wanted.offload} is costed but not executed; allow 'none'")
+    if set(wanted.offload) - set(offload):
+        raise ValueError(
+            f"offload {wanted.offload} reaches inside the step, which can do {offload}: pass "
+            "sharding.train_step(loss, optimizer)"
+        )
     narrowed = dataclasses.replace(
-        wanted, pinned={**reach, **wanted.pinned}, remat=allowed, offload=("none",)
+        wanted,
+        pinned={**reach, **wanted.pinned},
+        remat=allowed,
+        offload=wanted.offload or offload,
     )
     return narrowed, notes
 
@@ -181,6 +194,8 @@ def _plan(
         outputs=placed.outputs,
         activations=placed.activations,
         gradients=gradients,
+        offload=strategy.offload,
+        sequence_parallel=strategy.sequence_parallel and strategy.tensor > 1,
         placement=placement_of(strategy, cluster),
         remat="none" if traced.has_remat else strategy.remat,
         accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
@@ -216,6 +231,8 @@ def _cuts(
 def _alternative(candidate: Candidate) -> Alternative:
     strategy = candidate.strategy
     choices = f"remat {strategy.remat}, {strategy.microbatches} micro-batches, ZeRO-{strategy.zero}"
+    if strategy.offload != "none":
+        choices += f", {strategy.offload} in the host's memory"
     return Alternative(
         mesh=strategy.mesh,
         choices=choices,

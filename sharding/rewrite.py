@@ -5,26 +5,27 @@ rematerialisation of layers; and, in place of a scan over layers, whatever a pip
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
+from sharding.dims import product
+from sharding.splits import pairs_positions
+from sharding.strategies import REMAT
 from sharding.trace import Trace
 from sharding.walk import Note, Notes, Value
 
-# jax.checkpoint policies by the names that strategies use.
-POLICIES: Mapping[str, Callable[..., Any] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+# What products are called where a policy moves them to the host's memory.
+_PRODUCT = "sharding product"
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 _REMAT = ("remat2", "checkpoint", "remat")
-_CONSTRAINED = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+_CONSTRAINED = (*_PRODUCTS, "gather")
 
 Body = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]]
 
@@ -70,14 +71,20 @@ class Rewrite:
       traced: the function.
       axes: name of a dimension to the mesh axes that divide it in activations.
       constrain: lays an array as a spec says.
-      remat: policy for layers, a key of `POLICIES`.
+      mesh: mesh axis to size.
+      remat: policy for layers, a key of `strategies.REMAT`.
+      offload: "activations": what the policy keeps lies in the host's memory.
+      sequence_parallel: what layers hand on is divided along the sequence over the tensor axis.
       pipeline: runs a scan over layers; None leaves it a scan.
     """
 
     traced: Trace
     axes: Mapping[str, tuple[str, ...]]
     constrain: Callable[[Any, PartitionSpec], Any]
+    mesh: Mapping[str, int] = field(default_factory=dict)
     remat: str = "none"
+    offload: str = "none"
+    sequence_parallel: bool = False
     pipeline: (
         Callable[[LayerScan, Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]] | None
     ) = None
@@ -114,10 +121,63 @@ class Rewrite:
                 if not mine:  # an inner factor alone is not contiguous
                     break
             entries.append(tuple(held) or None)
+        if self.sequence_parallel and tuple(atoms) in self._handed_on:
+            self._divide_sequence(value, entries)
         if not any(entries):
             return None
         seen = [name for entry in entries for name in entry or ()]
         return PartitionSpec(*entries) if len(set(seen)) == len(seen) else None
+
+    @functools.cached_property
+    def _handed_on(self) -> set[tuple[int, ...]]:
+        """Dimensions of what layers hand on: the results that are added to it have the same."""
+        graph = self.traced.graph
+        return {
+            tuple(atom for axis in value.axes for atom in graph.atoms(axis))
+            for value in _carried(self.traced.notes)
+        }
+
+    def _divide_sequence(self, value: Value, entries: list[Any]) -> None:
+        """Adds the tensor axis to the sequence's entry, where it divides what is left of it."""
+        used = {name for entry in entries for name in entry or ()}
+        ways = self.mesh.get("tensor", 1)
+        if ways == 1 or "tensor" in used:
+            return
+        for i, axis in enumerate(value.axes):
+            if set(self.traced.graph.atoms(axis)[:1]) & self.traced.splits.sequence:
+                held = entries[i] or ()
+                local = self.traced.graph.size(axis) // product(self.mesh[name] for name in held)
+                if local % ways == 0:
+                    entries[i] = (*held, "tensor")
+                return
+
+    def _policy(self) -> Callable[..., Any] | None:
+        """What `jax.checkpoint` keeps of a layer; None keeps everything."""
+        kept = REMAT[self.remat]
+        if self.remat == "attention":
+            return _all_but_scores(self._score_shapes(self.traced.notes))
+        if kept is None:
+            return None
+        policies = jax.checkpoint_policies
+        if self.offload == "activations":
+            names = [_PRODUCT] if self.remat == "dots" else sorted(kept)
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[], names_which_can_be_offloaded=names,
+                offload_src="device", offload_dst="pinned_host")  # fmt: skip
+        if self.remat == "dots":
+            return policies.dots_saveable
+        return policies.save_only_these_names(*sorted(kept))
+
+    def _score_shapes(self, notes: Notes) -> set[tuple[int, ...]]:
+        """Shapes of the arrays with an entry for every two positions."""
+        traced, found = self.traced, set()
+        for note in notes:
+            for value in note.outs:
+                if pairs_positions(traced.graph, traced.splits, value):
+                    found.add(tuple(traced.graph.size(axis) for axis in value.axes))
+            for body in note.bodies:
+                found |= self._score_shapes(body)
+        return found
 
     def _run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], notes: Notes
@@ -149,6 +209,8 @@ class Rewrite:
         outs = list(outs) if eqn.primitive.multiple_results else [outs]
         if name in _CONSTRAINED:
             outs = [self._placed(x, v) for x, v in zip(outs, note.outs, strict=True)]
+        if name in _PRODUCTS and self.offload == "activations" and self.remat == "dots":
+            outs = [checkpoint_name(x, _PRODUCT) for x in outs]
         return outs
 
     def _placed(self, x: Any, value: Value) -> Any:
@@ -186,7 +248,7 @@ class Rewrite:
                 carry = [self._placed(x, v) for x, v in zip(carry, note.carry, strict=True)]
             return self._run(body.jaxpr, body.consts, [*consts, *carry, *xs], note.bodies[0])
 
-        policy = POLICIES[self.remat]
+        policy = self._policy()
         if note.carry is not None and policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)  # a scan bars CSE itself
         return LayerScan(
@@ -209,3 +271,31 @@ class Rewrite:
             if found is not None:
                 return found
         return None
+
+
+def _carried(notes: Notes) -> Iterator[Value]:
+    """What goes round in scans over stacked parameters."""
+    for note in notes:
+        yield from note.carry or ()
+        for body in note.bodies:
+            yield from _carried(body)
+
+
+def _all_but_scores(shapes: set[tuple[int, ...]]) -> Callable[..., bool]:
+    """A policy that keeps what neither is one of attention's scores nor follows from one.
+
+    The selective recomputation of arXiv:2205.05198. An operation is told by its operands' shapes;
+    of a product also the result's, which has both operands' positions.
+    """
+
+    def policy(primitive: Any, *operands: Any, **params: Any) -> bool:
+        seen = {tuple(x.shape) for x in operands}
+        if primitive.name == "dot_general":
+            (left, right), (batch, right_batch) = params["dimension_numbers"]
+            a, b = (x.shape for x in operands[:2])
+            free = [n for i, n in enumerate(a) if i not in (*left, *batch)]
+            free += [n for i, n in enumerate(b) if i not in (*right, *right_batch)]
+            seen.add((*(a[i] for i in batch), *free))
+        return not seen & shapes
+
+    return policy

@@ -294,7 +294,7 @@ def _sort(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
 def _top_k(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
     axis = eqn.params.get("axis", -1) % len(ins[0])
     out = list(ins[0])
-    out[axis] = graph.new(_shape(eqn.outvars[0])[axis])
+    out[axis] = graph.derived(ins[0][axis], _shape(eqn.outvars[0])[axis], "top_k")
     flops = float(product(_shape(eqn.invars[0])))
     return Applied(kind="reduce", outs=(tuple(out),) * 2, contracted=(ins[0][axis],), flops=flops)
 
@@ -307,15 +307,28 @@ def _same_extent(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applie
         alike = [axes[i] for axes in ins if len(axes) == len(shape) and graph.size(axes[i]) == size]
         for other in alike[1:]:
             graph.union(alike[0], other)
-        out.append(alike[0] if alike else graph.new(size))
+        if alike:
+            out.append(alike[0])
+        elif ins and len(ins[0]) == len(shape):
+            out.append(graph.derived(ins[0][i], size, _extent(eqn, i)))
+        else:
+            out.append(graph.new(size))
     return Applied(kind="elementwise", outs=(tuple(out),))
+
+
+def _extent(eqn: Any, axis: int) -> tuple[Any, ...]:
+    """What an operation makes of an axis."""
+    names = ("start_indices", "limit_indices", "strides", "padding_config")
+    held = [eqn.params.get(name) for name in names]
+    sizes = tuple(_shape(v)[axis] for v in eqn.invars if len(_shape(v)) > axis)
+    return (eqn.primitive.name, sizes, *(v[axis] if v is not None else None for v in held))
 
 
 def _split(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
     axis, outs = eqn.params["axis"], []
     for var in eqn.outvars:
         out = list(ins[0])
-        out[axis] = graph.new(_shape(var)[axis])
+        out[axis] = graph.derived(ins[0][axis], _shape(var)[axis], ("split", len(outs)))
         outs.append(tuple(out))
     return Applied(kind="elementwise", outs=tuple(outs))
 

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec
 from sharding.constants import Calibration
 from sharding.explain import Prediction
 from sharding.plan import Plan
-from sharding.rewrite import POLICIES
 from sharding.solver import Candidate, evaluate
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategy
@@ -65,7 +64,7 @@ def simulate(
         mesh=dict(mesh),
         inputs=specs,
         batch=batch,
-        remat=remat if remat in POLICIES else "none",
+        remat=remat,
         accumulation_steps=microbatches if strategy.stage == 1 else 1,
         microbatches=microbatches if strategy.stage > 1 else 1,
         prediction=predicted(candidate),

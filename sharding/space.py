@@ -143,7 +143,7 @@ def candidates(program: Program, cluster: Cluster, constraints: Constraints) -> 
     base = np.asarray(rows)
     names: tuple[str, ...] = (*AXES, "microbatches", "interleave")
     columns: dict[str, np.ndarray] = dict(zip(names, base.T, strict=True))
-    space = _with_choices(columns, _choices(program, constraints, torus), constraints)
+    space = _with_choices(program, columns, _choices(program, constraints, torus), constraints)
     if not len(space):
         raise ValueError(_contradiction(program, cluster, columns, constraints))
     return space
@@ -194,10 +194,10 @@ def _interleaves(program: Program, stage: int, count: int) -> list[int]:
 def _choices(program: Program, constraints: Constraints, torus: bool) -> dict[str, Sequence[Any]]:
     found: dict[str, Sequence[Any]] = {
         "zero": constraints.zero or (1, 3),
-        "remat": constraints.remat or _policies(program),
+        "remat": constraints.remat or policies(program),
         "offload": constraints.offload or ("none", "activations"),
         "first": ("tensor", "fsdp") if torus else ("tensor",),
-        "sequence_parallel": (True,),
+        "sequence_parallel": (True,) if _sequences(program) else (False,),
     }
     if not program.training:
         found |= {"remat": ("none",), "offload": ("none",), "zero": constraints.zero or (0, 3)}
@@ -207,7 +207,7 @@ def _choices(program: Program, constraints: Constraints, torus: bool) -> dict[st
     return found
 
 
-def _policies(program: Program) -> tuple[str, ...]:
+def policies(program: Program) -> tuple[str, ...]:
     """Policies that differ on this program: names of projections may not occur in it."""
     ops = [op for block in program.blocks if block.checkpointed for op in block.ops]
     names = {op.name for op in ops}
@@ -219,7 +219,13 @@ def _policies(program: Program) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _sequences(program: Program) -> list[int]:
+    """Sizes of the dimensions along which sequences are divided."""
+    return [program.dims[dim] for dim, kind in program.splits.items() if kind == "context"]
+
+
 def _with_choices(
+    program: Program,
     columns: Mapping[str, np.ndarray],
     choices: Mapping[str, Sequence[Any]],
     constraints: Constraints,
@@ -231,11 +237,16 @@ def _with_choices(
     fields = {name: values[index[0]] for name, values in columns.items()}
     for position, (name, values) in enumerate(choices.items(), start=1):
         fields[name] = np.asarray(values)[index[position]]
+    for size in _sequences(program):  # uneven shards of sequences stay whole
+        ways = fields["tensor"] * fields["context"]
+        fields["sequence_parallel"] = fields["sequence_parallel"] & (size % ways == 0)
     everything = Strategies(**fields)
     keep = np.ones(len(everything), bool)
     zero_one = everything.fsdp == 1  # nothing to divide: one stage of ZeRO stands for all
     keep &= ~zero_one | (index[1] == 0)
-    keep &= (everything.offload != "activations") | (everything.remat != "full")
+    # What is moved to the host has to have a name: results that a policy picks.
+    named = np.isin(everything.remat, ("dots", "projections"))
+    keep &= (everything.offload != "activations") | named
     first = list(choices).index("first") + 1
     only_one = (everything.degrees > 1).sum(axis=1) <= 1
     keep &= ~only_one | (index[first] == 0)

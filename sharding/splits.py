@@ -45,6 +45,12 @@ class Splits:
         object.__setattr__(self, "kinds", kinds)
 
 
+def pairs_positions(graph: DimensionGraph, splits: Splits, value: Value) -> bool:
+    """Whether an array has an entry for every two positions of a sequence: attention's scores."""
+    atoms = (atom for axis in value.axes for atom in graph.atoms(axis))
+    return sum(atom in splits.sequence for atom in atoms) > 1
+
+
 class Products:
     """The matrix products of a walk, as sets of atoms."""
 

@@ -121,13 +121,16 @@ def trace(
             graph.union(a, b)
 
     is_loss = len(out_flat) == 1 and out_flat[0][1].shape == () and _is_float(out_flat[0][1])
-    differentiated = is_loss and training is not False and not walk.has_remat
     changed = any(r.role == "param" and r not in values for r in results)
     trains = is_loss or changed if training is None else training
-    forward, is_whole = _forward(walk, closed, values, results, trains)
-    differentiated &= any(r == "param" for r in roles[: len(jax.tree.leaves(args[0]))])
-    if differentiated:
-        forward = _differentiated(walk, step, args, values)
+    forward, loss = _forward(walk, closed, values, results, trains)
+    differentiated = (
+        loss is not None
+        and not walk.has_remat
+        and any(value.role == "param" for value in loss.values)
+    )
+    if loss is not None and differentiated:
+        forward = _differentiated(walk, loss)
     data_values = [v for v, role in zip(values, roles, strict=True) if role == "data"]
     params = [v for v, role in zip(values, roles, strict=True) if role == "param"]
     whole = (*walk.layer_dims, *walk.loop_dims, *forward.layer_dims, *forward.loop_dims)
@@ -142,7 +145,7 @@ def trace(
         splits,
         names,
         name=getattr(step, "__name__", "step"),
-        training=trains and is_whole,
+        training=loss is not None,
         stacked_are_residuals=differentiated,
         optimizer_bytes=(
             _optimizer_bytes(graph, values, is_loss) if optimizer_bytes is None else optimizer_bytes
@@ -253,52 +256,69 @@ def _returned(
     return pairs
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """A jaxpr whose only result is the loss, and its arguments on the walk."""
+
+    jaxpr: core.ClosedJaxpr
+    values: tuple[Value, ...]
+
+
 def _forward(
     walk: Walk,
     closed: core.ClosedJaxpr,
     values: Sequence[Value],
     results: Sequence[Value],
     training: bool,
-) -> tuple[Walk, bool]:
-    """The walk of the forward pass, and whether the backward pass has been taken off it.
+) -> tuple[Walk, _Loss | None]:
+    """The walk of the forward pass, and the loss if the backward pass can be taken off it.
 
     A step that trains computes its loss on the way: what a floating scalar result depends on,
     the least that contains a product of matrices, is the forward pass. State that it does not
     read is the optimiser's.
     """
     if not training:
-        return walk, True
-    best: tuple[float, Walk, Sequence[bool]] | None = None
+        return walk, None
+    best: tuple[float, Walk, _Loss] | None = None
     for i, value in enumerate(results):
         if value.axes or not value.dtype.startswith(("float", "bfloat")) or value in values:
             continue
         used = [j == i for j in range(len(results))]
         jaxpr, kept = partial_eval.dce_jaxpr(closed.jaxpr, used)
+        read = tuple(v for v, k in zip(values, kept, strict=True) if k)
         candidate = Walk(walk.graph)
-        candidate.run(jaxpr, closed.consts, [v for v, k in zip(values, kept, strict=True) if k])
+        candidate.run(jaxpr, closed.consts, read)
         work = _product_flops(candidate)
         if work and (best is None or work < best[0]):
-            best = (work, candidate, kept)
+            best = (work, candidate, _Loss(core.ClosedJaxpr(jaxpr, closed.consts), read))
     if best is None:
-        return walk, False
-    for value, kept in zip(values, best[2], strict=True):
-        if value.role == "param" and not kept:
+        return walk, None
+    for value in values:
+        if value.role == "param" and not any(value is v for v in best[2].values):
             value.role = "optimizer"
-    return best[1], True
+    return best[1], best[2]
 
 
-def _differentiated(
-    walk: Walk, step: Callable[..., Any], args: tuple[Any, ...], values: Sequence[Value]
-) -> Walk:
+def _differentiated(walk: Walk, loss: _Loss) -> Walk:
     """The walk of a loss that hands out what its gradient needs, as differentiation makes it."""
+    run = core.jaxpr_as_fun(loss.jaxpr)
+    trained = [i for i, value in enumerate(loss.values) if value.role == "param"]
 
-    def forward(params: Any, *rest: Any) -> Any:
-        return jax.vjp(lambda p: step(p, *rest), params)
+    def forward(*leaves: Any) -> Any:
+        def of(params: Sequence[Any]) -> Any:
+            held = dict(zip(trained, params, strict=True))
+            return run(*(held.get(i, leaf) for i, leaf in enumerate(leaves)))[0]
 
-    closed = jax.make_jaxpr(forward)(*args)
+        return jax.vjp(of, [leaves[i] for i in trained])
+
+    closed = jax.make_jaxpr(forward)(*(_shape_of(v) for v in loss.jaxpr.jaxpr.invars))
     found = Walk(walk.graph)
-    found.run(closed.jaxpr, closed.consts, values)
+    found.run(closed.jaxpr, closed.consts, loss.values)
     return found
+
+
+def _shape_of(var: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _product_flops(walk: Walk) -> float:

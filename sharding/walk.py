@@ -55,6 +55,7 @@ class Value:
       role: what it is; parameters keep theirs through views and slices of a scan.
       path: of the argument that it is, or "".
       loop: dimensions of loops around it, which its repetitions add.
+      label: what `jax.ad_checkpoint.checkpoint_name` calls it, or "".
     """
 
     axes: Axes
@@ -63,6 +64,7 @@ class Value:
     path: str = ""
     loop: Axes = ()
     source: "Value | None" = None
+    label: str = ""
 
     @property
     def stored(self) -> "Value":
@@ -189,6 +191,9 @@ class Walk:
             rule = opaque
         applied = rule(self.graph, eqn, [value.axes for value in ins])
         self._applied = applied
+        if name == "name":
+            ins[0].stored.label = eqn.params["name"]
+            return [ins[0]]
         view = name in _VIEWS and len(ins) == 1 and ins[0].role != "activation"
         outs = []
         for var, axes in zip(eqn.outvars, applied.outs, strict=True):

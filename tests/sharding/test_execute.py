@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 import sharding
@@ -44,6 +45,11 @@ def decoder(models):
         {"fsdp": 8, "zero": 2, "remat": "dots"},
         {"stage": 2, "tensor": 2, "fsdp": 2, "microbatches": 4, "zero": 3},
         {"stage": 4, "data": 2, "microbatches": 8, "remat": "full"},
+        {"tensor": 2, "context": 2, "data": 2, "remat": "attention"},
+        {"tensor": 2, "fsdp": 4, "sequence_parallel": True, "remat": "full"},
+        {"stage": 2, "tensor": 2, "data": 2, "microbatches": 4, "remat": "attention"},
+        {"data": 8, "remat": "dots", "offload": "activations"},
+        {"tensor": 2, "fsdp": 4, "zero": 1, "offload": "optimizer"},
     ],
     ids=lambda pinned: "-".join(f"{k}{v}" for k, v in pinned.items()),
 )
@@ -86,6 +92,88 @@ def test_stages_may_hold_different_numbers_of_layers(models):
     plan = _planned(step, args, stage=2, data=4, microbatches=2)
     assert sorted(plan.pipeline) == [1, 2]
     _same(plan.apply(step)(*args), jax.jit(step)(*args))
+
+
+def _traced(plan, step, args):
+    return str(jax.make_jaxpr(plan.apply(step)._jit(args))(*args))
+
+
+def test_sequence_parallelism_divides_what_layers_hand_on(decoder):
+    step, args, _ = decoder
+    spec = "spec=P('data', 'tensor', None)"
+    for wanted in (True, False):
+        plan = _planned(step, args, data=4, tensor=2, sequence_parallel=wanted)
+        assert plan.sequence_parallel == wanted
+        assert (spec in _traced(plan, step, args)) == wanted
+    # A sequence of 15 does not divide by two: it stays whole, and is not costed as divided.
+    tokens = args[2][:, :-1]
+    assert not _planned(step, (*args[:2], tokens), data=4, tensor=2).sequence_parallel
+
+
+def test_context_parallelism_divides_the_sequence_within_layers(decoder):
+    # The tokens are 17 and the sequence a slice of 16: walks of the loss and of its gradient
+    # have to mean the same dimension by it.
+    step, args, _ = decoder
+    plan = _planned(step, args, data=2, context=4)
+    assert plan.activations["sequence"] == ("context",)
+    assert "spec=P('data', 'context', None)" in _traced(plan, step, args)
+
+
+def test_selective_rematerialisation_keeps_no_scores(decoder):
+    step, args, _ = decoder
+    batch, length = args[2].shape[0], args[2].shape[1] - 1
+    # Stacked over 4 layers, for 2 heads of keys x 2 queries each: what the forward scan leaves.
+    stacked = f"f32[4,{batch},2,2,{length},{length}]"
+    for remat in ("none", "attention"):
+        plan = _planned(step, args, data=8, remat=remat)
+        assert plan.remat == remat
+        assert (stacked in _traced(plan, step, args)) == (remat == "none")
+    kept = [_planned(step, args, data=8, remat=r) for r in ("full", "attention", "none")]
+    sizes = [plan.prediction.memory_breakdown["activations"] for plan in kept]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
+
+
+def test_projections_are_kept_where_the_program_names_them(models):
+    def loss(params, x):
+        def layer(x, w):
+            query = checkpoint_name(x @ w["query"], "query")
+            out = checkpoint_name(jnp.tanh(query) @ w["out"], "out")
+            return x + jnp.tanh(out @ w["up"]), None
+
+        return (jax.lax.scan(layer, x, params)[0] ** 2).mean()
+
+    params = {name: 0.3 * jax.random.normal(KEY, (4, 16, 16)) for name in ("query", "out", "up")}
+    step = sharding.train_step(loss, optax.sgd(1.0))
+    args = (params, step.optimizer.init(params), jax.random.normal(KEY, (16, 16)))
+    plans = {r: _planned(step, args, data=8, remat=r) for r in ("full", "projections", "none")}
+    sizes = [p.prediction.memory_breakdown["activations"] for p in plans.values()]
+    assert sizes == sorted(sizes)
+    for plan in (plans["projections"], _planned(step, args, data=8, remat="projections",
+                                                offload="activations")):  # fmt: skip
+        _same(plan.apply(step)(*args), jax.jit(step)(*args))
+    # Two named products are kept, the third is computed again.
+    counts = [_traced(p, step, args).count("dot_general") for p in plans.values()]
+    assert counts[0] - counts[1] == 2
+    assert counts[2] <= counts[1]
+
+
+def test_moments_lie_in_the_memory_of_the_host(models):
+    step = sharding.train_step(models.decoder_loss, ADAM)
+    params = models.decoder_params(KEY)
+    args = (params, ADAM.init(params), models.tokens(KEY))
+    plan = _planned(step, args, fsdp=8, offload="optimizer")
+    assert plan.offload == "optimizer"
+    found = plan.apply(step)(*args)
+    for moment in jax.tree.leaves((found[1][0].mu, found[1][0].nu)):
+        assert moment.sharding.memory_kind == "pinned_host"
+    assert found[0]["head"].sharding.memory_kind == "device"
+    _same(found[1][0].mu, jax.jit(step)(*args)[1][0].mu)
+    # The next step takes what the last one gave.
+    again = plan.apply(step)(*found[:2], args[2])
+    assert float(again[2]) < float(found[2])
+    with pytest.raises(ValueError, match=r"pass sharding.train_step|reaches inside"):
+        _planned(models.decoder_loss, (params, args[2]), offload="optimizer")
 
 
 def test_an_opaque_step_runs_as_it_is(models):
