@@ -14,6 +14,16 @@ def platform_backend(platform: str) -> Backend:
     return kernels.get(platform, "reference")
 
 
+def device_backend(device: Any) -> Backend | None:
+    """The kernels that run on a device; None where there are none."""
+    kernels = platform_backend(device.platform)
+    if kernels == "gpu":
+        from kernels.sparse_delta.gpu_registers import supports
+
+        return kernels if supports(device) else None
+    return None if kernels == "reference" else kernels
+
+
 def implementation(backend: Backend) -> ModuleType:
     """The module of kernels. Pallas is imported by those who use it only."""
     if backend == "tpu":

@@ -108,6 +108,11 @@ class Tables:
         gaps, gap_symbols = _gap_slots()
         return values, gaps, self.weights.astype(np.int64), value_symbols, gap_symbols
 
+    @functools.cached_property
+    def numbers(self) -> tuple:
+        """What the loops know of the format and its classes; see `loops.scan`."""
+        return _numbers(self.fmt, self.thresholds)
+
     def to_bytes(self) -> bytes:
         """The tables as FORMAT.md lays them out."""
         if not self.frequencies.size:

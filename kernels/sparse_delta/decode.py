@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kernels.sparse_delta import host, parse
+from kernels.sparse_delta.backends import Backend
 from kernels.sparse_delta.errors import (
     CorruptPayload,
     Damaged,
@@ -20,6 +21,7 @@ from kernels.sparse_delta.errors import (
     WrongTarget,
 )
 from kernels.sparse_delta.parse import Limits
+from kernels.sparse_delta.resident import ResidentLeaf, backend_of
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.unpack import Unpacker
 from kernels.sparse_delta.wire import ANCHOR, Manifest
@@ -35,11 +37,16 @@ def apply(
     base_digest: TreeDigest | None = None,
     donate: bool = False,
     threads: int | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Rebuilds the new weights from the old ones, bit for bit.
 
     Everything is checked before anything is returned: each byte of the payload by its checksums,
-    `old` by its digest, and the result by the digest of what the sender had. `old` is not touched.
+    `old` by its digest, and the result by the digest of what the sender had. Whatever is raised,
+    `old` is as it was.
+
+    Weights on accelerators stay there: the device counts classes, the host decodes the streams by
+    the counts, and the device puts the changes in place.
 
     Where other processes hold some of the arrays, all processes call this together; then either
     all return or all raise.
@@ -52,7 +59,11 @@ def apply(
       base_digest: of `old`: `inspect(payload).target_digest` of the payload that made it, or
         `digest(old)`. It is trusted, and saves reading all of `old`.
       donate: gives up `old`: its jax.Arrays that changed are deleted once the new ones stand.
+        Accelerators write the changes into their memory, after they found in a rehearsal that the
+        result will be right; no second copy of the weights is made, of one tensor at most.
       threads: how many work at once; as many as there are cores where None.
+      backend: whose kernels rebuild the weights where they lie; those of the devices' platform
+        where None, and on CPUs none: the host decodes.
 
     Returns:
       A tree like `old`, each leaf where that of `old` lies. Leaves without a change are the same
@@ -81,20 +92,14 @@ def apply(
         if not spread:
             _check_base(parsed.manifest, leaves, bases, base_digest)
         unpacker = Unpacker.of(parsed, threads=threads, spread=spread)
-        contents, sums = _decode_all(unpacker, leaves, bases)
+        contents, sums = _decode_all(unpacker, leaves, bases, _Residence(backend, donate))
         return _Decoded(parsed.manifest, contents, bases, sums)
 
     done = together(attempt, len(leaves)) if spread else attempt()
     if spread:
         _check_base(done.manifest, leaves, done.bases, base_digest)
     _check_target(done.manifest, leaves, done.sums)
-    changed = [index for index, content in enumerate(done.contents) if content is not None]
-    arrays: list[Any] = [leaf.value for leaf in leaves]
-    placed = host.place(
-        [leaves[index] for index in changed], [done.contents[index] or [] for index in changed]
-    )
-    for index, array in zip(changed, placed, strict=True):
-        arrays[index] = array
+    arrays = _arrays(leaves, done.contents)
     if donate:
         kept = {id(array) for array in arrays}
         for leaf in leaves:
@@ -104,19 +109,31 @@ def apply(
     return jax.tree.unflatten(structure, [by_place[place] for place in range(len(leaves))])
 
 
+# New bits of every box of a leaf, what rebuilds it where it lies, or None where nothing changes.
+_Content = list[np.ndarray] | ResidentLeaf | None
+
+
+@dataclass(frozen=True)
+class _Residence:
+    """How weights on devices are rebuilt; see `apply`."""
+
+    backend: Backend | None
+    donate: bool
+
+
 @dataclass(frozen=True)
 class _Decoded:
     """What one process decoded: nothing of it is seen until all checks are passed.
 
     Attributes:
       manifest: of the payload.
-      contents: new bits of every box of every leaf, None of leaves without a change.
+      contents: of every leaf.
       bases: digest sums of the old weights; this process's share where there are several.
       sums: those of the new weights, likewise.
     """
 
     manifest: Manifest
-    contents: list[list[np.ndarray] | None]
+    contents: list[_Content]
     bases: list[Sums]
     sums: list[Sums]
 
@@ -213,33 +230,82 @@ def _check_base(
 
 
 def _decode_all(
-    unpacker: Unpacker, leaves: Sequence[Leaf], bases: Sequence[Sums]
-) -> tuple[list[list[np.ndarray] | None], list[Sums]]:
-    """New bits of every leaf's boxes, None where nothing changed, and the new digest sums."""
+    unpacker: Unpacker, leaves: Sequence[Leaf], bases: Sequence[Sums], residence: _Residence
+) -> tuple[list[_Content], list[Sums]]:
+    """What becomes of every leaf, and the new digest sums."""
     manifest = unpacker.payload.manifest
-    anchor = manifest.kind == ANCHOR
-    contents: list[list[np.ndarray] | None] = []
-    sums: list[Sums] = []
+    contents: list[_Content] = []
+    twins: list[int] = []
     done: dict[tuple[int, int], int] = {}
     for index, (leaf, tensor) in enumerate(zip(leaves, manifest.tensors, strict=True)):
-        twin = done.setdefault((tensor.same, id(leaf.value)), index)
+        twins.append(done.setdefault((tensor.same, id(leaf.value)), index))
         stored = unpacker.stored.get(tensor.same)
-        if anchor and tensor.grid.n_tiles != (0 if stored is None else len(stored.tiles)):
+        if manifest.kind == ANCHOR and tensor.grid.n_tiles != (
+            0 if stored is None else len(stored)
+        ):
             raise Damaged(
                 f"{tensor.name}: an anchor has to hold all {tensor.grid.n_tiles} tiles",
                 tensor=tensor.name,
             )
-        if twin != index:
-            contents.append(contents[twin])
-            sums.append(sums[twin])
-        elif stored is None and not anchor:
-            contents.append(None)
-            sums.append(bases[index])
-        else:
-            content, change = unpacker.leaf(leaf, tensor.grid, tensor.same)
-            contents.append(content)
-            sums.append(add(bases[index], change))
-    return contents, sums
+    shared = _shared_memory(leaves, twins) if residence.donate else set()
+    for index, (leaf, tensor) in enumerate(zip(leaves, manifest.tensors, strict=True)):
+        kernels = None
+        if manifest.kind != ANCHOR and twins[index] == index and tensor.same in unpacker.stored:
+            kernels = backend_of(leaf, tensor.grid, residence.backend)
+        contents.append(None)
+        if kernels is not None:
+            in_place = residence.donate and index not in shared
+            contents[index] = ResidentLeaf(
+                unpacker, leaf, tensor.grid, tensor.same, kernels, in_place=in_place
+            )
+    resident = [content for content in contents if isinstance(content, ResidentLeaf)]
+    for content in resident:  # the devices count while the host decodes
+        content.request()
+    sums: list[Sums] = []
+    for index, (leaf, tensor) in enumerate(zip(leaves, manifest.tensors, strict=True)):
+        twin, content = twins[index], contents[index]
+        sums.append(bases[index])
+        if isinstance(content, ResidentLeaf):
+            content.decode()
+        elif twin != index:
+            contents[index], sums[index] = contents[twin], sums[twin]
+        elif tensor.same in unpacker.stored or manifest.kind == ANCHOR:
+            contents[index], change = unpacker.leaf(leaf, tensor.grid, tensor.same)
+            sums[index] = add(bases[index], change)
+    shares = {id(content): content.share() for content in resident}
+    return contents, [shares.get(id(c), pair) for c, pair in zip(contents, sums, strict=True)]
+
+
+def _shared_memory(leaves: Sequence[Leaf], twins: Sequence[int]) -> set[int]:
+    """Leaves whose memory is that of another one too, which is not to become the same."""
+    holders: dict[int, set[int]] = {}
+    where = [_address(leaf) for leaf in leaves]
+    for address, twin in zip(where, twins, strict=True):
+        holders.setdefault(address, set()).add(twin)
+    return {index for index, address in enumerate(where) if len(holders[address]) > 1}
+
+
+def _address(leaf: Leaf) -> int:
+    value = leaf.value
+    if isinstance(value, jax.Array) and value.size:
+        return value.addressable_shards[0].data.unsafe_buffer_pointer()
+    return id(value)
+
+
+def _arrays(leaves: Sequence[Leaf], contents: Sequence[_Content]) -> list[Any]:
+    """The new leaves: what the host decoded, then what is changed in its own memory."""
+    arrays: list[Any] = [leaf.value for leaf in leaves]
+    hosted = {index: content for index, content in enumerate(contents) if isinstance(content, list)}
+    placed = host.place([leaves[index] for index in hosted], list(hosted.values()))
+    for index, array in zip(hosted, placed, strict=True):
+        arrays[index] = array
+    rebuilt: dict[int, jax.Array] = {}
+    for index, content in enumerate(contents):
+        if isinstance(content, ResidentLeaf):
+            if id(content) not in rebuilt:
+                rebuilt[id(content)] = content.array()
+            arrays[index] = rebuilt[id(content)]
+    return arrays
 
 
 def _check_target(manifest: Manifest, leaves: Sequence[Leaf], sums: Sequence[Sums]) -> None:

@@ -3,158 +3,275 @@
 A payload names a changed element by the class of its old value and its rank among the tile's
 elements of that class. A receiver whose weights lie on an accelerator brings no weights to the
 host for that: the device counts classes (1/64 of the bytes of bf16 weights), the host finds with
-the counts the sub-block of each change and its rank there, and the device adds the changes in
-place:
+the counts the sub-block of each change and its rank there (`locate`), and the device adds the
+changes in place.
 
-    counts = class_count_table(np.asarray(class_counts(shard, thresholds, ...)))
-    slots, dense = make_slots(counts, starts, class_, rank, change, fmt=fmt)
-    shard = expand(shard, slots, thresholds, ..., donate=True)
-
-Each works on one shard on one device; tiles are numbered in the shard's own view.
+The functions here work on a *stack*: one array made of the shards that a process has of a tensor,
+one on each of some devices, joined along the first dimension without moving a byte. So one program
+serves all devices, whatever sharding the tensor has, and no other process takes part.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32, UInt, UInt32
 
 from kernels.sparse_delta import reference
 from kernels.sparse_delta.backends import Backend, dispatch
-from kernels.sparse_delta.elements import ElementFormat, element_format
-from kernels.sparse_delta.reference import CLASSES, EMPTY_SLOT, SUBBLOCK, Slots
+from kernels.sparse_delta.digest import digest_box, strides_of
+from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.reference import Slots
 from kernels.sparse_delta.tiles import TileGrid, box_view
 
+_AXIS = "device"
+_EACH, _ALL = PartitionSpec(_AXIS), PartitionSpec()
 
-@functools.partial(jax.jit, static_argnames=("grid", "backend"))
-def class_counts(
-    old: Array, thresholds: Int32[Array, " 7"], *, grid: TileGrid, backend: Backend
-) -> UInt32[Array, "T 2 S"]:
-    """How many elements of each class every sub-block of a shard has: `reference.class_counts`.
 
-    Args:
-      old: one shard, on one device.
-      thresholds: of the classes.
-      grid: of the whole tensor; the shard cuts none of its tiles.
-      backend: which kernels.
+class Patches(NamedTuple):
+    """Tiles of one size that are replaced whole, M of them for each device of a stack.
+
+    Attributes:
+      starts: lead, row and column of each in the shard's view.
+      used: how many of a device's M count.
+      tiles: their bits.
     """
-    fmt = element_format(old.dtype)
-    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
-    return dispatch("class_counts", backend, box, thresholds, fmt=fmt, tile=grid.tile)
+
+    starts: Int32[Array, "DM 3"]
+    used: Int32[Array, " D"]
+    tiles: UInt[Array, "DM rows cols"]
 
 
-def expand(
-    old: Array,
-    slots: Slots,
-    thresholds: Int32[Array, " 7"],
+class Edits(NamedTuple):
+    """What a payload changes in a stack; no tile is in two of these.
+
+    Attributes:
+      slots: changes, and the thresholds of the classes that they are named by. The leading
+        dimension of each array holds those of one device behind those of another; `used` is [D].
+      patches: whole tiles.
+    """
+
+    slots: tuple[tuple[Slots, Int32[np.ndarray, " 7"]], ...]
+    patches: tuple[Patches, ...]
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+    """Some devices of this process in a row, as stacks lie on them."""
+    return Mesh(np.asarray(devices), (_AXIS,))
+
+
+def stack(mesh: Mesh, shards: Sequence[jax.Array]) -> jax.Array:
+    """One array of equal shards, each on its own device of a mesh, where and as they are."""
+    first, *rest = shards[0].shape
+    shape = len(shards) * first, *rest
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, _EACH), list(shards))
+
+
+def _mesh(stacked: jax.Array) -> Mesh:
+    assert isinstance(stacked.sharding, NamedSharding), "as `stack` makes it"
+    return cast(Mesh, stacked.sharding.mesh)
+
+
+def unstack(stacked: jax.Array) -> list[jax.Array]:
+    """The shards of a stack, in the order of its devices."""
+    held = {shard.device: shard.data for shard in stacked.addressable_shards}
+    return [held[device] for device in _mesh(stacked).devices.flat]
+
+
+def class_counts(
+    old: jax.Array,
+    chosen: Int32[Array, " DL"] | None,
+    thresholds: Int32[np.ndarray, " 7"],
     *,
     grid: TileGrid,
     backend: Backend,
-    donate: bool = False,
-) -> Array:
-    """A shard's new values from the old ones and slots of changes: `reference.expand`.
+) -> UInt32[Array, "DT 2 S"]:
+    """How many elements of each class every sub-block has: `reference.class_counts`.
 
     Args:
-      old: one shard, on one device.
-      slots: changes, by tiles in the order of the shard's own view (`shard_tiles`).
+      old: a stack of shards that cut no tile.
+      chosen: L tiles of each shard, by their numbers in the shard's own view; all where None.
       thresholds: of the classes.
-      grid: of the whole tensor; the shard cuts none of its tiles.
+      grid: of the whole tensor.
+      backend: which kernels.
+    """
+    mesh = _mesh(old)
+    return _class_counts(old, chosen, thresholds, mesh=mesh, grid=grid, backend=backend)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "grid", "backend"))
+def _class_counts(
+    old: Array,
+    chosen: Array | None,
+    thresholds: Array,
+    *,
+    mesh: Mesh,
+    grid: TileGrid,
+    backend: Backend,
+) -> Array:
+    def local(shard: Array, chosen: Array | None, thresholds: Array) -> Array:
+        options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
+        counts = dispatch("class_counts", backend, _view(shard, grid), thresholds, **options)
+        return counts if chosen is None else counts[chosen]
+
+    return _on_each(local, mesh, in_specs=(_EACH, _EACH, _ALL))(old, chosen, thresholds)
+
+
+def rewrite(
+    old: jax.Array, edits: Edits, *, grid: TileGrid, backend: Backend, donate: bool = False
+) -> Array:
+    """The new values of a stack.
+
+    Args:
+      old: a stack of shards that cut no tile.
+      edits: what changes.
+      grid: of the whole tensor.
       backend: which kernels.
       donate: gives up `old`: the changes are made in its memory. Otherwise it is copied first.
     """
-    run = _expand_in_place if donate else _expand
-    return run(old, slots, thresholds, grid=grid, backend=backend)
+    run = rewrite_in_place if donate else _rewrite
+    return run(old, edits, mesh=_mesh(old), grid=grid, backend=backend)
 
 
-def _expand_shard(
-    old: Array, slots: Slots, thresholds: Array, *, grid: TileGrid, backend: Backend
+def _rewrite_stack(
+    old: Array, edits: Edits, *, mesh: Mesh, grid: TileGrid, backend: Backend
 ) -> Array:
-    fmt = element_format(old.dtype)
-    box = reference.bits_of(old, fmt).reshape(box_view(grid, old.shape))
-    new = dispatch("expand", backend, box, slots, thresholds, fmt=fmt, tile=grid.tile)
-    new = new.reshape(old.shape)
-    if old.dtype == jnp.bool_:
-        return new.astype(jnp.bool_)
-    return new if new.dtype == old.dtype else jax.lax.bitcast_convert_type(new, old.dtype)
+    local = functools.partial(_rewritten, grid=grid, backend=backend)
+    return _on_each(local, mesh, in_specs=(_EACH, _specs(edits)))(old, edits)
 
 
-_STATIC = ("grid", "backend")
-_expand: Callable[..., Array] = jax.jit(_expand_shard, static_argnames=_STATIC)
-_expand_in_place: Callable[..., Array] = jax.jit(
-    _expand_shard, static_argnames=_STATIC, donate_argnums=0
-)
+_STATIC = "mesh", "grid", "backend"
+_rewrite: Any = jax.jit(_rewrite_stack, static_argnames=_STATIC)
+rewrite_in_place: Any = jax.jit(_rewrite_stack, static_argnames=_STATIC, donate_argnums=0)
 
 
-def make_slots(
-    counts: np.ndarray,
-    starts: np.ndarray,
-    class_: np.ndarray,
-    rank: np.ndarray,
-    change: np.ndarray,
-    *,
-    fmt: ElementFormat,
-    max_room: int = 32,
-) -> tuple[Slots, np.ndarray]:
-    """Slots for `expand`, on the host, from changes that are named by class and rank in the tile.
+def rewritten_sums(
+    old: jax.Array, edits: Edits, origins: Array, *, grid: TileGrid, backend: Backend
+) -> Array:
+    """Digest sums of what `rewrite` gives, shard by shard; nothing of it is kept.
 
     Args:
-      counts: of the classes in every sub-block [T, S, 8], as `reference.class_count_table` gives.
-      starts: changes [starts[t], starts[t + 1]) are those of tile t; T + 1 of them.
-      class_: of the old value of each change.
-      rank: how many earlier elements of the tile have the same class.
-      change: `reference.change_of`, mod 2^w.
-      fmt: of the elements.
-      max_room: most slots a sub-block; every slot of a sub-block costs each of its elements a
-        comparison. Tiles with a sub-block that needs more are left out.
+      old: a stack of shards that cut no tile.
+      edits: what changes.
+      origins: low and high half of the row-major index of each shard's first element.
+      grid: of the whole tensor.
+      backend: which kernels.
 
     Returns:
-      The slots, and for every tile whether it was left out and has to be brought dense.
-
-    Raises:
-      ValueError: a rank that no element of its class has.
+      uint32 [D, 2].
     """
-    n_tiles, n_subblocks, _ = counts.shape
-    tile = np.repeat(np.arange(n_tiles), np.diff(starts))
-    # Ends of the ranks of each sub-block, for each tile and class; offset so that all rise.
-    ends = counts.transpose(0, 2, 1).astype(np.int64).cumsum(axis=2)
-    span = n_subblocks * SUBBLOCK + 1
-    row = tile * CLASSES + class_
-    if np.any(rank >= ends.reshape(-1, n_subblocks)[row, -1]):
-        raise ValueError("a rank is beyond the elements of its class: other old values than these")
-    rising = ends.reshape(-1) + np.repeat(np.arange(n_tiles * CLASSES), n_subblocks) * span
-    found = np.searchsorted(rising, row * span + rank, side="right")
-    subblock = found % n_subblocks
-    inside = rank - (ends - counts.transpose(0, 2, 1)).reshape(-1)[found]
+    mesh = _mesh(old)
+    return _rewritten_sums(old, edits, origins, mesh=mesh, grid=grid, backend=backend)
 
-    place = tile * n_subblocks + subblock
-    order = np.argsort(place, kind="stable")
-    sorted_place = place[order]
-    slot = np.empty(len(place), np.int64)
-    slot[order] = np.arange(len(place)) - np.searchsorted(sorted_place, sorted_place)
-    held = np.bincount(place, minlength=n_tiles * n_subblocks).reshape(n_tiles, n_subblocks)
-    dense = held.max(axis=1, initial=0) > max_room
-    listed = np.flatnonzero(~dense & (held.sum(axis=1) > 0))
-    # At least one entry, and slots in registers of 8 rows.
-    room = max(8, -(-int(held[listed].max(initial=0)) // 8) * 8)
-    tiles = listed if len(listed) else np.zeros(1, np.int64)
-    words = np.full((len(tiles), room, n_subblocks), EMPTY_SLOT, np.uint32)
-    entry = np.full(n_tiles, -1)
-    entry[listed] = np.arange(len(listed))
-    kept = entry[tile] >= 0
-    at = entry[tile[kept]], slot[kept], subblock[kept]
-    key = (class_.astype(np.uint32) << 8 | inside.astype(np.uint32)) << 16
-    wide = fmt.width_bits == 32
-    words[at] = (key if wide else key | change.astype(np.uint32))[kept]
-    changes = None
-    if wide:
-        changes = np.zeros(words.shape, np.uint32)
-        changes[at] = change[kept]
-    slots = Slots(
-        jnp.asarray(tiles, jnp.int32),
-        jnp.int32(len(listed)),
-        jnp.asarray(words),
-        None if changes is None else jnp.asarray(changes),
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _rewritten_sums(
+    old: Array, edits: Edits, origins: Array, *, mesh: Mesh, grid: TileGrid, backend: Backend
+) -> Array:
+    def local(shard: Array, edits: Edits, origin: Array) -> Array:
+        return _sums(_rewritten(shard, edits, grid=grid, backend=backend), origin, grid)
+
+    return _on_each(local, mesh, in_specs=(_EACH, _specs(edits), _EACH))(old, edits, origins)
+
+
+def shard_sums(stacked: jax.Array, origins: Array, *, grid: TileGrid) -> Array:
+    """Digest sums of each shard of a stack, uint32 [D, 2]; `origins` as of `rewritten_sums`."""
+    return _shard_sums(stacked, origins, mesh=_mesh(stacked), grid=grid)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "grid"))
+def _shard_sums(stacked: Array, origins: Array, *, mesh: Mesh, grid: TileGrid) -> Array:
+    def local(shard: Array, origin: Array) -> Array:
+        return _sums(shard, origin, grid)
+
+    return _on_each(local, mesh, in_specs=(_EACH, _EACH))(stacked, origins)
+
+
+def _on_each(local: Callable[..., Array], mesh: Mesh, *, in_specs: Any) -> Callable[..., Array]:
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=_EACH,
+        check_vma=False,  # which pallas_call does not support
     )
-    return slots, dense
+
+
+def _specs(edits: Edits) -> Edits:
+    """Where the arrays of edits lie: all with their devices, but for the thresholds."""
+    each = jax.tree.map(lambda _: _EACH, edits)
+    return each._replace(slots=tuple((slots, _ALL) for slots, _ in each.slots))
+
+
+def _view(shard: Array, grid: TileGrid) -> Array:
+    bits = reference.bits_of(shard, element_format(shard.dtype))
+    return bits.reshape(box_view(grid, shard.shape))
+
+
+def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) -> Array:
+    """One shard's new values."""
+    options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
+    box = _view(shard, grid)
+    for slots, thresholds in edits.slots:
+        own = slots._replace(used=slots.used[0])
+        box = dispatch("expand", backend, box, own, thresholds, **options)
+    for patches in edits.patches:
+        box = _patched(box, patches)
+    new = box.reshape(shard.shape)
+    if shard.dtype == jnp.bool_:
+        return new.astype(jnp.bool_)
+    return new if new.dtype == shard.dtype else lax.bitcast_convert_type(new, shard.dtype)
+
+
+def _patched(box: Array, patches: Patches) -> Array:
+    def replace(i: Array, box: Array) -> Array:
+        return lax.dynamic_update_slice(box, patches.tiles[i][None], tuple(patches.starts[i]))
+
+    return lax.fori_loop(0, patches.used[0], replace, box)
+
+
+def _sums(shard: Array, origin: Array, grid: TileGrid) -> Array:
+    bits = reference.bits_of(shard, element_format(shard.dtype))
+    return digest_box(bits, origin[0], strides_of(grid.shape))[None]
+
+
+def read_tiles(
+    shard: jax.Array, starts: np.ndarray, *, grid: TileGrid, size: tuple[int, int]
+) -> np.ndarray:
+    """Tiles of one size of a shard, on the host: [M, rows, cols], of the shard's dtype.
+
+    Args:
+      shard: on one device.
+      starts: int32[M, 3], lead, row and column of each in the shard's view.
+      grid: of the whole tensor.
+      size: rows and columns of each.
+    """
+    # A few lengths only, so that few programs are compiled.
+    count = rounded(len(starts))
+    padded = np.zeros((count, 3), np.int32)
+    padded[: len(starts)] = starts
+    tiles = _read_tiles(shard, padded, view=box_view(grid, shard.shape), size=size)
+    return np.asarray(tiles)[: len(starts)]
+
+
+@functools.partial(jax.jit, static_argnames=("view", "size"))
+def _read_tiles(
+    shard: Array, starts: Array, *, view: tuple[int, int, int], size: tuple[int, int]
+) -> Array:
+    box = shard.reshape(view)
+    return lax.map(lambda start: lax.dynamic_slice(box, tuple(start), (1, *size))[0], starts)
+
+
+def rounded(count: int) -> int:
+    """The least number not below a count that has at most three binary digits before its zeros.
+
+    >>> [rounded(n) for n in (0, 1, 7, 9, 100, 1000)]
+    [1, 1, 7, 10, 112, 1024]
+    """
+    step = 1 << max(0, count.bit_length() - 3)
+    return max(1, -(-count // step) * step)

@@ -1439,3 +1439,154 @@ def decode_tiles(
         if digests:
             _add_record_hashes(records, place, n, width, index, row_index, sums)
     return last, OK
+
+
+# ----------------------------------------------------------------- tiles for a device that has them
+
+
+@_compiled
+def _members(packed, k, size, own, lowest, members, totals):
+    """Elements of each class in every sub-block of tile `k`, and in all of it.
+
+    Takes:
+      packed: u32[T, 2, S], as `reference.class_counts` gives; not read where `own` is not −1.
+      size: elements of the tile; what fills its last sub-blocks up counts as zeros.
+      lowest: class of a zero.
+    """
+    totals[:] = 0
+    if own >= 0:
+        totals[own] = size
+        return
+    blocks = packed.shape[2]
+    for c in range(CLASSES):
+        shift = 8 * (c & 3)
+        for block in range(blocks):
+            word = np.int64(packed[k, c >> 2, block])
+            count = (word >> shift) & 255
+            # 255 alone: 256, which a byte has no room for.
+            if word == 255 << shift and packed[k, 1 - (c >> 2), block] == 0:
+                count = 256
+            members[c, block] = count
+            totals[c] += count
+    totals[lowest] -= blocks * SUB_BLOCK - size
+
+
+@_compiled
+def locate_tiles(
+    first, last, element_counts, packed, lowest, fmt, tables, work, data,
+    modes, changed, offsets, sizes, starts, places, changes, fullest,
+):  # fmt: skip
+    """Read tiles `first … last` whose old values lie elsewhere: what changes in each sub-block.
+
+    Takes:
+      element_counts: int64[T].
+      packed, lowest: see `_members`.
+      fmt, tables: as of `encode_tiles`.
+      work: u32[4, n] for the records of a tile, u8[n + 24] for its stream, int64[8, S] and two of
+        int64[8] for counts of classes.
+      data, modes, changed, offsets, sizes: as of `decode_tiles`.
+
+    Fills:
+      places: u32, from `starts[k]` on those of tile k: sub-block << 11 | class << 8 | rank, where
+        the rank counts earlier elements of the sub-block and class. Tiles that name positions, and
+        tables of one class, take all elements as of class 7.
+      changes: u32, modulo 2^32, away from zero positive where `fmt` is a float.
+      fullest: int64[T], changes of the sub-block that has most.
+
+    Returns:
+      The number of the first bad tile and the reason; `last` and OK where there is none.
+    """
+    width_bits, _, shift, mask, _, classes = fmt
+    records, stream, members, totals, class_changes, held = work
+    own = lone_class(mask, shift, classes)
+    for k in range(first, last):
+        size = element_counts[k]
+        at = offsets[k]
+        n_bytes = np.int64(sizes[k])
+        n = np.int64(changed[k])
+        mode = modes[k]
+        if mode == EMPTY:
+            if n or n_bytes:
+                return k, COUNTS
+            continue
+        if n == 0 or n > size:
+            return k, COUNTS
+        if n_bytes >= size * (width_bits // 8):
+            return k, LONG
+        position = -1  # row of the records that has positions
+        if mode in (BLOCK_OFFSET, BITMAP):
+            reason = read_fixed(mode, data, at, at + n_bytes, n, size, width_bits, records)
+            position = 0
+        elif mode == ENTROPY and tables[0].size:
+            _members(packed, k, size, own, lowest, members, totals)
+            _copy(stream, 8, data, at, n_bytes)
+            reason = read_entropy(
+                stream, 8, 8 + n_bytes, n, totals, width_bits, tables, class_changes, records
+            )
+            if own >= 0:
+                position = 2  # a rank is a position
+        else:
+            reason = MODE
+        if reason:
+            return k, reason
+        held[:] = 0
+        start = starts[k]
+        last_class = -1
+        block = 0
+        before = 0
+        after = 0
+        for r in range(n):
+            if position >= 0:
+                rank = np.int64(records[position, r])
+                block = rank >> 8
+                c = CLASSES - 1
+                before = block << 8
+            else:
+                rank = np.int64(records[2, r])
+                c = np.int64(records[1, r])
+                if c != last_class:
+                    last_class = c
+                    block = -1
+                    after = 0
+                while rank >= after:
+                    block += 1
+                    before = after
+                    after += members[c, block]
+            places[start + r] = block << 11 | c << 8 | (rank - before)
+            code = np.int64(records[3, r])
+            step = (code >> 1) + 1
+            changes[start + r] = step if code & 1 else -step
+            held[block] += 1
+            fullest[k] = max(fullest[k], held[block])
+    return last, OK
+
+
+@_compiled
+def fill_slots(first, last, tiles, starts, places, changes, wide, held, words, extra):
+    """Put changes that `locate_tiles` found into the slots of their sub-blocks.
+
+    Takes:
+      tiles: int64[L], which of the located tiles each entry is.
+      wide: whether changes take a word of their own.
+      held: int64[S], scratch.
+
+    Fills:
+      words: u32[L, C, S] of empty slots, entries `first … last`: class << 24 | rank << 16, and the
+        change in the low half where it is not wide.
+      extra: u32[L, C, S], changes that are; else anything.
+    """
+    for entry in range(first, last):
+        held[:] = 0
+        tile = tiles[entry]
+        for r in range(starts[tile], starts[tile + 1]):
+            place = np.int64(places[r])
+            change = np.int64(changes[r])
+            block = place >> 11
+            slot = held[block]
+            held[block] += 1
+            key = (place & 0x7FF) << 16
+            if wide:
+                words[entry, slot, block] = key
+                extra[entry, slot, block] = change
+            else:
+                words[entry, slot, block] = key | (change & 0xFFFF)

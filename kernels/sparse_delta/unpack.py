@@ -32,6 +32,9 @@ class Stored:
     buckets: np.ndarray
     tables: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.tiles)
+
 
 @dataclass(frozen=True)
 class Unpacker:
@@ -108,7 +111,7 @@ class Unpacker:
                         base, target, coded, fmt, grid.tile, tables, chosen, self.threads, frame
                     )
                 except codec.Malformed as error:
-                    raise self._blame(error, leaf, part.ids, tensor) from error
+                    raise self.blame(error, leaf, part.ids, tensor) from error
                 total = add(total, change)
             if not np.may_share_memory(target, place):
                 place[...] = target
@@ -117,10 +120,7 @@ class Unpacker:
     def _cut(self, leaf: Leaf, grid: TileGrid, tensor: int) -> tuple[list[np.ndarray], Sums]:
         """Where the receiver's shards cut tiles, its tensor is put together on the host."""
         if not host.is_local(leaf):
-            raise ValueError(
-                f"leaf {leaf.name!r}: tiles {grid.tile} of the payload lie across the shards of "
-                "several processes here; give these shardings to encode as receivers="
-            )
+            raise ValueError(lies_across(leaf, grid))
         out, change = self._box(leaf, grid, tensor, whole_box(leaf.shape))
         contents = []
         for piece in host.held(leaf):
@@ -152,9 +152,17 @@ class Unpacker:
             )
             yield chosen, coded, self.tables[index] if index >= 0 else _no_tables(fmt)
 
-    def _blame(
+    def blame(
         self, error: codec.Malformed, leaf: Leaf, ids: np.ndarray, tensor: int
     ) -> CorruptPayload:
+        """The refusal of a payload with a bad stream.
+
+        Args:
+          error: its `tile` is an index into `ids`.
+          leaf: of the receiver.
+          ids: numbers of tiles in the tensor.
+          tensor: index of the tensor that they are stored as.
+        """
         stored = self.stored.get(tensor)
         if error.tile is None or stored is None:
             return Damaged(f"{leaf.name}: {error}", tensor=leaf.name)
@@ -165,6 +173,14 @@ class Unpacker:
             bucket=bucket,
             tensor=leaf.name,
         )
+
+
+def lies_across(leaf: Leaf, grid: TileGrid) -> str:
+    """Why a leaf cannot be rebuilt whose tiles lie across several processes."""
+    return (
+        f"leaf {leaf.name!r}: tiles {grid.tile} of the payload lie across the shards of "
+        "several processes here; give these shardings to encode as receivers="
+    )
 
 
 @functools.cache
