@@ -126,8 +126,11 @@ class Config(harness.RunOptions):
       ValueError: an unknown algorithm or a number out of range; says what is allowed.
     """
 
-    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
-    """Names, separated by commas."""
+    algorithms: tuple[str, ...] = tuple(
+        name for name in ALGORITHMS if not name.startswith("async_") and name != "tba"
+    )
+    """Names, separated by commas. By default all but those that are another one here, where
+    samples are the policy's own: async_ppo, async_grpo, async_rloo; and tba, without constraint."""
     p: float = 0.0
     """Share of benign prompts; the others are tempting."""
     seeds: int = 5

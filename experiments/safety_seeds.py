@@ -131,7 +131,7 @@ def run_seed(
         sft = stages.fine_tune(part, one, work)
         found = {"sft": stages.evaluate_all(one, work, evaluators, sft, sft)[stages.HELDOUT]}
         for recipe in policies:
-            anchored = replace(recipe, kl=replace(recipe.kl, coef=one.kl_coef))
+            anchored = replace(recipe, kl=recipe.kl.constant(one.kl_coef))
             policy = stages.train(part, one, work, evaluators, anchored, sft)
             found[recipe.name] = stages.evaluate_all(one, work, evaluators, policy, sft)[
                 stages.HELDOUT

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.cmdp import CMDP
+from jaxrl.objectives import TrajectoryBalance
 from jaxrl.recipes import Recipe, State
 from jaxrl.types import REFERENCE_VERSION, PolicyOutput, Prompts, Rollouts
 
@@ -156,7 +157,8 @@ def step(recipe: Recipe, schedule: Schedule, world: World, learner: Learner) -> 
     key, rollout_key = jax.random.split(learner.key)
     rollouts = roll_out(recipe, schedule, world, learner.params, rollout_key)
     multipliers, _ = recipe.update(learner.multipliers, rollouts)  # before the update (safe-rlhf)
-    targets = recipe.targets(multipliers, rollouts, apply(learner.params, rollouts).values)
+    before = apply(learner.params, rollouts)
+    targets = recipe.targets(multipliers, rollouts, before.values, log_probs=before.log_probs)
     optimiser = _optimiser(recipe, schedule)
     params, state = learner.params, learner.optimiser
     for _ in range(recipe.epochs):
@@ -214,11 +216,18 @@ def train(
 
 
 def at_kl(recipe: Recipe, cmdps: Sequence[CMDP]) -> Recipe:
-    """The recipe with the instance's β in place of its own."""
+    """The recipe with the instance's β in place of its own, and a loss in reward units.
+
+    Steps are sizes per unit of advantage; the published scale of trajectory balance would make
+    them 2/β times as long.
+    """
     coefs = {c.kl_coef for c in cmdps}
     if len(coefs) != 1:
         raise ValueError(f"the instances of one run must share β: {sorted(coefs)}")
-    return replace(recipe, kl=replace(recipe.kl, coef=coefs.pop()))
+    objective = recipe.objective
+    if isinstance(objective, TrajectoryBalance):
+        objective = replace(objective, scale="reward")
+    return replace(recipe, kl=recipe.kl.constant(coefs.pop()), objective=objective)
 
 
 def as_world(cmdp: CMDP) -> World:

@@ -57,7 +57,7 @@ def bounded_penalty(
     violation: Float[Array, " G"],
     multiplier: Float[Array, ""],
     *,
-    kl_coef: float,
+    kl_coef: float | Float[Array, ""],
     bound: float,
 ) -> Float[Array, " G"]:
     """The penalty λ·C⁺ of one group, held to what is needed and no more.
@@ -170,7 +170,7 @@ class AbstractConstraint(abc.ABC):
         reward: Float[Array, "B G"],
         cost: Float[Array, "B G"],
         *,
-        kl_coef: float,
+        kl_coef: float | Float[Array, ""],
     ) -> Float[Array, "B G"]:
         """The effective reward R − λ·signal(C), for algorithms without a cost critic."""
         del kl_coef
@@ -193,7 +193,7 @@ class AbstractConstraint(abc.ABC):
     ) -> tuple[MultiplierState, Mapping[str, jax.Array]]:
         """The multiplier's step on the policy's own completions."""
         del rollouts
-        return state, {"multiplier": jnp.mean(state.value)}
+        return state.replace(step=state.step + 1), {"multiplier": jnp.mean(state.value)}
 
 
 def _state(value: float, shape: tuple[int, ...], window: int) -> MultiplierState:
@@ -410,7 +410,7 @@ class Rectified(_Dual):
         reward: Float[Array, "B G"],
         cost: Float[Array, "B G"],
         *,
-        kl_coef: float,
+        kl_coef: float | Float[Array, ""],
     ) -> Float[Array, "B G"]:
         """R − λ·{C + δ}⁺, bounded if asked for, divided by `normalise`."""
         violation = self.statistic(cost)
@@ -501,7 +501,7 @@ class Bounded(AbstractConstraint):
         reward: Float[Array, "B G"],
         cost: Float[Array, "B G"],
         *,
-        kl_coef: float,
+        kl_coef: float | Float[Array, ""],
     ) -> Float[Array, "B G"]:
         del kl_coef
         return (1.0 - multiplier) * reward - multiplier * cost

@@ -219,7 +219,9 @@ class Learner:
         return loss, metrics | _observed(rollouts, output, version)
 
     def _targets(self, recipe_state, rollouts, output):
-        targets = self.recipe.targets(recipe_state, rollouts, output.values)
+        targets = self.recipe.targets(
+            recipe_state, rollouts, output.values, log_probs=output.log_probs
+        )
         return jax.lax.stop_gradient(targets)
 
     @cached_property

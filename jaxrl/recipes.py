@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrl import advantages as adv
 from jaxrl import objectives as obj
@@ -40,7 +40,7 @@ class KL:
     """The anchor β·KL(π‖π_ref): the one place where it is configured.
 
     Attributes:
-      coef: β, in reward units per nat.
+      coef: β, in reward units per nat; where it is annealed, β_0.
       placement: where it acts.
         "reward": in the reward, −β·kl_t at each token (summed over the completion when the
           baseline is a group's; exact, by the current policy, in trajectory balance);
@@ -51,11 +51,18 @@ class KL:
           KL(π_ref‖π), not of KL(π‖π_ref), and that of k1 is zero in expectation: the fixed
           point is another one, with a weaker anchor.
       estimator: "k1" or "k3", of the placement "loss"; the others use k1.
+      final_coef: β_f, where β is annealed; None keeps it at `coef`.
+      anneal_steps: T, updates in which a straight line leads from β_0 to β_f.
+      stop_step: T_stop, the update from which β is β_f, on that line or (TBA on TL;DR) before
+        its end; None for the end.
     """
 
     coef: float = 0.05
     placement: Literal["reward", "reward_and_cost", "token", "loss"] = "reward"
     estimator: obj.Estimator = "k1"
+    final_coef: float | None = None
+    anneal_steps: int = 0
+    stop_step: int | None = None
 
     def __post_init__(self) -> None:
         if not self.coef >= 0.0:
@@ -67,6 +74,44 @@ class KL:
             )
         if self.estimator not in ("k1", "k3"):
             raise ValueError(f"KL estimator must be k1 or k3: {self.estimator!r}")
+        if self.final_coef is None:
+            return
+        if not self.final_coef >= 0.0:
+            raise ValueError(f"the final KL coefficient must not be negative: {self.final_coef!r}")
+        if self.anneal_steps < 1 or not 1 <= self._stop <= self.anneal_steps + 1:
+            raise ValueError(
+                "a KL coefficient that is annealed needs anneal_steps ≥ 1 and stop_step between 1 "
+                f"and anneal_steps + 1: {self.anneal_steps=}, {self.stop_step=}"
+            )
+
+    def at(self, update: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        """β of an update, counted from 1.
+
+        β_0·(1 − (u − 1)/T) + β_f·(u − 1)/T while u < T_stop, else β_f   (TBA, arXiv:2503.18929)
+
+        A traced `update` gives a traced β: a schedule compiles once.
+
+        >>> schedule = KL(coef=1.0, final_coef=0.05, anneal_steps=128, stop_step=32)
+        >>> [round(float(schedule.at(u)), 4) for u in (1, 2, 31, 32, 100)]
+        [1.0, 0.9926, 0.7773, 0.05, 0.05]
+        """
+        if self.final_coef is None:
+            return self.coef
+        share = jnp.maximum(jnp.asarray(update) - 1, 0) / self.anneal_steps
+        line = self.coef * (1.0 - share) + self.final_coef * share
+        return jnp.where(jnp.asarray(update) < self._stop, line, self.final_coef)
+
+    def constant(self, coef: float) -> "KL":
+        """The same anchor with one β from beginning to end."""
+        return dataclasses.replace(self, coef=coef, final_coef=None, anneal_steps=0, stop_step=None)
+
+    @property
+    def _stop(self) -> int:
+        return self.anneal_steps if self.stop_step is None else self.stop_step
+
+    @property
+    def always_positive(self) -> bool:
+        return min(self.coef, self.coef if self.final_coef is None else self.final_coef) > 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +152,16 @@ class Recipe:
             )
         if not 0.0 <= self.reference_share < 1.0:
             raise ValueError(f"reference_share must lie in [0, 1): {self.reference_share!r}")
-        if self.reference_share and not self._off_policy:
+        if self.reference_share and not self.off_policy:
             raise ValueError(
                 "completions of the reference policy (reference_share > 0) bias "
                 f"{type(self.objective).__name__}; use TrajectoryBalance, or "
                 "reference_share=0"
             )
-        if self._off_policy and (
-            isinstance(self.advantage, adv.GAE) or not self.kl.coef or self.kl.placement != "reward"
+        if self.off_policy and (
+            isinstance(self.advantage, adv.GAE)
+            or not self.kl.always_positive
+            or self.kl.placement != "reward"
         ):
             raise ValueError(
                 "trajectory balance wants no critic and a positive KL coefficient "
@@ -139,8 +186,17 @@ class Recipe:
             )
 
     @property
-    def _off_policy(self) -> bool:
+    def off_policy(self) -> bool:
+        """Whether completions of any policy and any age are as good: replay, the reference's."""
         return isinstance(self.objective, obj.TrajectoryBalance)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the objective weighs completions by the policy before the update."""
+        return (
+            isinstance(self.objective, obj.ImportanceCorrected)
+            and self.objective.correction != "none"
+        )
 
     @property
     def value_heads(self) -> tuple[str, ...]:
@@ -164,37 +220,59 @@ class Recipe:
         return self.constraint.init(num_prompts)
 
     def targets(
-        self, state: State, rollouts: Rollouts, values: Float[Array, "B G T H"] | None
+        self,
+        state: State,
+        rollouts: Rollouts,
+        values: Float[Array, "B G T H"] | None,
+        *,
+        log_probs: Float[Array, "B G T"] | None = None,
     ) -> Targets:
         """Advantages and returns; nothing here is differentiated.
 
         Args:
-          state: multipliers.
+          state: multipliers, after this batch's `update`.
           rollouts: scored completions.
           values: the critic's heads before each token, in the order of `value_heads`.
+          log_probs: of the policy before the update, for objectives that correct for another
+            behaviour policy. The KL in rewards is then this policy's.
 
         Raises:
-          ValueError: `values` or `rollouts.greedy` is missing, or has the wrong heads.
+          ValueError: `values`, `log_probs` or `rollouts.greedy` is missing, or `values` has the
+            wrong heads.
         """
         rollouts = jax.lax.stop_gradient(rollouts)
+        if not self.corrects:
+            log_probs = None
+        elif log_probs is None:
+            raise ValueError(
+                f"{self.name} weighs completions by the policy before the update: pass its "
+                "log_probs to `targets`"
+            )
         multiplier = self.constraint.multiplier(state, rollouts.prompts.ids)
+        kl_coef = self.kl.at(state.step)
         scores = self.constraint.penalised(
-            multiplier, rollouts.reward, rollouts.cost, kl_coef=self.kl.coef
+            multiplier, rollouts.reward, rollouts.cost, kl_coef=kl_coef
         )
+        kl = kl_coef * _token_kl(rollouts, log_probs)
         if isinstance(self.advantage, adv.GAE):
-            return self._critic_targets(self.advantage, multiplier, scores, rollouts, values)
-        return Targets(
-            advantages=self._group_advantages(multiplier, scores, rollouts), scores=scores
-        )
+            found = self._critic_targets(self.advantage, multiplier, scores, kl, rollouts, values)
+        else:
+            advantages = self._group_advantages(multiplier, scores, kl, kl_coef, rollouts)
+            found = Targets(advantages=advantages, scores=scores)
+        return found.replace(proximal_log_probs=log_probs)
 
     def loss(
         self, state: State, rollouts: Rollouts, targets: Targets, output: PolicyOutput
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss to minimise, critic included, and numbers worth watching."""
-        del state
         targets = jax.lax.stop_gradient(targets)
-        policy_loss = self._policy_loss(rollouts, targets, output)
+        kl_coef = self.kl.at(state.step)
+        policy_loss = self._policy_loss(kl_coef, rollouts, targets, output)
         metrics = _policy_metrics(rollouts, output) | {"policy_loss": policy_loss}
+        if self.kl.final_coef is not None:
+            metrics["kl_coef"] = jnp.asarray(kl_coef, jnp.float32)
+        if isinstance(self.objective, obj.ImportanceCorrected) and self.corrects:
+            metrics |= _correction_metrics(self.objective, rollouts, targets)
         if targets.returns is None:
             return policy_loss, metrics
         assert isinstance(self.advantage, adv.GAE)
@@ -228,6 +306,7 @@ class Recipe:
         config: adv.GAE,
         multiplier: Float[Array, "B 1"],
         scores: Float[Array, "B G"],
+        kl: Float[Array, "B G T"],
         rollouts: Rollouts,
         values: Float[Array, "B G T H"] | None,
     ) -> Targets:
@@ -238,7 +317,6 @@ class Recipe:
                 f"{self.name} needs values with the heads {self.value_heads}: "
                 f"received {got} of them"
             )
-        kl = _token_kl(rollouts) * self.kl.coef
         in_stream = self.kl.placement in ("reward", "reward_and_cost")
         last = _last_token(rollouts.mask)
         outcomes = [scores if heads == 1 else rollouts.reward]
@@ -279,12 +357,16 @@ class Recipe:
         )
 
     def _group_advantages(
-        self, multiplier: Float[Array, "B 1"], scores: Float[Array, "B G"], rollouts: Rollouts
+        self,
+        multiplier: Float[Array, "B 1"],
+        scores: Float[Array, "B G"],
+        kl: Float[Array, "B G T"],
+        kl_coef: float | Float[Array, ""],
+        rollouts: Rollouts,
     ) -> Float[Array, "B G T"]:
         config, mask = self.advantage, rollouts.mask
-        kl = _token_kl(rollouts) * self.kl.coef
         if isinstance(config, adv.GreedyBaseline):
-            advantages = self._greedy_advantages(config, multiplier, scores, rollouts)
+            advantages = self._greedy_advantages(config, multiplier, scores, kl_coef, rollouts)
             if self.kl.placement == "reward":
                 to_go = jax.vmap(jax.vmap(adv.reward_to_go))
                 advantages = advantages - to_go(kl, mask)
@@ -302,6 +384,7 @@ class Recipe:
         config: adv.GreedyBaseline,
         multiplier: Float[Array, "B 1"],
         scores: Float[Array, "B G"],
+        kl_coef: float | Float[Array, ""],
         rollouts: Rollouts,
     ) -> Float[Array, "B G T"]:
         if rollouts.greedy is None:
@@ -313,7 +396,7 @@ class Recipe:
             multiplier,
             rollouts.greedy["reward"][:, None],
             rollouts.greedy["cost"][:, None],
-            kl_coef=self.kl.coef,
+            kl_coef=kl_coef,
         )[:, 0]
         advantage = jax.vmap(lambda r, g: adv.greedy_baseline(r, g, clip=config.clip))(
             scores, greedy
@@ -323,27 +406,34 @@ class Recipe:
         )
 
     def _policy_loss(
-        self, rollouts: Rollouts, targets: Targets, output: PolicyOutput
+        self,
+        kl_coef: float | Float[Array, ""],
+        rollouts: Rollouts,
+        targets: Targets,
+        output: PolicyOutput,
     ) -> Float[Array, ""]:
-        mask = rollouts.mask
-        if isinstance(self.objective, obj.TrajectoryBalance):
-            objective = self.objective
+        mask, objective = rollouts.mask, self.objective
+        if isinstance(objective, obj.TrajectoryBalance):
             losses = jax.vmap(
-                lambda lp, ref, r: objective.per_group(lp, ref, r, kl_coef=self.kl.coef)
+                lambda lp, ref, r: objective.per_group(
+                    lp, ref, r, kl_coef=kl_coef, completion_len=mask.shape[-1]
+                )
             )(
                 obj.sequence_sum(output.log_probs, mask),
                 obj.sequence_sum(rollouts.reference_log_probs, mask),
                 targets.scores,
             )
             return jnp.mean(losses)
-        losses = self.objective.per_token(
-            output.log_probs, rollouts.behaviour_log_probs, targets.advantages, mask
+        behaviour, proximal = rollouts.behaviour_log_probs, targets.proximal_log_probs
+        losses = objective.per_token(
+            output.log_probs, behaviour, targets.advantages, mask, proximal
         )
         if self.kl.placement == "loss":
-            losses = losses + self.kl.coef * obj.kl_estimate(
+            estimate = obj.kl_estimate(
                 output.log_probs, rollouts.reference_log_probs, estimator=self.kl.estimator
             )
-        reduce = obj.token_mean if self.objective.reduce == "token_mean" else obj.sequence_mean
+            losses = losses + objective.weights(proximal, behaviour, mask) * kl_coef * estimate
+        reduce = obj.token_mean if objective.reduce == "token_mean" else obj.sequence_mean
         return reduce(losses, mask)
 
 
@@ -355,11 +445,10 @@ def _baselined(config: adv.Advantage, rewards: Float[Array, "B G"]) -> Float[Arr
     return jax.vmap(adv.group_mean)(rewards)
 
 
-def _token_kl(rollouts: Rollouts) -> Float[Array, "B G T"]:
-    """k1 of the policy that wrote the tokens; 0 on padding."""
-    return jnp.where(
-        rollouts.mask, rollouts.behaviour_log_probs - rollouts.reference_log_probs, 0.0
-    )
+def _token_kl(rollouts: Rollouts, log_probs: Float[Array, "B G T"] | None) -> Float[Array, "B G T"]:
+    """k1 of the given policy, by default of the one that wrote the tokens; 0 on padding."""
+    log_probs = rollouts.behaviour_log_probs if log_probs is None else log_probs
+    return jnp.where(rollouts.mask, log_probs - rollouts.reference_log_probs, 0.0)
 
 
 def _last_token(mask: jax.Array) -> Float[Array, "B G T"]:
@@ -377,10 +466,26 @@ def _policy_metrics(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
     }
 
 
+def _correction_metrics(
+    objective: obj.ImportanceCorrected, rollouts: Rollouts, targets: Targets
+) -> Metrics:
+    """Mean weight, and how many of the tokens have one at or beyond the cap."""
+    uncapped = dataclasses.replace(objective, correction_cap=None)
+    behaviour, mask = rollouts.behaviour_log_probs, rollouts.mask
+    weights, ratio = (
+        each.weights(targets.proximal_log_probs, behaviour, mask) for each in (objective, uncapped)
+    )
+    cap = jnp.inf if objective.correction_cap is None else objective.correction_cap
+    return {
+        "importance_weight": obj.token_mean(weights, mask),
+        "beyond_cap": obj.token_mean((ratio > cap).astype(jnp.float32), mask),
+    }
+
+
 # ------------------------------------------------------------------------------- the names
 
 _SAFE_RLHF_KL = KL(coef=0.01, placement="reward_and_cost")
-_TRL_RLOO = {
+_TRL_RLOO: dict[str, Any] = {
     "advantage": adv.LeaveOneOut(),
     "group_size": 4,
     "objective": obj.ClippedSurrogate(level="sequence"),
@@ -388,7 +493,7 @@ _TRL_RLOO = {
 }
 _GRPO_OBJECTIVE = obj.ClippedSurrogate(reduce="token_mean")
 _GRPO_KL = KL(coef=0.04, placement="loss", estimator="k3")
-_GRPO = {
+_GRPO: dict[str, Any] = {
     "advantage": adv.GroupNormalised(),
     "group_size": 8,
     "objective": _GRPO_OBJECTIVE,
@@ -404,6 +509,14 @@ _REMAX = {
     "advantage": adv.GreedyBaseline(),
     "objective": obj.Reinforce(),
     "kl": KL(coef=0.05, placement="token"),
+}
+_ASYNC_GRPO: dict[str, Any] = {
+    **_GRPO,
+    "objective": dataclasses.replace(_GRPO_OBJECTIVE, correction="token"),
+}
+_ASYNC_RLOO: dict[str, Any] = {
+    **_TRL_RLOO,
+    "objective": obj.ClippedSurrogate(level="sequence", correction="sequence"),
 }
 _RECTIFIED_REWARD = Rectified(cost_critic_target="rectified", cost_on="all", normalise="none")
 
@@ -450,6 +563,31 @@ _ALL = (
     ),
     Recipe(name="rloo", summary="REINFORCE with the leave-one-out baseline", **_TRL_RLOO),
     Recipe(name="remax", summary="REINFORCE with the greedy completion as baseline", **_REMAX),
+    Recipe(
+        name="async_ppo",
+        summary="PPO on completions of older policies: decoupled clip, truncated token weights",
+        advantage=adv.GAE(),
+        objective=obj.ClippedSurrogate(correction="token"),
+        kl=KL(coef=0.02),
+    ),
+    Recipe(
+        name="async_grpo",
+        summary="GRPO on completions of older policies: decoupled clip, truncated token weights",
+        **_ASYNC_GRPO,
+    ),
+    Recipe(
+        name="async_rloo",
+        summary="RLOO on completions of older policies: decoupled clip, truncated sequence weights",
+        **_ASYNC_RLOO,
+    ),
+    Recipe(
+        name="tba",
+        summary="TBA: trajectory balance on completions of any policy, β annealed as on GSM8K",
+        advantage=adv.GroupMean(),
+        objective=obj.TrajectoryBalance(scale="squared"),
+        kl=KL(coef=0.012, final_coef=0.004, anneal_steps=500),
+        group_size=20,
+    ),
     Recipe(
         name="repo_grpo",
         summary="GRPO on R − λ{C}⁺ with RePO's multiplier",

@@ -122,12 +122,15 @@ class Targets(_Record):
       scores: the effective reward of each completion, penalty applied, KL not.
       returns: what the value heads regress on; None without critic.
       old_values: the value heads' output when the rollouts came in; None without critic.
+      proximal_log_probs: of the policy before the update, where the objective corrects for a
+        behaviour policy that was another one; else None.
     """
 
     advantages: Float32[Array, "B G T"]
     scores: Float32[Array, "B G"]
     returns: Float32[Array, "B G T H"] | None = None
     old_values: Float32[Array, "B G T H"] | None = None
+    proximal_log_probs: Float32[Array, "B G T"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -237,7 +237,7 @@ class SafetyConfig(RunOptions):
     def recipe(self, name: str) -> recipes.Recipe:
         """The recipe of that name with this run's β and options."""
         found = recipes.with_options(recipes.get(name), self._options().get(name, {}))
-        return replace(found, kl=replace(found.kl, coef=self.kl_coef))
+        return replace(found, kl=found.kl.constant(self.kl_coef))
 
     def _options(self) -> dict[str, dict[str, str]]:
         """Option texts by algorithm."""

@@ -1,6 +1,7 @@
 """Losses. They take arrays, never a model; reductions are separate, named functions."""
 
 from jaxrl.objectives.divergence import Estimator, kl_estimate
+from jaxrl.objectives.importance import ImportanceCorrected, held_to_cap, importance_ratio
 from jaxrl.objectives.policy_gradient import (
     ClippedSurrogate,
     Reinforce,
@@ -17,11 +18,14 @@ Objective = ClippedSurrogate | Reinforce | TrajectoryBalance
 __all__ = [
     "ClippedSurrogate",
     "Estimator",
+    "ImportanceCorrected",
     "Objective",
     "Reinforce",
     "TrajectoryBalance",
     "clipped_surrogate",
     "clipped_value_loss",
+    "held_to_cap",
+    "importance_ratio",
     "kl_estimate",
     "reinforce",
     "sequence_mean",

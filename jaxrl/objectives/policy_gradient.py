@@ -9,6 +9,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl.objectives.importance import ImportanceCorrected, importance_ratio
+
 
 def clipped_surrogate(
     ratio: Float[Array, "*shape"],
@@ -64,8 +66,11 @@ def clipped_value_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedSurrogate:
-    """PPO's clipped loss.
+class ClippedSurrogate(ImportanceCorrected):
+    """PPO's clipped loss; with a correction, decoupled PPO's (arXiv:2110.00641, eq. 5).
+
+    −w·min(r·A, clip(r)·A), where w = 1 and r = π/μ without correction, and w = proximal/μ and
+    r = π/proximal with one.
 
     Attributes:
       clip_eps, clip_eps_high: see `clipped_surrogate`.
@@ -81,6 +86,7 @@ class ClippedSurrogate:
     reduce: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.clip_eps < 1.0:
             raise ValueError(f"clip_eps must lie in (0, 1): {self.clip_eps!r}")
         if self.clip_eps_high is not None and self.clip_eps_high <= 0.0:
@@ -96,21 +102,30 @@ class ClippedSurrogate:
         behaviour_log_probs: Float[Array, "B G T"],
         advantages: Float[Array, "B G T"],
         mask: Bool[Array, "B G T"],
+        proximal_log_probs: Float[Array, "B G T"] | None = None,
     ) -> Float[Array, "B G T"]:
-        """The loss of every token; padding holds numbers that reductions must mask."""
-        log_ratio = jnp.where(mask, log_probs - behaviour_log_probs, 0.0)
-        if self.level == "sequence":
-            log_ratio = jnp.broadcast_to(
-                jnp.sum(log_ratio, axis=-1, keepdims=True), log_ratio.shape
-            )
-        return clipped_surrogate(
-            jnp.exp(log_ratio), advantages, clip_eps=self.clip_eps, clip_eps_high=self.clip_eps_high
+        """The loss of every token; padding holds numbers that reductions must mask.
+
+        Args:
+          log_probs: of π, which is differentiated.
+          behaviour_log_probs: of μ.
+          advantages: per token; not differentiated.
+          mask: True on tokens the policy chose.
+          proximal_log_probs: of π before the update; only a correction reads them.
+        """
+        weights = self.weights(proximal_log_probs, behaviour_log_probs, mask)
+        before = behaviour_log_probs
+        if self.correction != "none" and proximal_log_probs is not None:
+            before = proximal_log_probs
+        ratio = importance_ratio(log_probs, before, mask, level=self.level)
+        return weights * clipped_surrogate(
+            ratio, advantages, clip_eps=self.clip_eps, clip_eps_high=self.clip_eps_high
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reinforce:
-    """−A·log π without importance ratio: for data of the current policy (ReMax).
+class Reinforce(ImportanceCorrected):
+    """−w·A·log π: without a correction w = 1, for data of the current policy (ReMax).
 
     Attributes:
       reduce: as in `ClippedSurrogate`; ReMax divides by all active tokens.
@@ -119,6 +134,7 @@ class Reinforce:
     reduce: Literal["sequence_mean", "token_mean"] = "token_mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduce not in ("sequence_mean", "token_mean"):
             raise ValueError(f"reduce must be 'sequence_mean' or 'token_mean': {self.reduce!r}")
 
@@ -128,7 +144,8 @@ class Reinforce:
         behaviour_log_probs: Float[Array, "B G T"],
         advantages: Float[Array, "B G T"],
         mask: Bool[Array, "B G T"],
+        proximal_log_probs: Float[Array, "B G T"] | None = None,
     ) -> Float[Array, "B G T"]:
-        """The loss of every token; the behaviour policy is taken to be the current one."""
-        del behaviour_log_probs
-        return reinforce(jnp.where(mask, log_probs, 0.0), advantages)
+        """The loss of every token; arguments as in `ClippedSurrogate.per_token`."""
+        weights = self.weights(proximal_log_probs, behaviour_log_probs, mask)
+        return weights * reinforce(jnp.where(mask, log_probs, 0.0), advantages)

@@ -69,7 +69,7 @@ def test_padding_changes_nothing(name):
     @jax.jit
     def step(rollouts, values, output):
         state = recipe.init(3)
-        targets = recipe.targets(state, rollouts, values)
+        targets = recipe.targets(state, rollouts, values, log_probs=output.log_probs)
         loss, gradient = jax.value_and_grad(lambda o: recipe.loss(state, rollouts, targets, o)[0])(
             output
         )
@@ -96,7 +96,7 @@ def test_a_step_compiles_and_maps_over_seeds(name):
     @jax.jit
     @jax.vmap
     def step(state, rollouts, values, output):
-        targets = recipe.targets(state, rollouts, values)
+        targets = recipe.targets(state, rollouts, values, log_probs=output.log_probs)
         loss, _ = recipe.loss(state, rollouts, targets, output)
         return loss, recipe.update(state, rollouts)[0]
 
@@ -192,7 +192,7 @@ def test_critic_loss_is_added_with_its_weight():
     recipe = recipes.get("repo")
     rollouts, values, output = make(recipe)
     state = recipe.init(3)
-    targets = recipe.targets(state, rollouts, values)
+    targets = recipe.targets(state, rollouts, values, log_probs=output.log_probs)
     loss, metrics = recipe.loss(state, rollouts, targets, output)
     assert float(loss) == pytest.approx(float(metrics["policy_loss"] + metrics["value_loss"]))
 
@@ -391,6 +391,11 @@ def test_options_from_a_command_line_reach_every_part():
         ("max_value", "lots", "repo.max_value must be a number, or none, got 'lots'"),
         ("group_size", "2.5", "repo.group_size must be an integer, got '2.5'"),
         ("unsafe_reward", "perhaps", "must be true or false"),
+        (
+            "correction",
+            "group",
+            "repo.correction must be one of none, token, sequence, got 'group'",
+        ),
         ("rectify", "batch", "repo.rectify must be one of sample, prompt, got 'batch'"),
         ("margin", "-1", "margin"),
     ],
@@ -410,3 +415,147 @@ def test_missing_critic_values_or_greedy_scores_are_named():
         repo_.loss(repo_.init(3), rollouts, targets, output.replace(values=None))
     with pytest.raises(ValueError, match="needs the scores of a greedy completion"):
         remax.targets(remax.init(3), make(remax)[0].replace(greedy=None), None)
+
+
+# ---------------------------------------------------------------- schedules and stale samples
+
+
+def test_the_kl_schedule_is_the_papers():
+    """β_0(1 − (u−1)/T) + β_f(u−1)/T while u < T_stop, else β_f."""
+    kl = recipes.get("tba").kl
+    for update in (1, 2, 100, 499, 500, 501, 10_000):
+        expected = 0.004
+        if update < 500:
+            expected = 0.012 * (1 - (update - 1) / 500) + 0.004 * (update - 1) / 500
+        assert float(kl.at(update)) == pytest.approx(expected, rel=1e-5)
+    assert kl.constant(0.1).at(3) == 0.1
+    assert KL(coef=0.3).at(7) == 0.3
+
+
+@pytest.mark.parametrize("name", ["tba", "ppo", "grpo", "remax"])
+def test_a_schedule_reaches_every_update_without_compiling_again(name):
+    """Update u of an annealed recipe has the loss of a constant one at β_u."""
+    schedule = {"final_coef": 0.01, "anneal_steps": 3}
+    plain = recipes.get(name)
+    plain = replace(plain, group_size=min(plain.group_size, 4))
+    annealed = replace(plain, kl=replace(plain.kl.constant(0.4), **schedule))
+    rollouts, values, output = make(annealed)
+
+    def step(recipe, state):
+        state, _ = recipe.update(state, rollouts)
+        targets = recipe.targets(state, rollouts, values, log_probs=output.log_probs)
+        return state, recipe.loss(state, rollouts, targets, output)[0]
+
+    jitted = jax.jit(partial(step, annealed))
+    state = annealed.init(3)
+    losses = []
+    for update in range(1, 5):
+        state, loss = jitted(state)
+        constant = replace(plain, kl=plain.kl.constant(float(annealed.kl.at(update))))
+        assert float(loss) == pytest.approx(float(step(constant, state)[1]), rel=1e-4, abs=1e-6)
+        losses.append(float(loss))
+    assert jitted._cache_size() == 1
+    assert len(set(losses[:3])) == 3
+    assert losses[2] == losses[3]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo"])
+def test_on_the_policys_own_samples_the_asynchronous_forms_are_the_plain_ones(name):
+    plain, corrected = recipes.get(name), recipes.get(f"async_{name}")
+    rollouts, values, output = make(plain)
+    rollouts = rollouts.replace(behaviour_log_probs=output.log_probs)
+
+    def loss(recipe, log_probs):
+        state = recipe.init(3)
+        targets = recipe.targets(state, rollouts, values, log_probs=output.log_probs)
+        return recipe.loss(state, rollouts, targets, output.replace(log_probs=log_probs))
+
+    gradient = partial(jax.value_and_grad, has_aux=True)
+    (one, _), slope = gradient(partial(loss, plain))(output.log_probs)
+    (other, metrics), other_slope = gradient(partial(loss, corrected))(output.log_probs)
+    assert float(one) == pytest.approx(float(other), rel=1e-6)
+    np.testing.assert_allclose(slope, other_slope, atol=1e-7)
+    assert float(metrics["importance_weight"]) == pytest.approx(1.0)
+    assert float(metrics["beyond_cap"]) == 0.0
+
+
+def test_asynchronous_rloo_is_unbiased_for_a_stale_behaviour_policy():
+    """Without a cap: the gradient of E R − β·KL, enumerated over all groups of two by μ."""
+    logits, reference, reward, behaviour = (x[:3] for x in table(3))
+    recipe = recipes.get(
+        "async_rloo",
+        group_size=2,
+        kl=KL(coef=0.2),
+        objective=replace(recipes.get("async_rloo").objective, correction_cap=None),
+    )
+    groups = jnp.asarray([(i, j) for i in range(3) for j in range(3)])
+    log_policy, log_mu = jax.nn.log_softmax(logits), jax.nn.log_softmax(behaviour)
+    shape = (9, 2, 1)
+    rollouts = Rollouts(
+        prompts=Prompts(
+            tokens=jnp.zeros((9, 1), jnp.int32),
+            mask=jnp.ones((9, 1), bool),
+            ids=jnp.zeros(9, jnp.int32),
+        ),
+        tokens=groups[..., None],
+        mask=jnp.ones(shape, bool),
+        behaviour_log_probs=log_mu[groups][..., None],
+        reference_log_probs=jax.nn.log_softmax(reference)[groups][..., None],
+        policy_version=jnp.zeros(shape, jnp.int32),
+        rewards={"reward": reward[groups]},
+        costs={"cost": jnp.zeros((9, 2))},
+    )
+
+    @jax.jit
+    @jax.jacobian
+    def per_group(z):
+        state, before = recipe.init(1), log_policy[groups][..., None]
+        targets = recipe.targets(state, rollouts, None, log_probs=before)
+        log_probs = jax.nn.log_softmax(z)[groups][..., None]
+        output = PolicyOutput(log_probs=log_probs, entropy=jnp.zeros(shape))
+        # One loss a group.
+        return jnp.stack(
+            [
+                recipe.loss(
+                    state,
+                    *jax.tree.map(
+                        lambda x, i=i: x[i : i + 1] if x.ndim else x, (rollouts, targets)
+                    ),
+                    jax.tree.map(lambda x, i=i: x[i : i + 1], output),
+                )[0]
+                for i in range(9)
+            ]
+        )
+
+    def objective(z):
+        log_pi = jax.nn.log_softmax(z)
+        return jnp.exp(log_pi) @ (reward - 0.2 * (log_pi - jax.nn.log_softmax(reference)))
+
+    probability = jnp.exp(log_mu[groups].sum(axis=1))
+    found = probability @ per_group(logits)
+    np.testing.assert_allclose(found, -jax.grad(objective)(logits), atol=1e-5)
+
+
+def test_stale_samples_need_the_policys_own_log_probabilities():
+    recipe = recipes.get("async_grpo")
+    rollouts, _, _ = make(recipe)
+    with pytest.raises(ValueError, match="async_grpo weighs completions by the policy before"):
+        recipe.targets(recipe.init(3), rollouts, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"final_coef": -1.0}, "final KL coefficient must not be negative"),
+        ({"final_coef": 0.1}, "needs anneal_steps ≥ 1"),
+        ({"final_coef": 0.1, "anneal_steps": 3, "stop_step": 9}, "stop_step between 1"),
+    ],
+)
+def test_wrong_schedules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        KL(**options)
+
+
+def test_a_schedule_to_zero_leaves_trajectory_balance_without_anchor():
+    with pytest.raises(ValueError, match="positive KL coefficient"):
+        recipes.get("tba", kl=KL(coef=0.1, final_coef=0.0, anneal_steps=5))
