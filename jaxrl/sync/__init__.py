@@ -5,9 +5,13 @@
 A store is any place for blobs: this process, a folder or bucket, another process over TCP.
 """
 
+from jaxrl.sync.config import SyncConfig
+from jaxrl.sync.connection import Connection
 from jaxrl.sync.errors import (
+    ConnectionBroken,
     DamagedManifest,
     NotInStore,
+    Refused,
     StoreError,
     StoreFull,
     Superseded,
@@ -15,24 +19,38 @@ from jaxrl.sync.errors import (
     WrongRun,
 )
 from jaxrl.sync.files import FsspecStore
-from jaxrl.sync.publisher import Published, Publisher, SyncConfig
+from jaxrl.sync.link import Link, PacedStore
+from jaxrl.sync.publisher import Published, Publisher
+from jaxrl.sync.quantise import Quantised, dequantise, quantise, quantised_like
 from jaxrl.sync.stores import MemoryStore, Store
 from jaxrl.sync.subscriber import Subscriber, Update
+from jaxrl.sync.tcp import StoreServer, TcpStore
 
 __all__ = [
+    "Connection",
+    "ConnectionBroken",
     "DamagedManifest",
     "FsspecStore",
+    "Link",
     "MemoryStore",
     "NotInStore",
+    "PacedStore",
     "Published",
     "Publisher",
+    "Quantised",
+    "Refused",
     "Store",
     "StoreError",
     "StoreFull",
+    "StoreServer",
     "Subscriber",
     "Superseded",
     "SyncConfig",
     "SyncError",
+    "TcpStore",
     "Update",
     "WrongRun",
+    "dequantise",
+    "quantise",
+    "quantised_like",
 ]

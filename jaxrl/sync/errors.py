@@ -30,3 +30,11 @@ class WrongRun(SyncError):
 
 class Superseded(SyncError):
     """Another publisher has published to this run since; two learners must not share a run."""
+
+
+class ConnectionBroken(StoreError):
+    """A connection was cut, stalled, or carried what is no message."""
+
+
+class Refused(SyncError):
+    """The other end of a connection does not know the shared secret; trying again is no use."""

@@ -61,8 +61,9 @@ class Manifest:
       previous: id of the manifest before; None of the first.
       digest: root of `kernels.sparse_delta.digest` of the weights, hexadecimal.
       quantise: how matrices are quantised; None where they are not.
+      kept: parts of names of leaves that are not, where others are.
       payloads: ways to these weights, at least one.
-      id: SHA-256 of the manifest as it was written, hexadecimal; set by `seal` and `read`.
+      id: SHA-256 of the manifest as it was written, hexadecimal; set by `read`.
     """
 
     run: str
@@ -71,6 +72,7 @@ class Manifest:
     previous: str | None
     digest: str
     quantise: Quantisation | None
+    kept: tuple[str, ...]
     payloads: tuple[Payload, ...]
     id: str = ""
 
@@ -131,6 +133,22 @@ def seal(record: Manifest | Shortcut) -> tuple[str, bytes]:
     return digest, f"{digest}\n".encode() + body
 
 
+def entry_of(run: str, sequence: int, kind: Kind, data: bytes, base: str | None) -> Payload:
+    """What a manifest says of a payload.
+
+    Args:
+      run: identity of the run.
+      sequence: of the publication that it leads to.
+      kind: of the payload.
+      data: the payload.
+      base: id of the manifest that it applies to; None of an anchor.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    # The digest in the name: what is put under a key never changes.
+    key = f"{run}/payloads/{sequence:012d}-{kind}-{digest[:16]}.spd"
+    return Payload(kind=kind, key=key, size_bytes=len(data), sha256=digest, base=base)
+
+
 def read(data: bytes) -> Manifest | Shortcut:
     """A manifest or shortcut from its bytes.
 
@@ -157,6 +175,7 @@ def read(data: bytes) -> Manifest | Shortcut:
             previous=None if fields["previous"] is None else _hex(fields, "previous"),
             digest=_text(fields, "digest"),
             quantise=_one_of(fields, "quantise", (None, "int8", "fp8")),
+            kept=tuple(fields["kept"]),
             payloads=tuple(_payload(entry) for entry in fields["payloads"]),
             id=head.decode(),
         )

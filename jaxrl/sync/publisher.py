@@ -1,62 +1,21 @@
 """The learner's end: numbered versions of the weights, as deltas and anchors."""
 
-import dataclasses
-import hashlib
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.sync import trees
-from jaxrl.sync.acks import Acks
-from jaxrl.sync.collection import collect, floor
-from jaxrl.sync.errors import StoreError, Superseded
-from jaxrl.sync.index import Index
-from jaxrl.sync.manifest import Kind, Manifest, Payload, checked_name, index_key, seal
+from jaxrl.sync.config import SyncConfig
+from jaxrl.sync.ledger import Ledger, State
+from jaxrl.sync.manifest import Kind, Manifest, checked_name, read, seal
+from jaxrl.sync.processes import on_first, whole
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncConfig:
-    """How versions are published.
-
-    Attributes:
-      anchor_every: at least every so many publications have an anchor beside their delta, from
-        which whoever joins begins.
-      dtype: of the actors' floating point weights; None: as the learner's.
-      dense_above: a delta of more than this share of the dense weights is not worth its decoding:
-        an anchor is published instead.
-      keep_anchors: anchors that stay in the store, with all that follows the oldest of them.
-      ack_expiry_s: a subscriber that gave no sign of life for so long holds nothing back.
-
-    Raises:
-      ValueError: a number out of its range.
-    """
-
-    anchor_every: int = 20
-    dtype: Any = None
-    dense_above: float = 0.9
-    keep_anchors: int = 2
-    ack_expiry_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.anchor_every < 1 or self.keep_anchors < 1:
-            raise ValueError(f"must be at least 1: {self.anchor_every=}, {self.keep_anchors=}")
-        if not 0 < self.dense_above <= 1 or self.ack_expiry_s <= 0:
-            raise ValueError(
-                f"dense_above must be within (0, 1], ack_expiry_s above 0: {self.dense_above=}, "
-                f"{self.ack_expiry_s=}"
-            )
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype must be a floating point type or None, got {self.dtype}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +24,15 @@ class Published:
 
     Attributes:
       version: as given.
-      sequence: publications of the run before this one.
+      sequence: its number in the run, which counts publications.
       kind: "anchor" where an anchor is among the payloads, else "delta".
       size_bytes: of all payloads.
       delta_bytes: of the delta, which is all that an actor that kept up fetches; 0 without one.
       density: share of the elements that changed; 1 where there was nothing to compare with.
-      cast_s: seconds of casting.
+      cast_s: seconds of casting and quantising.
       encode_s: seconds of encoding.
       store_s: seconds of writing to the store.
-      seconds: all of the call.
+      tidy_s: seconds of shortcuts and garbage collection, after the version was there.
     """
 
     version: int
@@ -85,7 +44,12 @@ class Published:
     cast_s: float
     encode_s: float
     store_s: float
-    seconds: float
+    tidy_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all of the call."""
+        return self.cast_s + self.encode_s + self.store_s + self.tidy_s
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,7 @@ class _Version:
 
 @dataclass(frozen=True)
 class _Coded:
-    """The payloads of one version, by kind, with what they say of it."""
+    """The payloads of one version by kind, and what they say of it."""
 
     payloads: Mapping[Kind, bytes]
     base: str | None
@@ -113,6 +77,9 @@ class Publisher:
     The difference is taken from the version that was *published* last: what is not in the store
     does not count. A new publisher on a store that has versions already continues their chain:
     with a delta if it is given the very weights of the newest, else with an anchor.
+
+    Where the learner has several processes each of them makes a publisher and they call `publish`
+    together; the first one speaks with the store.
 
     >>> from jaxrl.sync import MemoryStore
     >>> publisher = Publisher(MemoryStore(), run_id="docs")
@@ -142,12 +109,10 @@ class Publisher:
         Raises:
           ValueError: `run_id` cannot stand in a key.
         """
-        self._store = store
         self.run_id = checked_name("run_id", run_id)
         self.config = config or SyncConfig()
-        self._receivers = receivers
-        self._index = Index(store, run_id)
-        self._acks = Acks(store, run_id, expiry_s=self.config.ack_expiry_s)
+        self._receivers = tuple(receivers)
+        self._ledger = Ledger(store, run_id, self.config)
         self._last: _Version | None = None
         self._uncertain: _Version | None = None
         self._lock = threading.Lock()
@@ -161,7 +126,7 @@ class Publisher:
         """Makes a version available; when this returns, it is.
 
         After a failure the versions before are as they were, and the next call takes the difference
-        from the last of them.
+        from the last that is in the store. The same version may be given again.
 
         Args:
           params: pytree of arrays, sharded or not; copied, so it may be donated afterwards.
@@ -173,31 +138,52 @@ class Publisher:
           Superseded: another publisher has published to this run since.
         """
         with self._lock:
-            started = time.perf_counter()
-            again = self._reconcile()
-            self._check(version, again)
-            weights = jax.block_until_ready(trees.cast(params, self.config.dtype))
-            cast = time.perf_counter()
-            coded = self._encode(weights, version)
-            encoded = time.perf_counter()
-            published = self._commit(weights, version, coded)
-            stored = time.perf_counter()
-            if "anchor" in coded.payloads:
-                self._collect()
-            return Published(
-                version=version,
-                sequence=published.sequence,
-                kind="anchor" if "anchor" in coded.payloads else "delta",
-                size_bytes=sum(map(len, coded.payloads.values())),
-                delta_bytes=len(coded.payloads.get("delta", b"")),
-                density=coded.density,
-                cast_s=cast - started,
-                encode_s=encoded - cast,
-                store_s=stored - encoded,
-                seconds=time.perf_counter() - started,
-            )
+            times = [time.perf_counter()]
+            state = self._open()
+            self._check(version, again=state.landed is not None)
+            weights = trees.actors_view(params, self.config)
+            times.append(time.perf_counter())
+            receivers = trees.receivers_of(self._receivers, params, self.config)
+            coded = self._encode(weights, version, state, receivers)
+            times.append(time.perf_counter())
+            manifest = self._commit(weights, version, coded)
+            times.append(time.perf_counter())
+            if jax.process_index() == 0:
+                template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), weights)
+                self._ledger.tidy(template, receivers)
+            times.append(time.perf_counter())
+        cast_s, encode_s, store_s, tidy_s = np.diff(times).tolist()
+        return Published(
+            version=version,
+            sequence=manifest.sequence,
+            kind="anchor" if "anchor" in coded.payloads else "delta",
+            size_bytes=sum(map(len, coded.payloads.values())),
+            delta_bytes=len(coded.payloads.get("delta", b"")),
+            density=coded.density,
+            cast_s=cast_s,
+            encode_s=encode_s,
+            store_s=store_s,
+            tidy_s=tidy_s,
+        )
 
-    def _check(self, version: int, again: bool) -> None:
+    def _open(self) -> State:
+        """What the store says, with a publication that had failed but is there as the last."""
+
+        def act() -> dict[str, Any]:
+            state = self._ledger.open()
+            newest = None if state.newest is None else seal(state.newest)[1].decode()
+            return asdict(state) | {"newest": newest}
+
+        found = on_first(act)
+        newest = None if found["newest"] is None else read(found["newest"].encode())
+        assert newest is None or isinstance(newest, Manifest)
+        state = State(**(found | {"newest": newest}))
+        if self._uncertain is not None and self._uncertain.manifest.id == state.landed:
+            self._last = self._uncertain
+        self._uncertain = None
+        return state
+
+    def _check(self, version: int, *, again: bool) -> None:
         last = self.version
         too_low = last is not None and (version < last or (version == last and not again))
         if version < 0 or too_low:
@@ -206,40 +192,13 @@ class Publisher:
                 "went back to a checkpoint begins with a new Publisher"
             )
 
-    def _reconcile(self) -> bool:
-        """Compares with the store what this publisher believes to be there.
-
-        Returns:
-          Whether a publication that had failed proved to be in the store.
-        """
-        self._index.refresh()
-        uncertain, self._uncertain = self._uncertain, None
-        landed = uncertain is not None and self._index.by_id(uncertain.manifest.id) is not None
-        if landed:
-            self._last = uncertain
-        if self._last is None:
-            return landed
-        own = self._last.manifest
-        found = self._index.manifests.get(own.sequence)
-        if self._index.last > own.sequence or (found is not None and found.id != own.id):
-            raise Superseded(
-                f"run {self.run_id!r} has publication {self._index.last}, of another publisher, "
-                f"after number {own.sequence} of this one; two learners must not share a run_id"
-            )
-        if found is None:
-            _log.warning(
-                "the manifest of version %d is lost or damaged: wrote it again", own.version
-            )
-            self._store.put(index_key(self.run_id, own.sequence), seal(own)[1])
-            self._index.refresh()
-        return landed
-
-    def _encode(self, weights: Any, version: int) -> _Coded:
-        last = self._last or self._continued(weights)
+    def _encode(
+        self, weights: Any, version: int, state: State, receivers: Sequence[Any] | None
+    ) -> _Coded:
+        last = self._last or self._continued(weights, state)
         dense = trees.size_bytes(weights)
         payloads: dict[Kind, bytes] = {}
         density, digest = 1.0, None
-        receivers = self._receivers or None
         if last is not None:
             delta = sparse_delta.encode(
                 last.weights,
@@ -249,82 +208,45 @@ class Publisher:
                 base_digest=last.digest,
                 receivers=receivers,
             )
+            delta = whole(delta)
             info = sparse_delta.inspect(delta)
             density, digest = info.density, info.target_digest
             if len(delta) <= self.config.dense_above * dense:
                 payloads["delta"] = delta
-        if self._anchor_is_due(payloads, dense):
+        if self._anchor_is_due(state, payloads, dense):
             anchor = sparse_delta.encode(None, weights, version=version, receivers=receivers)
-            digest = digest or sparse_delta.inspect(anchor).target_digest
-            payloads["anchor"] = anchor
+            payloads["anchor"] = whole(anchor)
+            digest = digest or sparse_delta.inspect(payloads["anchor"]).target_digest
         assert digest is not None, "a version without a delta has an anchor"
         return _Coded(payloads, last and last.manifest.id, digest, density)
 
-    def _continued(self, weights: Any) -> _Version | None:
+    def _continued(self, weights: Any, state: State) -> _Version | None:
         """The newest version in the store, if these are its very weights."""
-        newest = self._index.manifests.get(self._index.last)
-        if newest is None:
+        if state.newest is None:
             return None
         digest = trees.digest(weights)
-        return _Version(newest, weights, digest) if digest.root.hex() == newest.digest else None
+        alike = digest.root.hex() == state.newest.digest
+        return _Version(state.newest, weights, digest) if alike else None
 
-    def _anchor_is_due(self, payloads: Mapping[Kind, bytes], dense: int) -> bool:
-        """No delta, or the last anchor is many versions or its own size of deltas ago."""
-        chain = 0 if "delta" not in payloads else len(payloads["delta"])
-        if not chain:
+    def _anchor_is_due(self, state: State, payloads: Mapping[Kind, bytes], dense: int) -> bool:
+        if "delta" not in payloads or not state.since_anchor:
             return True
-        since = 1
-        for _, manifest in sorted(self._index.manifests.items(), reverse=True):
-            sizes = {payload.kind: payload.size_bytes for payload in manifest.payloads}
-            if "anchor" in sizes:
-                return since >= self.config.anchor_every or chain > dense
-            chain, since = chain + sizes["delta"], since + 1
-        return True
+        chain_bytes = state.chain_bytes + len(payloads["delta"])
+        return state.since_anchor >= self.config.anchor_every or chain_bytes > dense
 
     def _commit(self, weights: Any, version: int, coded: _Coded) -> Manifest:
-        """Writes payloads, then the manifest; the version is published once that is in the store."""
-        sequence = max(self._index.last, -1 if not self._last else self._last.manifest.sequence) + 1
-        entries = []
-        for kind, data in coded.payloads.items():
-            entry = _entry(self.run_id, sequence, kind, data, coded.base)
-            self._store.put(entry.key, data)
-            entries.append(entry)
-        newest = self._index.manifests.get(max(self._index.manifests, default=-1))
-        manifest = Manifest(
-            run=self.run_id,
-            sequence=sequence,
-            version=version,
-            previous=None if newest is None else newest.id,
-            digest=coded.digest.root.hex(),
-            quantise=None,
-            payloads=tuple(entries),
-        )
-        identity, data = seal(manifest)
-        manifest = dataclasses.replace(manifest, id=identity)
-        new = _Version(manifest, weights, coded.digest)
-        # Should the store fail now, the manifest may have arrived all the same; the next call looks.
-        self._uncertain = new
-        self._store.put(index_key(self.run_id, sequence), data)
-        self._last, self._uncertain = new, None
+        """Writes the version; it is the last one only once its manifest is in the store."""
+
+        def draft() -> str:
+            manifest = self._ledger.draft(
+                version, digest=coded.digest.root.hex(), base=coded.base, payloads=coded.payloads
+            )
+            return seal(manifest)[1].decode()
+
+        manifest = read(on_first(draft).encode())
+        assert isinstance(manifest, Manifest)
+        # Should the store fail, the manifest may be there all the same; the next call looks.
+        self._uncertain = _Version(manifest, weights, coded.digest)
+        on_first(lambda: self._ledger.write(manifest, coded.payloads))
+        self._last, self._uncertain = self._uncertain, None
         return manifest
-
-    def _collect(self) -> None:
-        """Removes what nobody needs; a store that fails here fails later where it matters."""
-        try:
-            self._index.refresh()
-            positions = self._acks.live().values()
-            lowest = floor(self._index, positions, keep_anchors=self.config.keep_anchors)
-            collect(self._store, self.run_id, self._index, lowest)
-        except StoreError as error:
-            _log.warning("old versions of %s stay in the store: %s", self.run_id, error)
-
-
-def _entry(run: str, sequence: int, kind: Kind, data: bytes, base: str | None) -> Payload:
-    digest = hashlib.sha256(data).hexdigest()
-    return Payload(
-        kind=kind,
-        key=f"{run}/payloads/{sequence:012d}-{kind}-{digest[:16]}.spd",
-        size_bytes=len(data),
-        sha256=digest,
-        base=None if kind == "anchor" else base,
-    )

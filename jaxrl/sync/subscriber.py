@@ -1,6 +1,5 @@
 """The actor's end: fetches, rebuilds and verifies a version beside the one that serves."""
 
-import hashlib
 import logging
 import threading
 import time
@@ -12,7 +11,9 @@ from jaxrl.sync import trees
 from jaxrl.sync.acks import Acker
 from jaxrl.sync.errors import StoreError, SyncError
 from jaxrl.sync.index import Index
-from jaxrl.sync.manifest import Manifest, Payload, checked_name
+from jaxrl.sync.manifest import Manifest, checked_name
+from jaxrl.sync.quantise import quantised_like
+from jaxrl.sync.rebuild import BadPayload, fetch, rebuild
 from jaxrl.sync.routes import Step, route
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
@@ -56,14 +57,6 @@ class _Weights:
     size_bytes: int = 0
     fetch_s: float = 0.0
     apply_s: float = 0.0
-
-
-class _BadPayload(Exception):
-    """A payload that must not be used; another way may exist."""
-
-    def __init__(self, key: str, reason: object) -> None:
-        super().__init__(f"{key}: {reason}")
-        self.key = key
 
 
 class _BadBase(Exception):
@@ -198,7 +191,7 @@ class Subscriber:
             goal, steps = found
             try:
                 new = self._build(start, goal, steps)
-            except _BadPayload as bad:
+            except BadPayload as bad:
                 self._complain(bad)
                 avoid.add(bad.key)
             except _BadBase as bad:
@@ -231,24 +224,15 @@ class Subscriber:
         return None
 
     def _build(self, start: _Weights | None, goal: Manifest, steps: Sequence[Step]) -> _Weights:
-        """The weights of a publication, of which not a bit is in doubt."""
+        """The weights of a publication, verified where they lie."""
         started = time.perf_counter()
-        payloads = [self._fetch(step.payload) for step in steps]
+        payloads = [fetch(self._store, step.payload) for step in steps]
         fetched = time.perf_counter()
-        params = self._like if start is None else start.params
-        known = None if start is None else start.digest
-        for step, data in zip(steps, payloads, strict=True):
-            try:
-                anchor = step.payload.kind == "anchor"
-                params = sparse_delta.apply(params, data, None if anchor else known)
-                known = sparse_delta.inspect(data).target_digest
-            except sparse_delta.WrongModel:
-                raise
-            except sparse_delta.CorruptPayload as error:
-                raise _BadPayload(step.payload.key, error) from error
-            if known is None or known.root.hex() != step.target.digest:
-                raise _BadPayload(step.payload.key, "it leads to other weights than its manifest")
-        # The checks above are of what was computed; this one is of what lies on the devices.
+        params, known = self._template(goal), None
+        if start is not None:
+            params, known = start.params, start.digest
+        params, _ = rebuild(params, known, steps, payloads)
+        # The checks so far are of what was computed; this one is of what lies on the devices.
         digest = trees.digest(params)
         if digest.root.hex() != goal.digest:
             raise _BadBase(
@@ -265,17 +249,10 @@ class Subscriber:
             apply_s=time.perf_counter() - fetched,
         )
 
-    def _fetch(self, payload: Payload) -> bytes:
-        try:
-            data = self._store.get(payload.key)
-        except KeyError as error:
-            raise _BadPayload(payload.key, "it is not in the store") from error
-        if len(data) != payload.size_bytes or hashlib.sha256(data).hexdigest() != payload.sha256:
-            raise _BadPayload(
-                payload.key,
-                f"{len(data)} bytes that are not the {payload.size_bytes} of the manifest",
-            )
-        return data
+    def _template(self, goal: Manifest) -> Any:
+        if goal.quantise is None:
+            return self._like
+        return quantised_like(self._like, goal.quantise, kept=goal.kept)
 
     def _complain(self, error: Exception) -> None:
         serving = "none" if self.version is None else str(self.version)

@@ -2,28 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxrl import sync
-
-
-def weights(version: int, size: int = 4096) -> dict[str, jax.Array]:
-    """Float32 weights of which about 1 % differ from one version to the next."""
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=size).astype(np.float32)
-    for step in range(version):
-        changed = np.random.default_rng(step + 1).integers(0, size, size // 100)
-        w[changed] *= np.float32(1.01)
-    return {"layer": {"w": jnp.asarray(w).reshape(64, -1)}, "b": jnp.full(3, version, jnp.int32)}
-
-
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
-def like(tree):
-    return jax.eval_shape(lambda: tree)
 
 
 @pytest.fixture(params=["memory", "folder", "memory://"])
@@ -33,9 +14,9 @@ def store(request, tmp_path):
     return sync.FsspecStore(tmp_path if request.param == "folder" else f"memory://{tmp_path.name}")
 
 
-def test_an_actor_that_keeps_up_has_every_version_bit_for_bit(store):
+def test_an_actor_that_keeps_up_has_every_version_bit_for_bit(store, weights, like, bits):
     publisher = sync.Publisher(store, run_id="r", config=sync.SyncConfig(anchor_every=4))
-    actor = sync.Subscriber(store, run_id="r", like=like(weights(0)))
+    actor = sync.Subscriber(store, run_id="r", like=like)
     kinds = []
     for version in range(10):
         published = publisher.publish(weights(version), version * 10)
@@ -52,9 +33,9 @@ def test_an_actor_that_keeps_up_has_every_version_bit_for_bit(store):
     ]  # fmt: skip
 
 
-def test_the_old_version_serves_until_the_flip(store):
+def test_the_old_version_serves_until_the_flip(store, weights, like, bits):
     publisher = sync.Publisher(store, run_id="r")
-    actor = sync.Subscriber(store, run_id="r", like=like(weights(0)))
+    actor = sync.Subscriber(store, run_id="r", like=like)
     with pytest.raises(sync.SyncError, match="no version serves yet"):
         _ = actor.params
     assert not actor.prepare()
@@ -71,20 +52,20 @@ def test_the_old_version_serves_until_the_flip(store):
     assert actor.flip() is None
 
 
-def test_a_version_published_is_the_cast_of_the_master_weights(store):
+def test_a_version_published_is_the_cast_of_the_master_weights(store, weights, bits):
     publisher = sync.Publisher(store, run_id="r", config=sync.SyncConfig(dtype=jnp.bfloat16))
     expected = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, weights(3)
     )
     publisher.publish(weights(2), 2)
     publisher.publish(weights(3), 3)
-    actor = sync.Subscriber(store, run_id="r", like=like(expected))
+    actor = sync.Subscriber(store, run_id="r", like=expected)
     assert actor.prepare()
     actor.flip()
     assert bits(actor.params) == bits(expected)
 
 
-def test_donating_the_parameters_after_publishing_does_no_harm():
+def test_donating_the_parameters_after_publishing_does_no_harm(weights, like, bits):
     store = sync.MemoryStore()
     publisher = sync.Publisher(store, run_id="r")
     params = weights(0)
@@ -92,7 +73,7 @@ def test_donating_the_parameters_after_publishing_does_no_harm():
     for leaf in jax.tree.leaves(params):
         leaf.delete()
     publisher.publish(weights(1), 1)
-    actor = sync.Subscriber(store, run_id="r", like=like(weights(0)))
+    actor = sync.Subscriber(store, run_id="r", like=like)
     actor.prepare()
     actor.flip()
     assert bits(actor.params) == bits(weights(1))

@@ -1,0 +1,64 @@
+"""A learner of several processes: one of them speaks with the store, all do the arithmetic."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrl.sync import errors
+from jaxrl.sync.errors import SyncError
+from kernels import sparse_delta
+
+
+def on_first(act: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, in all of them; what it raises, likewise.
+
+    All processes call this together.
+
+    Args:
+      act: called in the first process only; returns JSON values.
+
+    Raises:
+      SyncError: the one of the first process, as a member of its class.
+    """
+    if jax.process_count() == 1:
+        return act()
+    failure: Exception | None = None
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": act()}
+        except Exception as error:  # whatever it is, the others wait for word of it
+            failure = error
+            outcome = {"error": type(error).__name__, "message": str(error)}
+    outcome = json.loads(_broadcast(json.dumps(outcome).encode()))
+    if failure is not None:
+        raise failure
+    if "error" in outcome:
+        kind = getattr(errors, outcome["error"], SyncError)
+        raise kind(f"process 0: {outcome['message']}")
+    return outcome["value"]
+
+
+def whole(payload: bytes) -> bytes:
+    """A payload from the parts that the processes of one `encode` made; all call this together."""
+    if jax.process_count() == 1:
+        return payload
+    sizes = multihost_utils.process_allgather(np.asarray(len(payload), np.int64))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(payload)] = np.frombuffer(payload, np.uint8)
+    parts = multihost_utils.process_allgather(padded)
+    return sparse_delta.merge(
+        [part[:size].tobytes() for part, size in zip(parts, sizes.tolist(), strict=True)]
+    )
+
+
+def _broadcast(data: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    padded = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        padded[:] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()

@@ -1,0 +1,126 @@
+"""Every store keeps the same promises."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxrl import sync
+
+
+@pytest.fixture(params=["memory", "folder", "memory://", "tcp", "paced"])
+def store(request, tmp_path, secret):
+    match request.param:
+        case "memory":
+            yield sync.MemoryStore()
+        case "folder":
+            yield sync.FsspecStore(tmp_path / "made" / "when missing")
+        case "memory://":
+            yield sync.FsspecStore(f"memory://{tmp_path.name}")
+        case "paced":
+            yield sync.PacedStore(sync.MemoryStore(), sync.Link.parse("1tbit,0s"))
+        case "tcp":
+            with (
+                sync.StoreServer(sync.MemoryStore(), secret=secret) as server,
+                sync.TcpStore(server.address, secret=secret) as client,
+            ):
+                yield client
+
+
+def test_blobs_are_what_was_put_last(store):
+    assert store.keys("") == []
+    store.put("run/a", b"one")
+    store.put("run/b/c", b"")
+    store.put("run/a", b"two")
+    store.put("runner", b"x")
+    assert store.get("run/a") == b"two"
+    assert store.get("run/b/c") == b""
+    assert store.keys("run/") == ["run/a", "run/b/c"]
+    assert store.keys("") == ["run/a", "run/b/c", "runner"]
+    store.delete("run/a")
+    store.delete("run/a")
+    assert store.keys("run/") == ["run/b/c"]
+    with pytest.raises(KeyError, match="no blob 'run/a'"):
+        store.get("run/a")
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../b", "a//b", "a b", "a/", "é"])
+def test_keys_that_could_leave_the_store_are_refused(store, key):
+    for act in (store.get, store.delete, lambda k: store.put(k, b"")):
+        with pytest.raises(ValueError, match="a key is at most 512"):
+            act(key)
+    with pytest.raises(ValueError, match="ends with '/'"):
+        store.keys("run")
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("pd"), st.sampled_from(["a", "b/a", "b/c"]), st.binary()),
+        max_size=12,
+    )
+)
+def test_any_sequence_of_requests_acts_as_on_a_dictionary(store, requests):
+    for key in store.keys(""):
+        store.delete(key)
+    expected: dict[str, bytes] = {}
+    for what, key, data in requests:
+        if what == "p":
+            store.put(key, data)
+            expected[key] = data
+        else:
+            store.delete(key)
+            expected.pop(key, None)
+        assert {k: store.get(k) for k in store.keys("")} == expected
+
+
+def test_a_write_that_dies_leaves_the_old_blob_and_no_litter(tmp_path, monkeypatch):
+    store = sync.FsspecStore(tmp_path)
+    store.put("a/b", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(sync.StoreFull, match=r"no room in .* for the 3 bytes of 'a/b'.*free some"):
+        store.put("a/b", b"new")
+    assert store.get("a/b") == b"old"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_what_a_killed_writer_leaves_is_no_blob(tmp_path):
+    store = sync.FsspecStore(tmp_path)
+    store.put("a/b", b"old")
+    (tmp_path / "a" / ".b.x7f").write_bytes(b"hal")
+    assert store.keys("") == ["a/b"]
+
+
+def test_a_file_where_a_folder_should_be_says_so(tmp_path):
+    Path(tmp_path / "a").write_bytes(b"")
+    with pytest.raises(sync.StoreError, match="cannot write 'a/b'"):
+        sync.FsspecStore(tmp_path).put("a/b", b"")
+
+
+def test_an_unknown_protocol_says_so():
+    with pytest.raises(ValueError, match="nonsense"):
+        sync.FsspecStore("nonsense://bucket")
+
+
+def test_the_server_passes_on_that_its_disk_is_full(secret):
+    class Full(sync.MemoryStore):
+        def put(self, key: str, data: bytes) -> None:
+            raise sync.StoreFull(f"no room for {key}")
+
+    with (
+        sync.StoreServer(Full(), secret=secret) as server,
+        sync.TcpStore(server.address, secret=secret) as client,
+        pytest.raises(sync.StoreFull, match="no room for a"),
+    ):
+        client.put("a", b"")
