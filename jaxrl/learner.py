@@ -253,12 +253,25 @@ def _observed(rollouts: Rollouts, output: PolicyOutput, version: Int32[Array, ""
 
 
 def lm_apply(
-    policy_def: nnx.GraphDef, critic_def: nnx.GraphDef | None, *, temperature: float
+    policy_def: nnx.GraphDef,
+    critic_def: nnx.GraphDef | None,
+    *,
+    temperature: float,
+    frozen: nnx.State | None = None,
 ) -> Apply:
-    """`Learner.apply` of a decoder and, where there is one, of its critic."""
+    """`Learner.apply` of a decoder and, where there is one, of its critic.
+
+    Args:
+      policy_def: structure of the policy.
+      critic_def: structure of the critic.
+      temperature: of the sampling.
+      frozen: parameters of the policy that are not trained, where `params["policy"]` holds
+        only some: `graphdef, adapters, frozen = nnx.split(model, LoraParam, ...)`.
+    """
+    fixed = () if frozen is None else (frozen,)
 
     def apply(params: Mapping[str, nnx.State], rollouts: Rollouts) -> PolicyOutput:
-        policy: Decoder = nnx.merge(policy_def, params["policy"])
+        policy: Decoder = nnx.merge(policy_def, params["policy"], *fixed)
         prompts, tokens = rollouts.prompts, rollouts.tokens
         output = policy_lib.evaluate(
             policy, prompts, tokens, rollouts.mask, temperature=temperature

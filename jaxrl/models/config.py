@@ -80,6 +80,40 @@ class RopeScaling:
         return (1 - ramp) * plain + ramp * stretched
 
 
+LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
+"""Kernels that an adapter may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters W + s·A·B beside frozen kernels W (LoRA, arXiv:2106.09685).
+
+    Attributes:
+      rank: r, the inner width of A·B.
+      alpha: numerator of the scale s = α / r.
+      targets: which kernels have one, of `LORA_TARGETS`; experts have none.
+      rank_stabilised: s = α / √r instead (rsLoRA, arXiv:2312.03732).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
+        if unknown or not self.targets:
+            raise ValueError(
+                f"LoRA targets must be some of {', '.join(LORA_TARGETS)}, got {self.targets}"
+            )
+        if self.rank < 1:
+            raise ValueError(f"LoRA needs a rank ≥ 1, got {self.rank}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder of the Llama, Qwen, Mistral and Gemma families, dense or mixture of experts.
@@ -113,6 +147,7 @@ class DecoderConfig:
       experts: feed-forward blocks of each layer, of which a router picks some; 0 is dense.
       experts_per_token: how many it picks.
       normalise_routing: the picked experts' probabilities are made to sum to 1.
+      lora: adapters beside the kernels; None: none.
       compute_dtype: dtype of the matrix products; parameters are always float32.
       remat: what the backward pass computes again instead of reading it from memory: all but
         the products with weights ("projections"), the whole layer ("full") or nothing ("none").
@@ -146,6 +181,7 @@ class DecoderConfig:
     experts: int = 0
     experts_per_token: int = 0
     normalise_routing: bool = True
+    lora: LoraConfig | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "projections", "full"] = "projections"
     scan_unroll: int = 1
@@ -187,6 +223,11 @@ class DecoderConfig:
                 f"both: {self.experts=}, {self.experts_per_token=}"
             )
 
+        if self.lora and self.experts and {"gate", "up", "down"} & set(self.lora.targets):
+            raise ValueError(
+                f"experts have no adapters: {self.lora.targets=}; leave out gate, up and down"
+            )
+
     @property
     def num_params(self) -> int:
         """Parameters of the decoder, embeddings counted once when tied."""
@@ -197,4 +238,21 @@ class DecoderConfig:
         feed_forward = 3 * self.embed * self.mlp * max(self.experts, 1) + self.embed * self.experts
         block = attention + biases + norms + feed_forward
         embeddings = self.vocab_size * self.embed * (1 if self.tie_embeddings else 2)
+        adapters = (
+            sum(sum(self.lora_widths(name)) for name in self.lora.targets) if self.lora else 0
+        )
+        block += adapters * (self.lora.rank if self.lora else 0)
         return self.layers * block + embeddings + self.embed
+
+    def lora_widths(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs of a kernel that an adapter may have."""
+        heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "query": (self.embed, heads),
+            "key": (self.embed, kv_heads),
+            "value": (self.embed, kv_heads),
+            "attention_out": (heads, self.embed),
+            "gate": (self.embed, self.mlp),
+            "up": (self.embed, self.mlp),
+            "down": (self.mlp, self.embed),
+        }[name]

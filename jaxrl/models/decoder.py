@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxrl.models import attention
+from jaxrl.models import attention, lora
 from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation, Turns
-from jaxrl.models.config import DecoderConfig, RopeScaling
+from jaxrl.models.config import DecoderConfig, LoraConfig, RopeScaling
 from jaxrl.models.mixture import mixture_of_experts
 from jaxrl.types import Prompts
 
@@ -30,6 +30,11 @@ _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+_LORA_AXES = {
+    "query": ("embed", "heads"), "key": ("embed", "kv_heads"), "value": ("embed", "kv_heads"),
+    "attention_out": ("heads", "embed"), "gate": ("embed", "mlp"), "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}  # fmt: skip
 _EVERYTHING = 1 << 30  # the window of a layer without one, where other layers have one
 
 Weights = dict[str, Float[Array, "..."]]
@@ -40,15 +45,18 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approxima
 
 
 def parameter(
-    init: Callable[..., Array], rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    init: Callable[..., Array],
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """A float32 parameter that carries its logical axis names.
 
     `eager_sharding=False`: Flax would otherwise look for a mesh as soon as it sees the names.
     """
-    return nnx.Param(
-        init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False
-    )
+    return kind(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
 def logical_axes(params: Any) -> Any:
@@ -160,6 +168,22 @@ class Layers(nnx.Module):
         self.down = stacked(small, (*number, c.mlp, c.embed), (*expert, "mlp", "embed"))
         if c.experts:
             self.router = stacked(normal, (c.embed, c.experts), ("embed", "expert"))
+        if c.lora is not None:
+            self._add_adapters(c, c.lora, rngs)
+
+    def _add_adapters(self, config: DecoderConfig, adapters: LoraConfig, rngs: nnx.Rngs) -> None:
+        """A is random, as PEFT draws it, and B zero: an adapter starts as nothing."""
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
+        for name in adapters.targets:
+            inputs, outputs = config.lora_widths(name)
+            of_inputs, of_outputs = _LORA_AXES[name]
+            a, b = lora.factors(name)
+            for factor, init, shape, axes in (
+                (a, uniform, (inputs, adapters.rank), (of_inputs, None)),
+                (b, nnx.initializers.zeros, (adapters.rank, outputs), (None, of_outputs)),
+            ):
+                stacked = (config.layers, *shape), ("layer", *axes)
+                setattr(self, factor, parameter(init, rngs, *stacked, kind=lora.LoraParam))
 
     def weights(self) -> Weights:
         """Stacked arrays by name: what the scan over layers slices."""
@@ -276,7 +300,8 @@ class Decoder(nnx.Module):
         [embed, kv_heads, heads / kv_heads + 2, head_dim]: each alone is too small at one token
         a row to be shared among cores.
         """
-        c, stacked = self.config, self._cast(self.layers.weights())
+        c = self.config
+        stacked = lora.merged(self._cast(self.layers.weights()), c.lora)
         query, key, value = (stacked.pop(name) for name in ("query", "key", "value"))
         grouped = query.reshape(c.layers, c.embed, c.kv_heads, -1, c.head_dim)
         stacked["joined"] = jnp.concatenate(
@@ -401,7 +426,7 @@ class Decoder(nnx.Module):
 
     def _query_key_value(self, weights: Weights, x):
         if "joined" not in weights:
-            return tuple(project(x, weights[name]) for name in ("query", "key", "value"))
+            return tuple(self._project(weights, name, x) for name in ("query", "key", "value"))
         joined = project(x, weights["joined"])
         query = joined[..., :-2, :].reshape(*x.shape[:-1], self.config.heads, -1)
         return query, joined[..., -2, :], joined[..., -1, :]
@@ -422,7 +447,7 @@ class Decoder(nnx.Module):
             key = self._norm(key, weights["key_norm"])
         keys_values = KeyValue(rotate(key, turn), value)
         out, state = attend(rotate(query, turn), keys_values, window, state)
-        out = project(out.reshape(*x.shape[:-1], -1), weights["attention_out"].reshape(-1, c.embed))
+        out = self._project(weights, "attention_out", out.reshape(*x.shape[:-1], -1))
         if c.output_bias:
             out = out + _as_rank(weights["attention_out_bias"], out.ndim)
         if c.post_norms:
@@ -435,15 +460,25 @@ class Decoder(nnx.Module):
 
     def _feed_forward(self, weights: Weights, x):
         c, activation = self.config, _ACTIVATIONS[self.config.activation]
-        kernels = (weights["gate"], weights["up"], weights["down"])
         if c.experts:
             return mixture_of_experts(
-                x, weights["router"], *kernels,
+                x, weights["router"], weights["gate"], weights["up"], weights["down"],
                 experts_per_token=c.experts_per_token, normalise=c.normalise_routing,
                 activation=activation,
             )  # fmt: skip
-        gate, up, down = kernels
-        return project(activation(project(x, gate)) * project(x, up), down)
+        gate, up = self._project(weights, "gate", x), self._project(weights, "up", x)
+        return self._project(weights, "down", activation(gate) * up)
+
+    def _project(self, weights: Weights, name: str, x):
+        """x·W, plus s·(x·A)·B where the kernel has an adapter."""
+        kernel = weights[name]
+        if name == "attention_out":
+            kernel = kernel.reshape(-1, self.config.embed)
+        out, (a, b) = project(x, kernel), lora.factors(name)
+        if self.config.lora is None or a not in weights:
+            return out
+        added = project(project(x, weights[a]), weights[b]) * self.config.lora.scale
+        return out + added.reshape(out.shape)
 
 
 def _positions(segments: Int32[Array, "N S"]) -> Int32[Array, "N S"]:

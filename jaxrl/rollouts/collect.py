@@ -25,6 +25,8 @@ class Collector:
       reference_completions: how many of the G the frozen reference policy writes, as the last
         of each group; off-policy recipes ask for them.
       greedy: also write one greedy completion of each prompt (a baseline).
+      frozen: parameters of the policy that are not trained, where `params` of `collect` holds
+        only its adapters.
     """
 
     graphdef: nnx.GraphDef
@@ -32,6 +34,7 @@ class Collector:
     group_size: int
     reference_completions: int = 0
     greedy: bool = False
+    frozen: nnx.State | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.reference_completions <= self.group_size:
@@ -57,6 +60,8 @@ class Collector:
           key: consumed; a fresh one for every batch.
           version: of the policy.
         """
+        if self.frozen is not None:
+            params = nnx.merge_state(params, self.frozen)
         own_key, reference_key = jax.random.split(key)
         write = partial(generate_from_state, graphdef=self.graphdef, sampling=self.sampling)
         parts = []

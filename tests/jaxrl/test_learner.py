@@ -1,5 +1,7 @@
 """One update against plain `jax.grad` and optax, what it must leave alone, eight devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl import recipes
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer, lm_ptx
-from jaxrl.models import Decoder, DecoderConfig, ScalarModel, logical_axes
+from jaxrl.models import (
+    Decoder,
+    DecoderConfig,
+    LoraConfig,
+    LoraParam,
+    ScalarModel,
+    logical_axes,
+)
 from jaxrl.recipes import KL
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.types import REFERENCE_VERSION, Prompts
@@ -372,3 +381,41 @@ def test_parameters_that_the_recipe_does_not_train_are_refused():
 def test_rates_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be > 0, got 0"):
         OptimizerConfig(**{name: 0.0})
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def test_adapters_alone_are_trained_as_they_would_be_among_all():
+    config = dataclasses.replace(
+        CONFIG, lora=LoraConfig(rank=2, alpha=8.0, targets=("query", "down"))
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    source = dict(nnx.to_flat_state(PARAMS))
+    graphdef, params = nnx.split(model)
+    params = nnx.from_flat_state(
+        (path, source.get(path, variable)) for path, variable in nnx.to_flat_state(params)
+    )
+    graphdef, adapters, frozen = nnx.split(nnx.merge(graphdef, params), LoraParam, ...)
+    assert len(jax.tree.leaves(adapters)) == 4
+    collector = Collector(graphdef=graphdef, sampling=SAMPLING, group_size=4, frozen=frozen)
+    rollouts, _ = collector.collect(adapters, params, PROMPTS, jax.random.key(0), 0)
+    reward = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    rollouts = rollouts.replace(
+        rewards={"reward": jnp.asarray(reward)}, costs={"cost": jnp.asarray(-reward)}
+    )
+
+    def updated(policy, **options):
+        apply = lm_apply(graphdef, None, temperature=TEMPERATURE, **options)
+        trainer = Learner(recipe=recipes.get("rloo"), apply=apply, optimizer=optax.sgd(RATE))
+        state, metrics = trainer.update(trainer.init({"policy": policy}, num_prompts=4), rollouts)
+        assert metrics["sampler_gap"] < 1e-4
+        return dict(nnx.to_flat_state(state.params["policy"]))
+
+    alone, among = updated(adapters, frozen=frozen), updated(params)
+    before = dict(nnx.to_flat_state(adapters))
+    assert set(alone) == set(before)
+    for path, variable in alone.items():
+        np.testing.assert_allclose(variable.get_value(), among[path].get_value(), atol=1e-7)
+        moved = np.any(variable.get_value() != before[path].get_value())
+        assert moved == path[-1].endswith("_b")  # B is zero, so that A has no gradient yet

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jaxrl import policy
-from jaxrl.models import Decoder, DecoderConfig
+from jaxrl.models import Decoder, DecoderConfig, LoraConfig
+from jaxrl.models.config import LORA_TARGETS
 from jaxrl.rollouts import Sampling, categorical, draw, generate, generate_from_state, truncate
 from jaxrl.types import Prompts
 
@@ -79,6 +80,7 @@ def test_log_probs_are_those_of_a_fresh_forward(name, group_size):
         {"tie_embeddings": False},
         GEMMA,
         {"experts": 4, "experts_per_token": 2},
+        {"lora": LoraConfig(rank=2, targets=LORA_TARGETS)},
     ],
     ids=lambda changes: "-".join(changes)[:40],
 )

@@ -1,5 +1,8 @@
 """Hugging Face checkpoints in and out: config, weights and adapters."""
 
+from jaxrl.models.huggingface.adapters import load_adapter as load_adapter
+from jaxrl.models.huggingface.adapters import save_adapter as save_adapter
+from jaxrl.models.huggingface.adapters import with_adapter as with_adapter
 from jaxrl.models.huggingface.config import FAMILIES as FAMILIES
 from jaxrl.models.huggingface.config import UnsupportedModel as UnsupportedModel
 from jaxrl.models.huggingface.config import decoder_config as decoder_config

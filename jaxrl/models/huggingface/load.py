@@ -6,7 +6,7 @@ host nor any device ever holds what it does not keep.
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +102,8 @@ def load_pretrained(
         placed = dict(nnx.to_flat_state(shardings(state)))
     with contextlib.ExitStack() as stack:
         files = Files(folder, stack)
-        _check(wanted, files, tied=config.tie_embeddings)
+        # Some write a tied head a second time.
+        check_tensors(wanted, files, spare={"lm_head.weight"} if config.tie_embeddings else set())
         params = {
             path: variable.replace(
                 _load(
@@ -122,11 +123,13 @@ def load_pretrained(
 class Files:
     """The tensors of a folder by name; opened, not read."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    def __init__(
+        self, folder: Path, stack: contextlib.ExitStack, *, single: str = "model.safetensors"
+    ):
         import safetensors  # only who reads a checkpoint pays for the import
 
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
+        index = folder / f"{single}.index.json"
+        names = [single]
         if index.is_file():
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -161,15 +164,26 @@ def _canonical(name: str) -> str:
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
-def _check(wanted: Mapping[Any, Parameter], files: Files, *, tied: bool) -> None:
+def check_tensors(
+    wanted: Mapping[Any, Parameter], files: Files, *, spare: Set[str] = frozenset()
+) -> None:
+    """Names and shapes, before anything is read.
+
+    Args:
+      wanted: the parameters that are going to be read.
+      files: what there is.
+      spare: tensors that may be there as well.
+
+    Raises:
+      CheckpointMismatch: tensors are missing, left over or of another shape; names them.
+    """
     shapes = {
         piece.name: parameter.piece_shape
         for parameter in wanted.values()
         for piece in parameter.pieces()
     }
-    spare = {"lm_head.weight"} if tied else set()  # some write the tied head a second time
     missing = sorted(set(shapes) - files.names)
-    extra = sorted(files.names - set(shapes) - spare)
+    extra = sorted(files.names - set(shapes) - set(spare))
     differing = [
         f"{name} is {list(files.shape(name))} and should be {list(shape)}"
         for name, shape in shapes.items()

@@ -61,19 +61,19 @@ def save_pretrained(
         if len(groups) > 1:
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {
-            theirs: np.ascontiguousarray(wanted[path].to_theirs(_host(flat[path], at, dtype)))
+            theirs: np.ascontiguousarray(wanted[path].to_theirs(to_host(flat[path], at, dtype)))
             for path, theirs, at in group
         }
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(x.nbytes for x in tensors.values())
         if writes:
-            _write_tensors(folder / name, tensors)
+            write_tensors(folder / name, tensors)
     if not writes:
         return
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-    _write_text(folder / "config.json", json.dumps(document, indent=2) + "\n")
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+    write_text(folder / "config.json", json.dumps(document, indent=2) + "\n")
 
 
 def _text_type(document: Mapping[str, Any]) -> str:
@@ -109,7 +109,7 @@ def _in_order(
     return iter(sorted(entries, key=lambda e: e[0][2][:1]))  # stable: by layer, head first
 
 
-def _host(value: jax.Array, at: tuple[int, ...], dtype: Any) -> np.ndarray:
+def to_host(value: jax.Array, at: tuple[int, ...], dtype: Any) -> np.ndarray:
     """One layer's (and expert's) part on this host; a collective where others hold a share."""
     part = value[at].astype(dtype)
     if part.is_fully_addressable:
@@ -119,7 +119,8 @@ def _host(value: jax.Array, at: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(part, tiled=True))
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file, which replaces an older one only when it is whole and on the disk."""
     from safetensors.numpy import save_file
 
     part = path.with_name(path.name + ".part")
@@ -129,7 +130,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     part.replace(path)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """A text file, likewise."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
     ) as file:

@@ -1,22 +1,26 @@
 """Makes the golden models of every family with `transformers` and PyTorch, which tests need not.
 
-    pip install torch transformers && python tests/jaxrl/models/make_golden.py
+    pip install torch transformers peft && python tests/jaxrl/models/make_golden.py
 
 writes golden/NAME/{config.json, model.safetensors, expected.npz}: a small model whose weights are
 such that nothing hides (norms, biases and routers random, logits of standard deviation ≥ 1), and
-the logits of sequences that are longer than every window. `--check FOLDER` loads a model that
+the logits of sequences that are longer than every window; and golden_adapters/NAME, a LoRA
+adapter of one of them in PEFT's files. `--check FOLDER` loads a model that
 this project has saved into `transformers` and compares logits with those beside it.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
 HERE = Path(__file__).parent / "golden"
+ADAPTERS = Path(__file__).parent / "golden_adapters"
 SIZES = {
     "vocab_size": 40, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 3, "intermediate_size": 40, "max_position_embeddings": 64,
@@ -92,6 +96,30 @@ def make(name: str) -> None:
     print(f"{name}: logits' standard deviation {logits.std():.2f}")
 
 
+def make_adapter(name: str, **options: Any) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        read(HERE / name), peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    )
+    with torch.no_grad():
+        for path, tensor in model.named_parameters():
+            if "lora_" in path:
+                tensor.copy_(0.5 * torch.randn(tensor.shape))
+    folder = ADAPTERS / name
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    document = json.loads((folder / "adapter_config.json").read_text())
+    document["base_model_name_or_path"] = name  # not where this machine keeps it
+    (folder / "adapter_config.json").write_text(json.dumps(document, indent=2) + "\n")
+    tokens = np.load(HERE / name / "expected.npz")["tokens"]
+    np.savez_compressed(
+        folder / "expected.npz", tokens=tokens, logits=logits_of(model.eval(), tokens)
+    )
+    print(f"adapter of {name}")
+
+
 def read(folder: Path) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -101,7 +129,13 @@ def read(folder: Path) -> transformers.PreTrainedModel:
 
 def check(folder: Path) -> None:
     expected = np.load(folder / "expected.npz")
-    gap = np.abs(logits_of(read(folder), expected["tokens"]) - expected["logits"]).max()
+    if (folder / "adapter_config.json").exists():
+        import peft
+
+        model = peft.PeftModel.from_pretrained(read(HERE / folder.name), folder).eval()
+    else:
+        model = read(folder)
+    gap = np.abs(logits_of(model, expected["tokens"]) - expected["logits"]).max()
     print(f"{folder.name}: largest difference of logits {gap:.2e}")
     assert gap < 1e-4
 
@@ -116,6 +150,9 @@ def main() -> None:
         return
     for name in CASES:
         make(name)
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    make_adapter("llama3", r=3, lora_alpha=5, target_modules=everything)
+    make_adapter("gemma3", r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], use_rslora=True)
 
 
 if __name__ == "__main__":

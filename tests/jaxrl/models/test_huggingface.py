@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jaxrl.models import Decoder, DecoderConfig, RopeScaling
+from jaxrl.models import Decoder, DecoderConfig, LoraConfig, LoraParam, RopeScaling
 from jaxrl.models.huggingface import (
     CheckpointMismatch,
     UnsupportedModel,
     decoder_config,
     document_of,
+    load_adapter,
     load_pretrained,
+    save_adapter,
     save_pretrained,
+    with_adapter,
 )
 from jaxrl.models.huggingface.load import read_document
 from jaxrl.models.huggingface.names import Parameter
@@ -335,3 +338,69 @@ def test_a_folder_without_model_is_refused(tmp_path):
     shutil.copy(GOLDEN / "qwen2" / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
         load_pretrained(tmp_path)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+ADAPTERS = GOLDEN.with_name("golden_adapters")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ADAPTERS.iterdir()))
+def test_adapters_give_the_logits_of_peft(name):
+    loaded, tokens, without_adapter = golden(name)
+    expected = np.load(ADAPTERS / name / "expected.npz")["logits"]
+    assert np.abs(expected - without_adapter).max() > 1
+    adapted = load_adapter(ADAPTERS / name, loaded)
+    np.testing.assert_allclose(logits_of(adapted.model(), tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ADAPTERS.iterdir()))
+def test_adapters_are_saved_as_they_were_loaded(name, tmp_path):
+    save_adapter(tmp_path, load_adapter(ADAPTERS / name, golden(name)[0]), base_model=name)
+    theirs = load_file(ADAPTERS / name / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    documents = [
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (tmp_path, ADAPTERS / name)
+    ]
+    for key, value in documents[0].items():
+        expected = documents[1][key]
+        assert value == (sorted(expected) if key == "target_modules" else expected), key
+
+
+def test_fresh_adapters_change_nothing():
+    loaded, tokens, expected = golden("qwen3")
+    adapted = with_adapter(loaded, LoraConfig(rank=3, targets=("query", "gate")))
+    np.testing.assert_allclose(logits_of(adapted.model(), tokens), expected, atol=1e-4)
+    adapters = nnx.state(adapted.model(), LoraParam)
+    assert sum(x.size for x in jax.tree.leaves(adapters)) == 3 * 3 * (32 + 40 + 32 + 40)
+    assert adapted.config.num_params == loaded.config.num_params + 3 * 3 * (32 + 40 + 32 + 40)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"peft_type": "IA3"}, "peft_type must be LORA"),
+    ({"use_dora": True}, "use_dora=True is not supported"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+    ({"target_modules": ["lm_head"]}, "some of q_proj, .*got lm_head"),
+])  # fmt: skip
+def test_adapters_of_another_kind_are_refused(changes, message, tmp_path):
+    shutil.copytree(ADAPTERS / "llama3", tmp_path, dirs_exist_ok=True)
+    document = json.loads((tmp_path / "adapter_config.json").read_text()) | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(document))
+    with pytest.raises(UnsupportedModel, match=message):
+        load_adapter(tmp_path, golden("llama3")[0])
+
+
+def test_an_adapter_of_another_model_is_refused():
+    with pytest.raises(CheckpointMismatch, match="wrong: base_model"):
+        load_adapter(ADAPTERS / "llama3", golden("llama_multi_query")[0])
+    with pytest.raises(ValueError, match="no adapters to save"):
+        save_adapter("unused", golden("llama3")[0])
+
+
+def test_experts_have_no_adapters():
+    with pytest.raises(ValueError, match="experts have no adapters"):
+        with_adapter(golden("mixtral")[0], LoraConfig(targets=("query", "gate")))
