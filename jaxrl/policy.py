@@ -4,9 +4,11 @@ One rule for the temperature: logits are divided by it before anything else, for
 for the reference alike; forgetting one of the two changes the target distribution.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxrl.models import Decoder
 from jaxrl.types import PolicyOutput, Prompts
@@ -66,14 +68,46 @@ def evaluate(
       temperature: the one at which the completions were sampled.
       with_entropy: False saves a pass over the logits and leaves the entropies at 0.
     """
-    logits = model.logits(model.completion_hidden(prompts, tokens))
-    log_probs = token_log_probs(logits, tokens, temperature=temperature)
-    spread = jnp.zeros_like(log_probs)
-    if with_entropy:
-        spread = entropy(jax.lax.stop_gradient(logits), temperature=temperature)
+    hidden = model.completion_hidden(prompts, tokens)
+
+    def read(hidden, tokens):
+        logits = model.logits(hidden)
+        log_probs = token_log_probs(logits, tokens, temperature=temperature)
+        if not with_entropy:
+            return log_probs, jnp.zeros_like(log_probs)
+        return log_probs, entropy(jax.lax.stop_gradient(logits), temperature=temperature)
+
+    log_probs, spread = _in_chunks(read, model.config.logit_chunk, hidden, tokens)
     return PolicyOutput(
         log_probs=jnp.where(mask, log_probs, 0.0), entropy=jnp.where(mask, spread, 0.0)
     )
+
+
+def _in_chunks(
+    read: Callable[..., tuple[Float32[Array, "B G t"], Float32[Array, "B G t"]]],
+    size: int | None,
+    hidden: Float[Array, "B G T D"],
+    tokens: Int32[Array, "B G T"],
+) -> tuple[Float32[Array, "B G T"], Float32[Array, "B G T"]]:
+    """`read(hidden, tokens)`, for `size` positions at a time, recomputed in the backward pass.
+
+    Cut along time, where data are never sharded, so that every device reads its own rows.
+    """
+    steps = tokens.shape[2]
+    if size is None or size >= steps:
+        return read(hidden, tokens)
+    short = -steps % size
+
+    def cut(x):  # [B, G, T, …] -> [chunks, B, G, size, …]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, short), *[(0, 0)] * (x.ndim - 3)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    def joined(x):
+        return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)[:, :, :steps]
+
+    body = jax.checkpoint(lambda part: read(*part), prevent_cse=False)
+    log_probs, spread = jax.lax.map(body, (cut(hidden), cut(tokens)))
+    return joined(log_probs), joined(spread)
 
 
 def negative_log_likelihood(

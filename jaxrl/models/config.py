@@ -151,6 +151,9 @@ class DecoderConfig:
       compute_dtype: dtype of the matrix products; parameters are always float32.
       remat: what the backward pass computes again instead of reading it from memory: all but
         the products with weights ("projections"), the whole layer ("full") or nothing ("none").
+      logit_chunk: positions of each completion whose float32 logits exist at once when
+        completions are evaluated, so that [batch, time, vocabulary] never does; the backward
+        pass computes them again. None: all at once.
       scan_unroll: layers that one iteration of the scan holds; more compile longer.
     """
 
@@ -184,6 +187,7 @@ class DecoderConfig:
     lora: LoraConfig | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "projections", "full"] = "projections"
+    logit_chunk: int | None = None
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:
@@ -191,6 +195,8 @@ class DecoderConfig:
         for name in (*sizes, "scan_unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}")
+        if self.logit_chunk is not None and self.logit_chunk < 1:
+            raise ValueError(f"logit_chunk must be ≥ 1 or None, got {self.logit_chunk}")
         if self.remat not in ("none", "projections", "full"):
             raise ValueError(f"remat must be none, projections or full, got {self.remat!r}")
         if self.heads % self.kv_heads:

@@ -1,5 +1,7 @@
 """Log-probabilities, entropies and divergences against plain NumPy and a naive forward."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,49 @@ def test_gradient_against_finite_differences():
 
 def norm(tree):
     return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+
+
+# --- logits in chunks ---------------------------------------------------------------------------
+
+
+def chunked(size):
+    config = dataclasses.replace(CONFIG, logit_chunk=size, logit_softcap=2.0)
+    return nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def loss_and_output(size):
+    graphdef, params = chunked(size)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        output = policy.evaluate(model, PROMPTS, TOKENS, MASK, temperature=0.7)
+        weights = jnp.arange(TOKENS.size, dtype=jnp.float32).reshape(TOKENS.shape)
+        return jnp.sum(output.log_probs * weights), output
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_chunks_change_neither_results_nor_gradients(size):
+    (_, output), grads = loss_and_output(size)
+    (_, expected), expected_grads = loss_and_output(None)
+    np.testing.assert_allclose(output.log_probs, expected.log_probs, atol=1e-6)
+    np.testing.assert_allclose(output.entropy, expected.entropy, atol=1e-6)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-4), grads, expected_grads
+    )
+
+
+def test_chunked_logits_never_exist_whole():
+    graphdef, params = nnx.split(
+        Decoder(dataclasses.replace(CONFIG, logit_chunk=2), rngs=nnx.Rngs(0))
+    )
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return jnp.sum(policy.evaluate(model, PROMPTS, TOKENS, MASK, temperature=1.0).log_probs)
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert "f32[2,3,2,11]" in text
+    assert "f32[2,3,4,11]" not in text
+    assert "f32[2,2,3,2,11]" not in text  # nor stacked over the chunks
