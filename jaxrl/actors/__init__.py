@@ -6,20 +6,29 @@ learner ◄─ checks, journal, acknowledgement ◄─ result ┘
 """
 
 from jaxrl.actors.actor import Actor, ActorConfig, WeightsUnavailable
+from jaxrl.actors.factory import Factory
+from jaxrl.actors.journal import Journal, JournalError
 from jaxrl.actors.ledger import ActorStatistics
 from jaxrl.actors.pool import NoActorsLeft, Pool, PoolConfig
+from jaxrl.actors.processes import ActorFailed, Processes
 from jaxrl.actors.threads import Threads
 from jaxrl.actors.validation import RolloutChecks
-from jaxrl.actors.work import AbstractActor, Refusal, Result, Timings, WorkItem
+from jaxrl.actors.work import AbstractActor, Interrupted, Refusal, Result, Timings, WorkItem
 
 __all__ = [
     "AbstractActor",
     "Actor",
     "ActorConfig",
+    "ActorFailed",
     "ActorStatistics",
+    "Factory",
+    "Interrupted",
+    "Journal",
+    "JournalError",
     "NoActorsLeft",
     "Pool",
     "PoolConfig",
+    "Processes",
     "Refusal",
     "Result",
     "RolloutChecks",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl.actors.work import Refusal, Result, Timings, WorkItem
+from jaxrl.actors.work import Interrupted, Refusal, Result, Timings, WorkItem
 from jaxrl.data.batches import PromptSet
 from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
 from jaxrl.sync import Subscriber
@@ -18,10 +18,6 @@ from jaxrl.types import Rollouts
 
 SCORES = "scores"
 """The reason of refusals for rewards or costs that are not finite."""
-
-
-class Interrupted(RuntimeError):
-    """The actor was told to stop while it waited."""
 
 
 class WeightsUnavailable(TimeoutError):

@@ -158,14 +158,20 @@ class Ledger:
         self._done.append(result)
         self._changed.notify_all()
 
-    def release(self, actor: str, why: str) -> None:
-        """Notes the death of an actor: what it held is free again, or refused as a killer."""
+    def release(self, actor: str, why: str, *, blame: bool = True) -> None:
+        """Notes the loss of an actor: what it held is free again, or refused as fatal.
+
+        Args:
+          actor: who is lost.
+          why: for the log.
+          blame: whether the item may have been the cause; not where only a connection broke.
+        """
         with self._changed:
             held = [x for x in self._open.values() if actor in x.holders]
             for entry in held:
                 del entry.holders[actor]
-                entry.failures += 1
-                if entry.failures >= self._max_failures:
+                entry.failures += blame
+                if blame and entry.failures >= self._max_failures:
                     detail = f"item {entry.item.id} ended {entry.failures} actors, last: {why}"
                     refusal = Refusal(
                         reason="fatal", detail=detail, item=entry.item.id, actor=actor
@@ -180,7 +186,7 @@ class Ledger:
             self._statistics[actor] = replace(old, restarts=old.restarts + 1)
             self._changed.notify_all()
         ids = [x.item.id for x in held]
-        _log.warning("%s died (%s); its items %s are handed out again", actor, why, ids)
+        _log.warning("lost %s (%s); what it held is handed out again: items %s", actor, why, ids)
 
     def poll(self, timeout_s: float) -> list[Result]:
         """All results that came in since the last call, waiting up to `timeout_s` for the first."""

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from jaxrl.actors.ledger import ActorStatistics, Ledger
 from jaxrl.actors.work import AbstractActor, Accept, Result, WorkItem
+from jaxrl.sync import ConnectionBroken
 
 _log = logging.getLogger(__name__)
 
@@ -164,14 +165,19 @@ class Pool(abc.ABC):
             except Exception as error:  # an actor may fail in any way; the run goes on
                 if self._closed.is_set():
                     return
-                why = f"{type(error).__name__}: {error}"
+                why = self._lose(name, error)
             deaths = 1 if self._items(name) > before else deaths + 1
-            self._book.release(name, why)
             if deaths > self.config.max_restarts:
                 _log.error("%s is given up after %d deaths in a row: %s", name, deaths, why)
                 self._given_up[name] = why
                 return
             self._closed.wait(self.config.pause_s(deaths))
+
+    def _lose(self, name: str, error: Exception) -> str:
+        """Books the loss of an actor and returns why it was lost."""
+        why = f"{type(error).__name__}: {error}"
+        self._book.release(name, why, blame=not isinstance(error, ConnectionBroken))
+        return why
 
     def _items(self, name: str) -> int:
         return self.statistics.get(name, ActorStatistics()).items

@@ -102,6 +102,10 @@ class Result:
     timings: Timings = field(default_factory=Timings)
 
 
+class Interrupted(RuntimeError):
+    """An actor was told to stop while it waited."""
+
+
 @runtime_checkable
 class AbstractActor(Protocol):
     """What a pool keeps alive: a context manager that answers work items."""
@@ -111,7 +115,7 @@ class AbstractActor(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Ends what `run` waits for, from any thread."""
+        """Ends what `run` waits for, from any thread: it raises `Interrupted`."""
         ...
 
     def __enter__(self) -> Any: ...

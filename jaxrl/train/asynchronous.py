@@ -3,19 +3,22 @@
 hand out items ─► actors ─► take what is acknowledged ─► (replay) ─► update ─► publish
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.actors import Pool, Refusal, Result, RolloutChecks
+from jaxrl.actors import Journal, Pool, Refusal, Result, RolloutChecks
+from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import Demonstrations
 from jaxrl.learner import Learner, LearnerState
 from jaxrl.replay import Replay
-from jaxrl.sync import Published, Publisher
+from jaxrl.sync import Published, Publisher, StoreError
 from jaxrl.train.intake import Intake
 from jaxrl.train.synchronous import (
     NonFiniteUpdates,
@@ -26,6 +29,8 @@ from jaxrl.train.synchronous import (
     summarise,
 )
 from jaxrl.types import Rollouts
+
+_log = logging.getLogger(__name__)
 
 Step = tuple[int, LearnerState, dict[str, float], list[Refusal]]
 
@@ -64,6 +69,8 @@ class AsynchronousTrainer:
       sync_every: updates between two publications.
       replay: where given, updates draw from it (trajectory balance); actors and learner then
         never wait for each other, once the first rollouts are there.
+      journal: keeps acknowledged rollouts over a crash of the learner; without one what was
+        acknowledged after the last checkpoint is written again.
       prompts_per_update: B of an update drawn from `replay`; `prompts_per_item` where None.
       sampler_tolerance: see `Trainer`; holds for tokens of the learner's present version.
       max_refused: items in a row that may be refused, or updates that may be skipped.
@@ -81,6 +88,7 @@ class AsynchronousTrainer:
     max_staleness: int
     sync_every: int = 1
     replay: Replay | None = None
+    journal: Journal | None = None
     prompts_per_update: int | None = None
     sampler_tolerance: float = 1e-2
     max_refused: int = 16
@@ -109,7 +117,10 @@ class AsynchronousTrainer:
             batch=self.prompts_per_item,
             seed=self.seed,
             max_staleness=self.max_staleness,
+            journal=self.journal,
         )
+        self._recovered = False
+        self._saved: dict[int, Mapping[str, Any]] = {}
         self._published: Published | None = None
         self._refused = self._skipped = 0
 
@@ -127,45 +138,96 @@ class AsynchronousTrainer:
           NoActorsLeft: every actor was given up.
           Stalled: no actor answered for `stall_s`.
         """
+        if not self._recovered:
+            self._intake.recover(None, start)
         with self.pool:
             self.pool.start(self._intake.accept)
             ended = time.perf_counter()
             for step in range(start, steps):
                 version = int(state.step)
-                published = self._publish(state, version)
-                waiting = time.perf_counter()
-                rollouts, news, refusals = self._next(version)
-                waited_s = time.perf_counter() - waiting
+                batch = self._next(step, state, version)
                 with self.span("update"):
                     demonstrations = imitated(
-                        self.demonstrations, rollouts.mask.shape, seed=self.seed, step=step
+                        self.demonstrations, batch.rollouts.mask.shape, seed=self.seed, step=step
                     )
-                    state, metrics = self.learner.update(
-                        state, jax.tree.map(jnp.asarray, rollouts), demonstrations
-                    )
-                    summary = summarise(rollouts, metrics)
+                    rollouts = jax.tree.map(jnp.asarray, batch.rollouts)
+                    state, metrics = self.learner.update(state, rollouts, demonstrations)
+                    summary = summarise(rollouts, metrics) | staleness(rollouts, version)
                 now = time.perf_counter()
-                summary |= staleness(rollouts, version)
-                summary |= {"learner_idle_share": waited_s / (now - ended)}
-                summary |= self._observed(news, published)
+                summary["learner_idle_share"] = batch.waited_s / (now - ended)
+                summary |= self._observed(batch)
                 ended = now
                 self._check(summary, step)
-                yield step + 1, state, summary, refusals
+                yield step + 1, state, summary, batch.refusals
+
+    # ------------------------------------------------------------------ over a crash
+
+    def restore(self, checkpoints: Checkpointer, state: LearnerState) -> tuple[int, LearnerState]:
+        """The last good checkpoint and all that the journal has beyond it; call it before `run`.
+
+        Args:
+          checkpoints: of this run.
+          state: where a new run starts; gives structure and shardings.
+
+        Returns:
+          Steps done and state: 0 and `state` where there is no checkpoint.
+        """
+        found = checkpoints.restore_latest(lambda metadata: self._tree(state, metadata["replay"]))
+        self._recovered = True
+        if found is None:
+            self._intake.recover(None, 0)
+            return 0, state
+        if self.replay is not None:
+            parts = {"arrays": found.tree["replay"], "metadata": found.metadata["replay"]}
+            self.replay.load(parts)
+        self._intake.recover(found.metadata["intake"], found.step)
+        return found.step, found.tree["learner"]
+
+    def save(self, checkpoints: Checkpointer, step: int, state: LearnerState) -> None:
+        """Begins to save what `run` has just yielded; see `Checkpointer.save`.
+
+        The journal is cleared of what the oldest checkpoint on disk holds, which may be needed
+        when a later one proves damaged.
+        """
+        replay = None if self.replay is None else self.replay.state_dict()
+        metadata = {
+            "intake": self._intake.state(),
+            "replay": None if replay is None else replay["metadata"],
+        }
+        tree = {"learner": state, "replay": {} if replay is None else replay["arrays"]}
+        checkpoints.save(step, tree, metadata=metadata)
+        self._saved[step] = metadata["intake"]
+        oldest = min(checkpoints.steps(), default=None)
+        if oldest in self._saved:
+            self._intake.collect(self._saved[oldest], oldest)
+            self._saved = {at: kept for at, kept in self._saved.items() if at >= oldest}
+
+    def _tree(self, state: LearnerState, replay: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {"learner": state, "replay": {} if replay is None else Replay.template(replay)}
+
+    # ------------------------------------------------------------------- one step's parts
 
     def _publish(self, state: LearnerState, version: int) -> Published | None:
-        """Publishes the policy when it is due; its cost is a pause of the learner."""
+        """Publishes the policy when it is due; what it costs is a pause of the learner."""
         last = self._published
         if last is not None and version - last.version < self.sync_every:
             return None
-        with self.span("publish"):
-            self._published = self.publisher.publish(state.params["policy"], version)
+        self._intake.flush()
+        try:
+            with self.span("publish"):
+                self._published = self.publisher.publish(state.params["policy"], version)
+        except StoreError as error:
+            _log.error(
+                "version %d cannot be published and is tried again; the actors go on with %s: %s",
+                version, None if last is None else last.version, error,
+            )  # fmt: skip
+            return None
         self._intake.newest = max(self._intake.newest, version)
         return self._published
 
     def _hand_out(self, version: int) -> None:
         """Keeps the actors supplied, as far ahead as the staleness bound allows."""
-        assert self._published is not None
-        while True:
+        while self._published is not None:
             if self.replay is None:
                 # Each item is used up by one update: an item behind `ahead` others is used at
                 # version + ahead, and may then not be older than allowed.
@@ -178,45 +240,57 @@ class AsynchronousTrainer:
             used_at = version + (ahead if self.replay is None else 0)
             self.pool.submit(self._intake.next_item(used_at - self.max_staleness))
 
-    def _next(self, version: int) -> tuple[Rollouts, list[Result], list[Refusal]]:
-        """The rollouts of the next update, the results that came for it, and refusals."""
-        refusals: list[Refusal] = []
+    def _next(self, step: int, state: LearnerState, version: int) -> "_Batch":
+        """Waits for what the next update trains on."""
+        batch = _Batch()
+        repeated = self._intake.repeat(step)
+        if repeated is not None:
+            # Its version was published before the crash, and actors may have it.
+            return self._fill(batch, repeated, version)
         deadline = time.monotonic() + self.stall_s
-        self._collect(0.0, refusals)
+        self._collect(0.0, batch)
         while True:
+            batch.published = self._publish(state, version) or batch.published
             self._hand_out(version)
-            news, stale = self._intake.take(version, at_most=None if self.replay else 1)
-            refusals += stale
-            self._count_refusals(stale)
-            if self.replay is not None:
-                for result in news:
-                    assert result.rollouts is not None
-                    self.replay.add(result.rollouts, iteration=result.version)
-                if len(self.replay):
-                    batch = self.prompts_per_update or self.prompts_per_item
-                    groups = self.checks.group_size
-                    return self.replay.sample(batch, groups, version), news, refusals
-            elif news:
-                assert news[0].rollouts is not None
-                return news[0].rollouts, news, refusals
+            taken, stale = self._intake.take(version, at_most=None if self.replay else 1)
+            self._refuse(stale, batch)
+            if self._fill(batch, taken, version).ready:
+                self._intake.note(step, batch.news)
+                return batch
             if time.monotonic() > deadline:
                 raise Stalled(
                     f"no rollouts for {self.stall_s:.0f} s with {self._intake.waiting} items "
-                    f"handed out to {self.pool.size} actors; see the log for what they do, or "
-                    "raise stall_s"
+                    f"handed out to {self.pool.size} actors; the log says what they do, and "
+                    "stall_s how long to wait"
                 )
             with self.span("wait"):
-                self._collect(1.0, refusals)
+                waiting = time.perf_counter()
+                self._collect(1.0, batch)
+                batch.waited_s += time.perf_counter() - waiting
 
-    def _collect(self, timeout_s: float, refusals: list[Refusal]) -> None:
+    def _fill(self, batch: "_Batch", results: list[Result], version: int) -> "_Batch":
+        """Adds results to the batch, through the replay where there is one."""
+        batch.news += results
+        if self.replay is None:
+            batch.results = [result.rollouts for result in results]
+            return batch
+        for result in results:
+            assert result.rollouts is not None
+            self.replay.add(result.rollouts, iteration=result.version)
+        if len(self.replay):
+            size = self.prompts_per_update or self.prompts_per_item
+            batch.results = [self.replay.sample(size, self.checks.group_size, version)]
+        return batch
+
+    def _collect(self, timeout_s: float, batch: "_Batch") -> None:
+        """Takes in what the actors have done, waiting up to `timeout_s` for the first."""
         results = self.pool.poll(timeout_s)
         if any(result.refusal is None for result in results):
             self._refused = 0
-        news = self._intake.receive(results)
-        self._count_refusals(news)
-        refusals += news
+        self._refuse(self._intake.receive(results), batch)
 
-    def _count_refusals(self, refusals: list[Refusal]) -> None:
+    def _refuse(self, refusals: list[Refusal], batch: "_Batch") -> None:
+        batch.refusals += refusals
         self._refused += len(refusals)
         if self._refused > self.max_refused:
             raise TooManyRefusals(self._refused, refusals[-1])
@@ -228,7 +302,7 @@ class AsynchronousTrainer:
         if self._skipped > self.max_refused:
             raise NonFiniteUpdates(self._skipped, step)
 
-    def _observed(self, news: list[Result], published: Published | None) -> dict[str, float]:
+    def _observed(self, batch: "_Batch") -> dict[str, float]:
         """What a user watches of the two sides, as numbers."""
         actors = self.pool.statistics.values()
         seen = {f"refused_{reason}": float(n) for reason, n in self._intake.refused.items()}
@@ -236,15 +310,35 @@ class AsynchronousTrainer:
         seen["restarts"] = float(sum(actor.restarts for actor in actors))
         if actors:
             seen["actor_idle_share"] = float(np.mean([actor.idle_share for actor in actors]))
-        if news:
-            seen["actor_pause_s"] = float(np.mean([result.timings.paused for result in news]))
-        if published is not None:
+        if batch.news:
+            pauses = [result.timings.paused for result in batch.news]
+            seen["actor_pause_s"] = float(np.mean(pauses))
+        if batch.published is not None:
             seen |= {
-                "sync_bytes": float(published.size_bytes),
-                "sync_density": published.density,
-                "sync_s": published.seconds,
+                "sync_bytes": float(batch.published.size_bytes),
+                "sync_density": batch.published.density,
+                "sync_s": batch.published.seconds,
             }
         return seen
+
+
+@dataclass
+class _Batch:
+    """What one update trains on, and what came about while it was waited for."""
+
+    results: list[Rollouts] = field(default_factory=list)
+    news: list[Result] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    published: Published | None = None
+    waited_s: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.results)
+
+    @property
+    def rollouts(self) -> Rollouts:
+        return self.results[0]
 
 
 def staleness(rollouts: Rollouts, version: int) -> dict[str, float]:
