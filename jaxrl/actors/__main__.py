@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when whoever holds the other end is gone
-    os._exit(0)
+    # Below Python's own buffer, whose lock would be held while the interpreter shuts down.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(0)  # whoever held the other end is gone
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ class Processes(Pool):
             with contextlib.suppress(Empty):
                 return arrived.get(timeout=_LOOK_S)
             if process.poll() is not None:
-                raise ActorFailed(f"it ended before it connected: {_ended(process)}")
+                raise ActorFailed(
+                    f"it ended before it connected ({_ended(process)}); its own log says why"
+                )
             if self._closed.is_set():
                 raise Interrupted("the pool closes")
         raise ActorFailed(f"it did not connect within {self._connect_s:.0f} s (connect_s)")

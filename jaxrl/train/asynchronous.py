@@ -272,7 +272,7 @@ class AsynchronousTrainer:
         """Adds results to the batch, through the replay where there is one."""
         batch.news += results
         if self.replay is None:
-            batch.results = [result.rollouts for result in results]
+            batch.results = [x.rollouts for x in results if x.rollouts is not None]
             return batch
         for result in results:
             assert result.rollouts is not None

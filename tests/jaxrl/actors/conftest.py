@@ -1,0 +1,61 @@
+"""Results that need no model: arrays of the right shapes, made from the item's number."""
+
+import numpy as np
+import pytest
+
+from jaxrl.actors import Result, RolloutChecks, Timings, WorkItem
+from jaxrl.data.batches import PromptSet
+from jaxrl.types import REFERENCE_VERSION, Prompts, Rollouts
+
+PROMPTS = PromptSet(
+    texts=("a", "b", "c", "d", "e"),
+    tokens=np.arange(20, dtype=np.int32).reshape(5, 4),
+    mask=np.ones((5, 4), bool),
+)
+
+
+def _item(number, rows=(1, 3), min_version=0):
+    return WorkItem(id=number, rows=rows, seed=7, min_version=min_version)
+
+
+def _result(item, *, version=2, actor="actor-0"):
+    """G = 3 completions of T = 5 tokens for each row, the last written by the reference."""
+    rng = np.random.default_rng(item.id)
+    rows, shape = np.asarray(item.rows), (len(item.rows), 3, 5)
+    mask = np.arange(5) < rng.integers(1, 6, shape[:2])[..., None]
+    versions = np.where(np.arange(3)[:, None] < 2, version, REFERENCE_VERSION) * mask
+    rollouts = Rollouts(
+        prompts=Prompts(
+            tokens=PROMPTS.tokens[rows], mask=PROMPTS.mask[rows], ids=rows.astype(np.int32)
+        ),
+        tokens=rng.integers(0, 30, shape, dtype=np.int32),
+        mask=mask,
+        behaviour_log_probs=-rng.random(shape, np.float32) * mask,
+        reference_log_probs=-rng.random(shape, np.float32) * mask,
+        policy_version=versions.astype(np.int32),
+        rewards={"reward": rng.random(shape[:2], np.float32)},
+        costs={
+            "cost": rng.random(shape[:2], np.float32),
+            "other cost": np.ones((2, 3), np.float32),
+        },
+        greedy=None,
+    )
+    return Result(
+        item=item.id, actor=actor, version=version, rollouts=rollouts,
+        timings=Timings(generate=1.0, score=0.5, paused=0.25, idle=2.0),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_item():
+    return _item
+
+
+@pytest.fixture
+def make_result():
+    return _result
+
+
+@pytest.fixture
+def checks():
+    return RolloutChecks(prompts=PROMPTS, group_size=3, completion_len=5, vocab_size=30)
