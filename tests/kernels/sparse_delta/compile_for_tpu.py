@@ -21,9 +21,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.sparse_delta import delta, reference, sparsecore, tpu
+from kernels.sparse_delta import delta, expand, reference, sparsecore, tpu
 from kernels.sparse_delta.digest import digest_box, strides_of
 from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.tiles import TileGrid
 
 BOX, TILE = (1, 1024, 1024), (256, 512)
 ODD_BOX, ODD_TILE = (1, 100, 300), (50, 300)
@@ -32,7 +33,10 @@ WIDTHS = {"bfloat16": jnp.uint16, "float32": jnp.uint32, "float8_e4m3fn": jnp.ui
 
 def report(run, *arguments, mesh, donate=()) -> dict:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(run, donate_argnums=donate).lower(*arguments).compile()
+        return described(jax.jit(run, donate_argnums=donate).lower(*arguments).compile())
+
+
+def described(compiled) -> dict:
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     return {
@@ -47,6 +51,36 @@ def report(run, *arguments, mesh, donate=()) -> dict:
         "aliased_bytes": memory.alias_size_in_bytes,
         "bytes_accessed": compiled.cost_analysis().get("bytes accessed"),
     }
+
+
+def receiver_programs(devices) -> dict:
+    """The device half of `apply` on shards of (1024, 1024): two passes of changes, and patches."""
+    mesh = expand.mesh_of(devices)
+    grid = TileGrid((1024 * len(devices), 1024), (0, 1), TILE)
+    lie = NamedSharding(mesh, PartitionSpec("device"))
+
+    def each(dims, dtype):
+        return jax.ShapeDtypeStruct((len(devices) * dims[0], *dims[1:]), dtype, sharding=lie)
+
+    old = each((1024, 1024), jnp.bfloat16)
+    words = each((8, 16, reference.subblocks_of(TILE)), jnp.uint32)
+    slots = reference.Slots(each((8,), jnp.int32), each((1,), jnp.int32), words)
+    limits = jax.ShapeDtypeStruct((7,), jnp.int32)
+    whole = each((2, *TILE), jnp.uint16)
+    patches = expand.Patches(each((2, 3), jnp.int32), each((1,), jnp.int32), whole)
+    edits = expand.Edits(((slots, limits), (slots, limits)), (patches,))
+    options = {"mesh": mesh, "grid": grid, "backend": "tpu"}
+    origins = each((1, 2), jnp.uint32)
+    lowered = {
+        "receiver counts": (expand._class_counts, old, each((4,), jnp.int32), limits),
+        "receiver rehearsal": (expand._rewritten_sums, old, edits, origins),
+        "receiver": (expand.rewrite_in_place, old, edits),
+    }
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return {
+            name: described(program.lower(*arguments, **options).compile())
+            for name, (program, *arguments) in lowered.items()
+        }
 
 
 def main(topology: str) -> dict:
@@ -100,6 +134,8 @@ def main(topology: str) -> dict:
     places = {"w": weights.sharding}
     diff = functools.partial(delta.diff, shardings=places, backend="tpu")
     results["diff"] = report(diff, tree, tree, mesh=mesh)
+    for name, run in receiver_programs(devices[:4]).items():
+        results[name] = run
     if topology.startswith("tpu7x"):
         compact = functools.partial(sparsecore.compact, **own)
         results["sparsecore"] = report(compact, bits, bits, limits, mesh=one)
