@@ -15,6 +15,8 @@ from kernels.sparse_delta.errors import (
 from kernels.sparse_delta.finish import finish
 from kernels.sparse_delta.host import digest_tree as digest
 from kernels.sparse_delta.merge import merge
+from kernels.sparse_delta.needs import needed
+from kernels.sparse_delta.partial import PartialPayload
 from kernels.sparse_delta.report import PayloadInfo, TensorInfo, inspect
 from kernels.sparse_delta.squash import squash
 from kernels.sparse_delta.trees import TreeDigest
@@ -24,6 +26,7 @@ __all__ = [
     "Damaged",
     "Delta",
     "Incomplete",
+    "PartialPayload",
     "PayloadInfo",
     "TensorInfo",
     "TreeDigest",
@@ -38,5 +41,6 @@ __all__ = [
     "finish",
     "inspect",
     "merge",
+    "needed",
     "squash",
 ]

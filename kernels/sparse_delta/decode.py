@@ -1,6 +1,5 @@
 """From a payload and the old tree to the new one: `apply`, all of it or nothing."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from kernels.sparse_delta.errors import (
     WrongModel,
     WrongTarget,
 )
-from kernels.sparse_delta.parse import Limits
+from kernels.sparse_delta.needs import check_model, limits_of, wanted_buckets
+from kernels.sparse_delta.partial import PartialPayload
 from kernels.sparse_delta.resident import ResidentLeaf, backend_of
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.unpack import Unpacker
@@ -55,7 +55,8 @@ def apply(
       old: pytree of arrays as they were when the payload was made; the sharding may be another.
         For an anchor only shapes, dtypes and shardings matter, and leaves may be
         `jax.ShapeDtypeStruct`.
-      payload: bytes-like, from `encode`, `merge` or `squash`.
+      payload: bytes-like, from `encode`, `merge` or `squash`; or a `PartialPayload` of the bytes
+        that `needed(old, …)` asks for in this process.
       base_digest: of `old`: `inspect(payload).target_digest` of the payload that made it, or
         `digest(old)`. It is trusted, and saves reading all of `old`.
       donate: gives up `old`: its jax.Arrays that changed are deleted once the new ones stand.
@@ -75,19 +76,14 @@ def apply(
       ValueError: the payload's tiles lie across several processes here.
     """
     leaves, structure = named_leaves(old, role="old")
-    limits = Limits(
-        tensors=len(leaves),
-        names=sum(len(leaf.name.encode()) for leaf in leaves),
-        dims=sum(len(leaf.shape) for leaf in leaves),
-        elements=sum(math.prod(leaf.shape) for leaf in leaves),
-    )
     threads = host.default_threads() if threads is None else threads
     spread = host.is_spread(leaves)
 
     def attempt() -> _Decoded:
-        parsed = parse.read(payload, limits=limits)
+        parsed = parse.read(payload, limits=limits_of(leaves))
         check_model(parsed.manifest, leaves)
-        parsed.verify()
+        partial = isinstance(payload, PartialPayload)
+        parsed.verify(wanted_buckets(parsed, leaves) if partial else None)
         bases = base_sums(leaves, parsed.manifest, base_digest, spread)
         if not spread:
             _check_base(parsed.manifest, leaves, bases, base_digest)
@@ -162,29 +158,6 @@ def together(attempt: Callable[[], _Decoded], n_leaves: int) -> _Decoded:
     totals = np.asarray(reports, np.uint64).sum(0)[1:] % (1 << 32)
     sums = [(int(first), int(second)) for first, second in totals]
     return _Decoded(done.manifest, done.contents, sums[:n_leaves], sums[n_leaves:])
-
-
-def check_model(manifest: Manifest, leaves: Sequence[Leaf]) -> None:
-    """Refuses a payload of another tree, or of part of one.
-
-    Raises:
-      WrongModel: names the first difference.
-      Incomplete: one process's part.
-    """
-    if len(manifest.tensors) != len(leaves):
-        raise WrongModel(
-            f"the payload is of {len(manifest.tensors)} tensors, the receiver has {len(leaves)}"
-        )
-    for tensor, leaf in zip(manifest.tensors, leaves, strict=True):
-        theirs = tensor.name, tensor.dtype, tensor.grid.shape
-        if theirs != (leaf.name, leaf.dtype.name, leaf.shape):
-            raise WrongModel(
-                f"the payload has {theirs[0]!r} {theirs[1]}{list(theirs[2])} where the receiver "
-                f"has {leaf.name!r} {leaf.dtype.name}{list(leaf.shape)}",
-                tensor=tensor.name,
-            )
-    if manifest.part is not None:
-        raise Incomplete("this is one process's part of a payload; merge it with the others'")
 
 
 def base_sums(

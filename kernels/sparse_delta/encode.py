@@ -11,6 +11,7 @@ import numpy as np
 from kernels.sparse_delta import codec, host, wire
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.merge import NO_ROOT, complete
+from kernels.sparse_delta.routing import Coded, routed
 from kernels.sparse_delta.tiles import Part, TileGrid, parts
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.wire import ANCHOR, DELTA, Manifest, Run, Tensor, Tiles
@@ -59,8 +60,9 @@ def encode(
       base_digest: of `old`, as `inspect(payload).target_digest` gave it for the payload that made
         `old`, or `digest(old)`. It is trusted and saves reading `old` once more.
       receivers: pytrees like `new` whose leaves are the shardings (or arrays with them) of those
-        who will apply the payload. Tiles are so cut that none lies in two of their shards.
-        Needed where a receiver's tensor is spread over several processes.
+        who will apply the payload. Tiles are so cut that none lies in two of their shards, and
+        so ordered that those of one shard of the first lie together, for receivers that fetch
+        what they need (`needed`). Wanted where a receiver's tensor is spread over processes.
       threads: how many work at once; as many as there are cores where None.
       conditional: code which elements change, and how, by the exponents of the old ones. False
         codes plain gaps instead: about 3 bits a change more, twice as fast at both ends. The
@@ -85,6 +87,7 @@ def encode(
             version=version,
             base_version=base_version,
             base_digest=base_digest,
+            receivers=receivers,
             threads=threads,
         )
     return encode_trees(
@@ -125,7 +128,8 @@ def encode_trees(
     leaves, structure = named_leaves(new, role="new")
     olds = None if old is None else matched(old, leaves, structure)
     numbers = checked_version("version", versions[0]), checked_version("base_version", versions[1])
-    grids = _grids(leaves, _sharding_trees(receivers, leaves, structure))
+    theirs = sharding_trees(receivers, leaves, structure)
+    grids = _grids(leaves, theirs)
     same = ties(leaves, olds, grids)
     threads = host.default_threads() if threads is None else threads
     spread = host.is_spread(leaves)
@@ -159,24 +163,9 @@ def encode_trees(
             runs.append(Run(item.tensor, table, tiles))
             chunks.append(coded.data.data)
     coded = Coded(tuple(tables), tuple(runs), tuple(chunks), tuple(change))
+    if receivers:
+        coded = routed(coded, grids, [shardings[0] for shardings in theirs])
     return packed(leaves, grids, same, base, coded, numbers, anchor=olds is None, spread=spread)
-
-
-@dataclass(frozen=True)
-class Coded:
-    """The coded tiles of a tree.
-
-    Attributes:
-      tables: dtype and tables of the coder.
-      runs: of tiles.
-      chunks: the bytes of each run.
-      change: by how much this process's share of each leaf's digest sums grows.
-    """
-
-    tables: tuple[tuple[str, codec.Tables], ...]
-    runs: tuple[Run, ...]
-    chunks: tuple[memoryview, ...]
-    change: tuple[Sums, ...]
 
 
 def packed(
@@ -264,7 +253,7 @@ def checked_version(name: str, value: int | None) -> int | None:
     return value
 
 
-def _sharding_trees(
+def sharding_trees(
     receivers: Sequence[Any] | None, leaves: Sequence[Leaf], structure: Any
 ) -> list[list[Any]]:
     """The receivers' shardings, for each leaf."""

@@ -38,4 +38,4 @@ class WrongTarget(CorruptPayload):
 
 
 class Incomplete(CorruptPayload):
-    """One process's part of a payload: `merge` it with the others' first."""
+    """Not all of a payload: one process's part, to `merge` with others, or bytes not fetched."""

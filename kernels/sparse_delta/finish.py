@@ -17,8 +17,16 @@ import numpy as np
 from kernels.sparse_delta import codec, host
 from kernels.sparse_delta.delta import Delta, ShardRecords, shard_records
 from kernels.sparse_delta.elements import ElementFormat, element_format, order
-from kernels.sparse_delta.encode import Coded, base_sums, checked_version, matched, packed, ties
+from kernels.sparse_delta.encode import (
+    base_sums,
+    checked_version,
+    matched,
+    packed,
+    sharding_trees,
+    ties,
+)
 from kernels.sparse_delta.records import encode_records, tables_of_records
+from kernels.sparse_delta.routing import Coded, routed
 from kernels.sparse_delta.tiles import TileGrid, box_view
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves
 from kernels.sparse_delta.wire import Run, Tiles
@@ -38,6 +46,7 @@ def finish(
     version: int | None = None,
     base_version: int | None = None,
     base_digest: TreeDigest | None = None,
+    receivers: Sequence[Any] | None = None,
     threads: int | None = None,
 ) -> bytes:
     """Packs a delta: `encode(old, new)` is `finish(diff(old, new))`.
@@ -48,6 +57,7 @@ def finish(
       base_version: what the caller calls the old ones; only carried.
       base_digest: of the old ones; see `encode`. Without it all of them are read once, where they
         lie.
+      receivers: those that `diff` got; their tiles are put together as `encode` does.
       threads: how many work at once; as many as there are cores where None.
 
     Returns:
@@ -99,6 +109,9 @@ def finish(
         tuple(chunks),
         tuple(change),
     )
+    if receivers:
+        theirs = sharding_trees(receivers, leaves, structure)
+        coded = routed(coded, grids, [shardings[0] for shardings in theirs])
     base = base_sums(olds, grids, same, base_digest, spread)
     return packed(leaves, grids, same, base, coded, versions, anchor=False, spread=spread)
 

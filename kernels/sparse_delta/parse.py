@@ -16,7 +16,8 @@ import xxhash
 import zstandard
 
 from kernels.sparse_delta import wire
-from kernels.sparse_delta.errors import Damaged, UnknownFormat
+from kernels.sparse_delta.errors import Damaged, Incomplete, UnknownFormat
+from kernels.sparse_delta.partial import PartialPayload
 from kernels.sparse_delta.tiles import MAX_TILE_ELEMENTS, TileGrid
 from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Sums, Tensor, Tiles
 
@@ -33,25 +34,35 @@ class Payload:
       manifest: what was read.
       buckets: tiles, size and checksums of each bucket.
       offsets: first byte of each bucket in the payload, and the end of the last.
-      data: the whole payload, uint8.
+      data: the whole payload, uint8; of a `PartialPayload` the buckets that are here.
+      places: first byte of each bucket in `data`, −1 where it is not here.
     """
 
     manifest: Manifest
     buckets: np.ndarray
     offsets: np.ndarray
     data: np.ndarray
+    places: np.ndarray
 
     def verify(self, wanted: np.ndarray | None = None) -> None:
         """Checks the buckets' checksums.
 
         Args:
-          wanted: bool, one a bucket; all where None.
+          wanted: bool, one a bucket; all that are here where None.
 
         Raises:
           Damaged: names the first bucket that is not what was written.
+          Incomplete: names one that is wanted and not here.
         """
-        for index in range(len(self.buckets)) if wanted is None else np.flatnonzero(wanted):
-            content = self.data.data[self.offsets[index] : self.offsets[index + 1]]
+        for index in np.flatnonzero(self.places >= 0 if wanted is None else wanted).tolist():
+            start, place = int(self.offsets[index]), int(self.places[index])
+            size = int(self.offsets[index + 1]) - start
+            if place < 0:
+                raise Incomplete(
+                    f"bucket {index} is not here: add bytes {start} … {start + size - 1}",
+                    bucket=index,
+                )
+            content = self.data.data[place : place + size]
             if (
                 xxhash.xxh3_64_intdigest(content) != self.buckets[index]["xxh3"]
                 or google_crc32c.value(bytes(content)) != self.buckets[index]["crc32c"]
@@ -62,13 +73,19 @@ class Payload:
                 )
 
     def located(self) -> Iterator[tuple[Run, np.ndarray, np.ndarray]]:
-        """Runs with the first byte in the payload and the bucket of each of their tiles."""
+        """Runs with the first byte in `data` and the bucket of each of their tiles.
+
+        That byte is −1 where the tile's bucket is not here.
+        """
         bucket = np.repeat(np.arange(len(self.buckets)), self.buckets["tiles"])
+        moved = self.places - self.offsets[:-1]
         at = 0
         start = int(self.offsets[0])
         for run in self.manifest.runs:
             ends = start + np.cumsum(run.tiles.sizes, dtype=np.int64)
-            yield run, ends - run.tiles.sizes, bucket[at : at + len(run.tiles)]
+            own = bucket[at : at + len(run.tiles)]
+            here = self.places[own] >= 0
+            yield run, np.where(here, ends - run.tiles.sizes + moved[own], -1), own
             at += len(run.tiles)
             start = int(ends[-1])
 
@@ -77,16 +94,62 @@ def read(payload: Any, *, limits: "Limits | None" = None) -> Payload:
     """Checks and reads header and manifest; the buckets' checksums are `Payload.verify`.
 
     Args:
-      payload: bytes-like.
+      payload: bytes-like, or a `PartialPayload` with the manifest.
       limits: what the reader's own tensors allow; None bounds by the size of the payload alone.
 
     Raises:
       CorruptPayload: names what is wrong.
     """
-    data = np.frombuffer(payload, np.uint8)
-    if len(data) < HEADER.size:
-        raise Damaged(f"a payload has at least {HEADER.size} bytes, this has {len(data)}")
-    magic, version, manifest_size, total, seal = HEADER.unpack(data[: HEADER.size].tobytes())
+    partial = isinstance(payload, PartialPayload)
+    source = payload if partial else PartialPayload({0: payload})
+    header = read_header(source)
+    if header is None:
+        raise Damaged(f"a payload has at least {HEADER.size} bytes, these are fewer")
+    limits = limits or Limits()
+    if partial:
+        limits.check("bytes", header.total, limits.total)
+    elif source.missing(0, header.total) or source.cut(header.total, header.total + 1) is not None:
+        raise Damaged(
+            f"the payload should have {header.total} bytes, and has {memoryview(payload).nbytes}"
+        )
+    stored = source.cut(HEADER.size, header.body)
+    if stored is None:
+        raise Incomplete(f"the manifest is not here: add bytes 0 … {header.body - 1}")
+    if xxhash.xxh3_64_intdigest(header.sealed + stored.tobytes()) != header.seal:
+        raise Damaged("the manifest is damaged: its checksum does not match; fetch it again")
+    try:
+        return _Reader(stored.tobytes(), source, header, limits).payload()
+    except (struct.error, UnicodeDecodeError, zstandard.ZstdError, ValueError) as error:
+        raise Damaged(f"the manifest cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first bytes of a payload, of which nothing is known yet but that they are its own.
+
+    Attributes:
+      body: where the manifest ends.
+      total: bytes of the payload.
+      seal: checksum of `sealed` and the manifest.
+      sealed: the header's bytes before the seal.
+    """
+
+    body: int
+    total: int
+    seal: int
+    sealed: bytes
+
+
+def read_header(source: PartialPayload) -> Header | None:
+    """The header, or None where it is not here.
+
+    Raises:
+      CorruptPayload: it is no header of this format, or contradicts itself.
+    """
+    head = source.cut(0, HEADER.size)
+    if head is None:
+        return None
+    magic, version, manifest_size, total, seal = HEADER.unpack(head.tobytes())
     if magic != wire.MAGIC:
         raise UnknownFormat(
             f"no sparse_delta payload: it begins with {magic!r}, not {wire.MAGIC!r}"
@@ -95,19 +158,10 @@ def read(payload: Any, *, limits: "Limits | None" = None) -> Payload:
         raise UnknownFormat(
             f"payload of format version {version}; this code reads {wire.FORMAT_VERSION}"
         )
-    if total != len(data) or HEADER.size + manifest_size > total:
-        raise Damaged(
-            f"the payload should have {total} bytes with a manifest of {manifest_size}, "
-            f"and has {len(data)}"
-        )
-    head = data[: HEADER.size - 8].tobytes()
-    stored = data[HEADER.size : HEADER.size + manifest_size].tobytes()
-    if xxhash.xxh3_64_intdigest(head + stored) != seal:
-        raise Damaged("the manifest is damaged: its checksum does not match; fetch it again")
-    try:
-        return _Reader(stored, data, limits or Limits()).payload()
-    except (struct.error, UnicodeDecodeError, zstandard.ZstdError, ValueError) as error:
-        raise Damaged(f"the manifest cannot be read: {error}") from error
+    body = HEADER.size + manifest_size
+    if body > total:
+        raise Damaged(f"a payload of {total} bytes has no room for a manifest of {manifest_size}")
+    return Header(body, total, seal, head[: HEADER.size - 8].tobytes())
 
 
 @dataclass(frozen=True)
@@ -125,6 +179,25 @@ class Limits:
     names: int | None = None
     dims: int | None = None
     elements: int | None = None
+
+    @property
+    def table(self) -> int | None:
+        """Bytes of a tensor table."""
+        if self.tensors is None or self.names is None or self.dims is None:
+            return None
+        return self.names + 8 * self.dims + 64 * self.tensors + 4096
+
+    @property
+    def total(self) -> int | None:
+        """Bytes of a payload: twice what dense elements of 32 bits and the names could take."""
+        if self.elements is None or self.table is None:
+            return None
+        return 2 * (4 * self.elements + self.table)
+
+    def check(self, field: str, value: int, limit: int | None) -> None:
+        """Raises `Damaged` where a field is above a limit."""
+        if limit is not None and value > limit:
+            raise Damaged(f"{value} {field} are more than the receiver's tensors allow: {limit}")
 
 
 class _Cursor:
@@ -155,9 +228,11 @@ class _Cursor:
 class _Reader:
     """Reads one manifest."""
 
-    def __init__(self, stored: bytes, data: np.ndarray, limits: Limits) -> None:
+    def __init__(
+        self, stored: bytes, source: PartialPayload, header: Header, limits: Limits
+    ) -> None:
         self.cursor = _Cursor(stored, "manifest")
-        self.data, self.limits, self.manifest_size = data, limits, len(stored)
+        self.source, self.header, self.limits = source, header, limits
 
     def payload(self) -> Payload:
         (
@@ -166,20 +241,16 @@ class _Reader:
         ) = wire.FIXED.unpack(self.cursor.take(wire.FIXED.size))  # fmt: skip
         if kind not in (ANCHOR, DELTA) or flags & ~(wire.HAS_VERSION | wire.HAS_BASE_VERSION):
             raise UnknownFormat(f"unknown kind {kind} or flags {flags:#x} of payload")
-        self._bound("tensors", n_tensors, self.limits.tensors)
-        self._bound("tiles", n_tiles, self.limits.elements)
+        self.limits.check("tensors", n_tensors, self.limits.tensors)
+        self.limits.check("tiles", n_tiles, self.limits.elements)
         if n_runs > n_tiles or n_buckets > n_tiles or n_tables > n_runs:
             raise Damaged(
                 f"fields contradict each other: {n_tiles=}, {n_runs=}, {n_buckets=}, {n_tables=}"
             )
         if part >= max(parts, 1):
             raise Damaged(f"part {part} of {parts} is out of bounds")
-        names, dims = self.limits.names, self.limits.dims
-        ceiling = None
-        if names is not None and dims is not None:
-            ceiling = names + 8 * dims + 64 * n_tensors + 4096
         tensors, dtypes = self._tensors(
-            self._section("tensor table", ceiling), n_tensors, parts > 0
+            self._section("tensor table", self.limits.table), n_tensors, parts > 0
         )
         tables = self._tables(
             self._section("coder's tables", n_tables * (_MAX_TABLE_BYTES + 5)), n_tables, dtypes
@@ -203,23 +274,20 @@ class _Reader:
             tables=tables,
             runs=runs,
         )
-        return Payload(manifest, buckets, self._offsets(buckets, manifest), self.data)
-
-    def _bound(self, field: str, value: int, limit: int | None) -> None:
-        if limit is not None and value > limit:
-            raise Damaged(f"{value} {field} are more than the receiver's tensors allow: {limit}")
+        offsets = self._offsets(buckets, manifest)
+        return Payload(manifest, buckets, offsets, *self._held(offsets))
 
     def _section(self, field: str, ceiling: int | None) -> _Cursor:
         method, raw_size, stored_size = wire.SECTION.unpack(self.cursor.take(wire.SECTION.size))
         stored = self.cursor.take(stored_size)
-        self._bound(f"bytes of {field}", raw_size, ceiling)
+        self.limits.check(f"bytes of {field}", raw_size, ceiling)
         if method == wire.STORED:
             if raw_size != stored_size:
                 raise Damaged(f"the {field} have two sizes: {raw_size} and {stored_size}")
             return _Cursor(stored, field)
         if method != wire.ZSTD:
             raise UnknownFormat(f"the {field} are stored by unknown method {method}")
-        if raw_size > wire.expansion_limit(len(self.data)):
+        if raw_size > wire.expansion_limit(self.header.total):
             raise Damaged(f"the {field} would be {raw_size} bytes, more than the payload warrants")
         # A frame may name a size of its own, which the library would allocate whatever its limit.
         frame = zstandard.get_frame_parameters(stored)
@@ -339,7 +407,7 @@ class _Reader:
         return tuple(runs)
 
     def _offsets(self, buckets: np.ndarray, manifest: Manifest) -> np.ndarray:
-        start = HEADER.size + self.manifest_size
+        start = self.header.body
         offsets = np.concatenate([[start], start + np.cumsum(buckets["size"], dtype=np.int64)])
         sizes = wire.join([run.tiles.sizes for run in manifest.runs], np.int64)
         cuts = np.concatenate([[0], np.cumsum(buckets["tiles"], dtype=np.int64)])
@@ -347,9 +415,20 @@ class _Reader:
             raise Damaged("the buckets do not hold the tiles of the directory")
         if np.any(np.add.reduceat(sizes, cuts[:-1]) != buckets["size"] if len(sizes) else False):
             raise Damaged("the buckets' sizes are not those of their tiles")
-        if offsets[-1] != len(self.data):
-            raise Damaged(f"the buckets end at {offsets[-1]}, the payload at {len(self.data)}")
+        if offsets[-1] != self.header.total:
+            raise Damaged(f"the buckets end at {offsets[-1]}, the payload at {self.header.total}")
         return offsets
+
+    def _held(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The buckets that are here, in one array, and where in it each begins."""
+        whole = self.source.cut(0, self.header.total)
+        if whole is not None:
+            return whole, offsets[:-1]
+        found = [self.source.cut(*edges) for edges in itertools.pairwise(offsets.tolist())]
+        sizes = np.asarray([0 if bucket is None else len(bucket) for bucket in found], np.int64)
+        places = np.where([b is None for b in found], -1, np.cumsum(sizes) - sizes)
+        here = [bucket for bucket in found if bucket is not None]
+        return np.concatenate([np.empty(0, np.uint8), *here]), places.astype(np.int64)
 
 
 def _pairs(cursor: _Cursor, count: int) -> list[Sums]:

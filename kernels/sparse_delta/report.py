@@ -149,7 +149,8 @@ def inspect(payload: Any) -> PayloadInfo:
     """Reads what a payload says of itself, all checksums verified, without any weights.
 
     Args:
-      payload: bytes-like, of `encode`, `merge` or `squash`; parts too.
+      payload: bytes-like, of `encode`, `merge` or `squash`; parts too. Of a `PartialPayload` the
+        manifest is enough, and the buckets that are here are verified.
 
     Raises:
       CorruptPayload: a subclass says what is wrong with it.
@@ -173,7 +174,7 @@ def inspect(payload: Any) -> PayloadInfo:
         base_version=manifest.base_version,
         base_digest=manifest.base_root if complete and manifest.kind == wire.DELTA else None,
         target_digest=TreeDigest(manifest.target_root, carried) if complete else None,
-        size_bytes=len(parsed.data),
+        size_bytes=int(parsed.offsets[-1]),
         manifest_bytes=int(parsed.offsets[0]),
         buckets=tuple(
             (int(start), int(stop - start))

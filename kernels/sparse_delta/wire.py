@@ -21,8 +21,9 @@ MAGIC = b"SPDELTA\0"
 FORMAT_VERSION = 1
 HEADER = struct.Struct("<8sIIQQ")  # magic, format version, manifest size, payload size, xxh3-64
 ANCHOR, DELTA = 0, 1
-# Larger buckets mean fewer requests to an object store, smaller ones less to fetch twice.
-BUCKET_BYTES = 4 << 20
+# What a reader of some tiles fetches too much, at either end of a stretch (`needed` asks for
+# neighbouring buckets in one); each costs 20 bytes.
+BUCKET_BYTES = 256 << 10
 # Sums of tensors below this size are cheaper to make again than to carry: 8 bytes beside 1 KiB
 # or less would break the bound on the size of a payload.
 SUMS_FROM_ELEMENTS = 1024

@@ -30,7 +30,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import sparse_delta
+from kernels.sparse_delta import wire
 
+wire.BUCKET_BYTES = 100
 mesh = Mesh(np.asarray(jax.devices()), ("a",))
 assert jax.process_count() == 2 and mesh.size == 8
 
@@ -71,6 +73,28 @@ for base in (trainer_old, receiver, place(old, P())):
     assert same(got, new)
     digest = sparse_delta.digest(got)
     assert digest == sparse_delta.inspect(payload).target_digest
+    # The same where the weights lie, on the devices of each process.
+    for donate in (False, True):
+        again = {name: leaf + 0 for name, leaf in base.items()}
+        got = sparse_delta.apply(again, payload, backend="reference", donate=donate)
+        assert same(got, new)
+        assert again["big"].is_deleted() == donate
+
+# Each process fetches what its own shards need: half of the columns.
+partial, fetched = sparse_delta.PartialPayload(), 0
+while missing := sparse_delta.needed(receiver, partial):
+    for wanted in missing:
+        partial.add(wanted.start, payload[wanted.start : wanted.stop])
+        fetched += len(wanted)
+body = len(payload) - sparse_delta.inspect(payload).manifest_bytes
+assert fetched - (len(payload) - body) < 0.6 * body, (fetched, body)
+for kernels in (None, "reference"):
+    assert same(sparse_delta.apply(receiver, partial, backend=kernels), new)
+try:
+    sparse_delta.apply(place(old, P()), partial)
+    raise SystemExit("applied what it does not have")
+except sparse_delta.Incomplete as refusal:
+    assert "is not here" in str(refusal), refusal
 known = sparse_delta.digest(receiver)
 assert same(sparse_delta.apply(receiver, payload, base_digest=known), new)
 again = sparse_delta.encode(
@@ -118,10 +142,12 @@ def folder(tmp_path_factory):
         "w": rng.normal(size=(256, 64)).astype(np.float16),
         "b": rng.normal(size=(32,)).astype(np.float32),
         "t": rng.normal(size=(8, 16, 4)).astype(np.float16),
+        "big": rng.normal(size=(512, 256)).astype(np.float16),
     }
     new = {name: leaf.copy() for name, leaf in old.items()}
     new["w"].view(np.uint16)[::3, ::7] += 1
     new["t"].view(np.uint16)[5] += 2
+    new["big"].view(np.uint16)[rng.random((512, 256)) < 0.02] += 1
     np.savez(path / "old.npz", **old)
     np.savez(path / "new.npz", **new)
     with socket.socket() as free:
@@ -167,7 +193,8 @@ def test_merged_parts_are_what_one_process_encodes(folder):
     assert info.target_digest == sparse_delta.digest(new)
     got = sparse_delta.apply(old, payload)
     assert all(np.array_equal(got[name], new[name]) for name in new)
-    assert info.changed == 86 * 10 + 64
+    (w,) = [tensor for tensor in info.tensors if tensor.name == "w"]
+    assert w.changed == 86 * 10
 
 
 def test_parts_of_an_anchor(folder):
