@@ -183,6 +183,18 @@ def read(data: bytes) -> Manifest | Shortcut:
         raise DamagedManifest(f"a manifest without the fields of one: {error!r}") from error
 
 
+def read_manifest(data: bytes) -> Manifest:
+    """A manifest from its bytes.
+
+    Raises:
+      DamagedManifest: they are not what `seal` wrote of a manifest.
+    """
+    record = read(data)
+    if not isinstance(record, Manifest):
+        raise DamagedManifest("a shortcut where a manifest should be")
+    return record
+
+
 def _payload(fields: Mapping[str, Any]) -> Payload:
     kind = _one_of(fields, "kind", ("anchor", "delta", "squash"))
     return Payload(

@@ -1,4 +1,4 @@
-"""A learner of several processes: one of them speaks with the store, all do the arithmetic."""
+"""Learners and actors of several processes: one speaks with the store, all do the arithmetic."""
 
 import json
 from collections.abc import Callable
@@ -13,18 +13,25 @@ from jaxrl.sync.errors import SyncError
 from kernels import sparse_delta
 
 
-def on_first(act: Callable[[], Any]) -> Any:
+def is_spread(tree: Any) -> bool:
+    """Whether other processes hold some of a tree of arrays or shapes."""
+    placed = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return any(own is not None and not own.is_fully_addressable for own in placed)
+
+
+def on_first(act: Callable[[], Any], *, shared: bool = True) -> Any:
     """What a function returns in the first process, in all of them; what it raises, likewise.
 
     All processes call this together.
 
     Args:
       act: called in the first process only; returns JSON values.
+      shared: False: no other process takes part.
 
     Raises:
       SyncError: the one of the first process, as a member of its class.
     """
-    if jax.process_count() == 1:
+    if not shared or jax.process_count() == 1:
         return act()
     failure: Exception | None = None
     outcome: dict[str, Any] = {}
@@ -41,6 +48,13 @@ def on_first(act: Callable[[], Any]) -> Any:
         kind = getattr(errors, outcome["error"], SyncError)
         raise kind(f"process 0: {outcome['message']}")
     return outcome["value"]
+
+
+def all_well(well: bool, *, shared: bool) -> bool:
+    """Whether all is well in every process; all call this together, if it is `shared`."""
+    if not shared or jax.process_count() == 1:
+        return well
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))
 
 
 def whole(payload: bytes) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrl.sync import trees
 from jaxrl.sync.config import SyncConfig
 from jaxrl.sync.ledger import Ledger, State
-from jaxrl.sync.manifest import Kind, Manifest, checked_name, read, seal
+from jaxrl.sync.manifest import Kind, Manifest, checked_name, read_manifest, seal
 from jaxrl.sync.processes import on_first, whole
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
@@ -175,8 +175,7 @@ class Publisher:
             return asdict(state) | {"newest": newest}
 
         found = on_first(act)
-        newest = None if found["newest"] is None else read(found["newest"].encode())
-        assert newest is None or isinstance(newest, Manifest)
+        newest = None if found["newest"] is None else read_manifest(found["newest"].encode())
         state = State(**(found | {"newest": newest}))
         if self._uncertain is not None and self._uncertain.manifest.id == state.landed:
             self._last = self._uncertain
@@ -243,8 +242,7 @@ class Publisher:
             )
             return seal(manifest)[1].decode()
 
-        manifest = read(on_first(draft).encode())
-        assert isinstance(manifest, Manifest)
+        manifest = read_manifest(on_first(draft).encode())
         # Should the store fail, the manifest may be there all the same; the next call looks.
         self._uncertain = _Version(manifest, weights, coded.digest)
         on_first(lambda: self._ledger.write(manifest, coded.payloads))

@@ -1,17 +1,20 @@
 """The actor's end: fetches, rebuilds and verifies a version beside the one that serves."""
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxrl.sync import trees
+import jax
+
+from jaxrl.sync import processes, trees
 from jaxrl.sync.acks import Acker
 from jaxrl.sync.errors import StoreError, SyncError
 from jaxrl.sync.index import Index
-from jaxrl.sync.manifest import Manifest, checked_name
+from jaxrl.sync.manifest import Manifest, Payload, checked_name, read_manifest, seal
 from jaxrl.sync.quantise import quantised_like
 from jaxrl.sync.rebuild import BadPayload, fetch, rebuild
 from jaxrl.sync.routes import Step, route
@@ -68,7 +71,11 @@ class Subscriber:
 
     `prepare` may run in a thread of its own, beside generation; `flip` is called where generation
     can change weights, between two batches. A version that cannot be fetched, applied or verified
-    never serves: the reason is logged and the old one stays.
+    never serves: the reason is logged and the old one stays. Both versions are in memory until
+    nobody uses the old one.
+
+    Where the actor's arrays lie over several processes, each of them makes a subscriber, and they
+    call `prepare` and `flip` together.
 
     >>> from jaxrl.sync import MemoryStore, Publisher
     >>> store, params = MemoryStore(), {"w": jnp.arange(8.0)}
@@ -103,7 +110,8 @@ class Subscriber:
         """
         self._store = store
         self.run_id, self.name = checked_name("run_id", run_id), checked_name("name", name)
-        self._like = like
+        self._like = jax.tree.map(_shape, like)
+        self._shared = processes.is_spread(self._like)
         self._index = Index(store, run_id)
         self._acker = Acker(store, run_id, name, every_s=heartbeat_s)
         self._serving: _Weights | None = None
@@ -142,12 +150,12 @@ class Subscriber:
 
         Raises:
           WrongModel: the weights published have other names, shapes or dtypes than `like`.
+          Refused: the store asks for another secret.
         """
         with self._preparing:
             self.problem = None
             try:
-                self._acknowledge()
-                self._index.refresh()
+                processes.on_first(self._look, shared=self._shared)
                 self._prepare(version)
             except StoreError as error:
                 self._complain(error)
@@ -177,35 +185,34 @@ class Subscriber:
             pause_s=pause_s,
         )
 
-    def _acknowledge(self) -> None:
+    def _look(self) -> None:
         if self._serving is not None:
             self._acker.send(self._serving.manifest.sequence)
+        self._index.refresh()
 
     def _prepare(self, version: int | None) -> None:
         start = self._next or self._serving
         avoid: set[str] = set()
         while True:
-            found = self._plan(version, start, avoid)
-            if found is None:
+            steps = self._agreed(functools.partial(self._plan, version, start, avoid))
+            if not steps:
                 return
-            goal, steps = found
             try:
-                new = self._build(start, goal, steps)
+                new = self._build(start, steps)
             except BadPayload as bad:
                 self._complain(bad)
                 avoid.add(bad.key)
             except _BadBase as bad:
                 self._complain(bad)
+                avoid |= {steps[-1].payload.key} if start is None else set()
                 start = None
             else:
                 with self._swapping:
                     self._next = new
                 return
 
-    def _plan(
-        self, version: int | None, start: _Weights | None, avoid: set[str]
-    ) -> tuple[Manifest, list[Step]] | None:
-        """The newest publication that is wanted and can be reached, and the way to it."""
+    def _plan(self, version: int | None, start: _Weights | None, avoid: set[str]) -> list[Step]:
+        """The way to the newest publication that is wanted and can be reached; empty without."""
         at = -1 if start is None else start.manifest.sequence
         have = None if start is None else start.manifest.id
         for sequence, goal in sorted(self._index.manifests.items(), reverse=True):
@@ -220,16 +227,31 @@ class Subscriber:
                 avoid=avoid,
             )
             if steps is not None:
-                return goal, steps
-        return None
+                return steps
+        return []
 
-    def _build(self, start: _Weights | None, goal: Manifest, steps: Sequence[Step]) -> _Weights:
-        """The weights of a publication, verified where they lie."""
+    def _agreed(self, plan: Callable[[], list[Step]]) -> list[Step]:
+        """The plan of the first process, in all of them."""
+
+        def act() -> list[Any]:
+            return [(asdict(step.payload), seal(step.target)[1].decode()) for step in plan()]
+
+        if not self._shared:
+            return plan()
+        return [
+            Step(Payload(**payload), read_manifest(target.encode()))
+            for payload, target in processes.on_first(act)
+        ]
+
+    def _build(self, start: _Weights | None, steps: Sequence[Step]) -> _Weights:
+        """The weights that the steps lead to, verified where they lie."""
+        goal = steps[-1].target
         started = time.perf_counter()
-        payloads = [fetch(self._store, step.payload) for step in steps]
+        payloads = [self._fetch(step.payload) for step in steps]
         fetched = time.perf_counter()
-        params, known = self._template(goal), None
-        if start is not None:
+        if start is None or steps[0].payload.kind == "anchor":
+            params, known = self._template(goal), None
+        else:
             params, known = start.params, start.digest
         params, _ = rebuild(params, known, steps, payloads)
         # The checks so far are of what was computed; this one is of what lies on the devices.
@@ -249,6 +271,18 @@ class Subscriber:
             apply_s=time.perf_counter() - fetched,
         )
 
+    def _fetch(self, payload: Payload) -> bytes:
+        """The bytes of a payload; where one process does not get them, none goes on."""
+        failure: Exception | None = None
+        data = b""
+        try:
+            data = fetch(self._store, payload)
+        except (BadPayload, StoreError) as error:
+            failure = error
+        if not processes.all_well(failure is None, shared=self._shared):
+            raise failure or BadPayload(payload.key, "another process did not get it")
+        return data
+
     def _template(self, goal: Manifest) -> Any:
         if goal.quantise is None:
             return self._like
@@ -258,3 +292,11 @@ class Subscriber:
         serving = "none" if self.version is None else str(self.version)
         self.problem = str(error)
         _log.warning("%s: version %s goes on serving: %s", self.name, serving, error)
+
+
+def _shape(leaf: Any) -> Any:
+    """Shape, dtype and place of a leaf, without its values."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    placed = leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
