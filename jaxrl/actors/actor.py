@@ -16,6 +16,8 @@ from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
 from jaxrl.sync import Subscriber
 from jaxrl.types import Rollouts
 
+_LONGEST_PAUSE_S = 2.0  # between two attempts at weights that cannot be had
+
 SCORES = "scores"
 """The reason of refusals for rewards or costs that are not finite."""
 
@@ -170,9 +172,12 @@ class Actor:
     def _fetch(self) -> None:
         """In the background: keeps the next weights ready beside those that serve."""
         try:
-            while not self._stop.wait(self._config.poll_s):
+            pause_s = self._config.poll_s
+            while not self._stop.wait(pause_s):
                 if self._subscriber.prepare():
                     self._news.set()
+                troubled = self._subscriber.problem is not None
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if troubled else self._config.poll_s
         except Exception as error:  # what may pass by itself the subscriber tries again itself
             self._failure = error
             self._news.set()
