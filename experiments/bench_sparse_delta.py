@@ -34,7 +34,7 @@ from experiments.delta_bench.peers import DENSE_XOR, peers
 from experiments.delta_bench.recorded import Recording, Versions, record
 from experiments.delta_bench.synthetic import Simulation, pair_path, synthetic_pairs
 from experiments.delta_bench.targets import notes, targets
-from experiments.delta_bench.traffic import traffic
+from experiments.delta_bench.traffic import traffic, traffic_by_model
 from experiments.harness import Run
 from experiments.harness.report import Report
 from experiments.harness.tables import Table
@@ -90,6 +90,7 @@ def experiment(run: Run) -> None:
         "catch_up": catch_up(versions, pairs),
         "cold": first_calls(run),
         "traffic": traffic(),
+        "traffic_by_model": traffic_by_model(),
         "took_s": dict(run.timeline.totals_s),
     }
     summary["targets"] = targets(summary, NAME)
@@ -202,7 +203,7 @@ def all_tables(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
             tables.cold(summary),
         ],
         "Catching up": [tables.catch_up(summary)],
-        "Accelerators": [tables.traffic(summary)],
+        "Accelerators": [tables.traffic(summary), tables.traffic_by_model(summary)],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.delta_bench.ours import FAST
 from experiments.delta_bench.peers import MODELLED_BITS
+from experiments.delta_bench.traffic import CHIPS, HALVES, TRAINER
 from experiments.harness.tables import Table
 
 Summary = Mapping[str, Any]
@@ -207,12 +208,19 @@ def cold(summary: Summary) -> Table:
 
 
 def traffic(summary: Summary) -> Table:
-    """Bytes that the TPU kernels move for each element."""
+    """Bytes that the accelerators' kernels move for each element."""
     columns = {
         "bytes_per_element": "bytes an element", "least": "least possible", "ratio": "ratio",
     }  # fmt: skip
-    caption = "bf16 traffic of the TPU kernels, counted from their block specifications"
+    caption = "bf16 traffic of the kernels, counted from their blocks, results and gathers"
     return Table.of(summary["traffic"], columns, caption=caption)
+
+
+def traffic_by_model(summary: Summary) -> Table:
+    """The same for all matrices of well-known models, between usual shardings."""
+    columns = {f"{chip}_{half}": f"{chip} {half}" for chip in CHIPS for half in HALVES}
+    caption = f"Bytes an element, from rows over {TRAINER} devices to tensor parallelism"
+    return Table.of(summary["traffic_by_model"], columns, caption=caption)
 
 
 def targets(summary: Summary) -> Table:

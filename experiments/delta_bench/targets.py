@@ -30,7 +30,7 @@ def targets(summary: Summary, ours: str) -> dict[str, Row]:
             rows[f"over the conditional limit at {label}, %"] = _row("≤", 10, over, why)
     rows |= _speed_targets(summary, ours)
     for kernel in ("pack", "compact"):
-        moved = summary["traffic"][kernel]["bytes_per_element"]
+        moved = summary["traffic"][f"TPU {kernel}"]["bytes_per_element"]
         rows[f"bytes an element, TPU {kernel}"] = _row("≤", 4.2, moved, _traffic_reason(summary))
     rows["largest payload ÷ (dense + 1 % + 4 KiB)"] = _row("≤", 1, _largest(summary, ours), "")
     return rows
@@ -58,7 +58,7 @@ def _size_reason(pair: Mapping[str, Any]) -> str:
 
 
 def _traffic_reason(summary: Summary) -> str:
-    moved = summary["traffic"]["compact"]
+    moved = summary["traffic"]["TPU compact"]
     return (
         f"old and new take 4; slots have a fixed capacity, of which 1 % fills "
         f"{100 * moved['slots_filled']:.0f} %, so that not one block in 10^8 overflows"

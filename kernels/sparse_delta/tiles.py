@@ -9,7 +9,7 @@ process encodes the tiles that lie in its shards and each actor decodes those th
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ TILE_ELEMENTS = 1 << 17
 TILE_COLUMNS = 512
 # Columns of an accelerator's vector register; a narrower tile wastes lanes.
 _LANES = 128
+# Elements whose ranks the kernels count together.
+_SUBBLOCK = 256
+# What it costs to lay a tensor out anew on none, one and both of TPU and GPU, in units of a quarter
+# of halving its tiles.
+_RELAYOUT_COSTS = 0.0, 7.5, 9.0
 # No tile may be larger: bounds what a receiver has to hold for one of them.
 MAX_TILE_ELEMENTS = 1 << 20
 
@@ -93,14 +98,19 @@ class TileGrid:
 def choose_grid(shape: tuple[int, ...], shard_shapes: tuple[tuple[int, ...], ...] = ()) -> TileGrid:
     """The grid of a tensor whose tiles no shard cuts.
 
+    Preferred are tiles of about `TILE_ELEMENTS` that the kernels of accelerators read where they
+    lie (`_relayouts`), even if they are up to four times smaller for that.
+
     Args:
       shape: of the tensor.
       shard_shapes: shapes of one shard in each sharding that matters: the trainer's and those of
         the receivers. Boundaries are taken to be at their multiples.
 
-    >>> choose_grid((4096, 11008)).tile
+    >>> choose_grid((4096, 14336)).tile
     (256, 512)
-    >>> choose_grid((4096, 11008), ((512, 11008), (4096, 1376))).tile  # 344 divides 1376
+    >>> choose_grid((4096, 14336), ((512, 14336), (4096, 1792))).tile  # 256 divides 1792
+    (512, 256)
+    >>> choose_grid((4096, 11008), ((512, 11008), (4096, 1376))).tile  # 344 does, of 1376
     (256, 344)
     """
     if 0 in shape:
@@ -114,21 +124,71 @@ def choose_grid(shape: tuple[int, ...], shard_shapes: tuple[tuple[int, ...], ...
             cols, col_unit = _group(shape[second:], units[second:])
             splits = (0, first, second, len(shape))
             torn = sum(_torn(shape[a:b], units[a:b]) for a, b in itertools.pairwise(splits))
-            wide = _fit(cols, col_unit, TILE_COLUMNS)
-            high = _fit(rows, row_unit, TILE_ELEMENTS // wide)
-            wide = max(wide, _fit(cols, col_unit, TILE_ELEMENTS // high))
-            # Tiles that are too small cost most, then shards in many parts, then narrow tiles. A
-            # view that is near square has the matrix's own dimensions, along which receivers cut.
-            cost = (
-                4.0 * math.log2(max(1.0, whole / (high * wide)))
-                + math.log2(max(1.0, _LANES / wide))
-                + 0.25 * abs(math.log2(rows / cols))
-                + 3.0 * torn
-            )
-            if best is None or cost < best[0]:
-                best = cost, TileGrid(shape, (first, second), (high, wide))
+            for high, wide in _candidates(rows, row_unit, cols, col_unit):
+                # Tiles that are too small cost most, then shards in many parts, then narrow tiles.
+                # A view that is near square has the matrix's own dimensions, along which
+                # receivers cut.
+                cost = (
+                    4.0 * math.log2(max(1.0, whole / (high * wide)))
+                    + _RELAYOUT_COSTS[_relayouts(rows, cols, (high, wide))]
+                    + math.log2(max(1.0, _LANES / wide))
+                    + 0.25 * abs(math.log2(rows / cols))
+                    + 3.0 * torn
+                )
+                if best is None or cost < best[0]:
+                    best = cost, TileGrid(shape, (first, second), (high, wide))
     assert best is not None
     return best[1]
+
+
+def _candidates(rows: int, row_unit: int, cols: int, col_unit: int) -> Iterator[tuple[int, int]]:
+    """Tiles that cut no shard: those of handy columns for kernels, then a large one."""
+    row_unit_or_all, col_unit_or_all = row_unit or rows, col_unit or cols
+    for streams in (2, 1, 4, 8):
+        wide = streams * _SUBBLOCK
+        if col_unit_or_all % wide:
+            continue
+        for step in (_gpu_rows(streams), _tpu_rows(streams)):
+            high = _largest(row_unit_or_all, step, TILE_ELEMENTS // wide)
+            if high:
+                yield high, wide
+    wide = _fit(cols, col_unit, TILE_COLUMNS)
+    high = _fit(rows, row_unit, TILE_ELEMENTS // wide)
+    yield high, max(wide, _fit(cols, col_unit, TILE_ELEMENTS // high))
+
+
+def _relayouts(rows: int, cols: int, tile: tuple[int, int]) -> int:
+    """On how many of TPU and GPU a box has to be laid out anew for the kernels, which costs them
+    two to three times the time.
+
+    Both want whole tiles of a number of columns that is a power of two times 256, and rows in
+    registers of a TPU, or in fours of groups of 32 sub-blocks for the warps of a GPU. `tpu_layout`
+    and `gpu_grid` decide it for the single shard.
+    """
+    streams, rest = divmod(tile[1], _SUBBLOCK)
+    whole = rows % tile[0] == 0 and cols % tile[1] == 0
+    if rest or not whole or streams & (streams - 1):
+        return 2
+    on_tpu = streams <= 8 and tile[0] % _tpu_rows(streams) == 0
+    on_gpu = streams <= 32 and tile[0] % _gpu_rows(streams) == 0
+    return (not on_tpu) + (not on_gpu)
+
+
+def _tpu_rows(streams: int) -> int:
+    """What the rows of a tile of bf16 with so many sub-blocks a row are a multiple of."""
+    return 32 if streams == 1 else 16
+
+
+def _gpu_rows(streams: int) -> int:
+    return max(16, 128 // streams)
+
+
+def _largest(multiple: int, step: int, limit: int) -> int:
+    """The largest divisor of a number that is a multiple of `step`, up to a limit; 0 for none."""
+    if multiple % step:
+        return 0
+    rest = multiple // step
+    return step * next((n for n in range(limit // step, 0, -1) if rest % n == 0), 0)
 
 
 def _group(sizes: Sequence[int], units: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.sparse_delta import tiles
+from kernels.sparse_delta import gpu_grid, tiles, tpu_layout
 from kernels.sparse_delta.tiles import TileGrid, choose_grid
 
 
@@ -140,6 +140,57 @@ def test_chosen_tiles_are_cut_by_no_sharding(data):
 def test_the_usual_tensors(shape, splits, tile):
     grid = choose_grid(shape)
     assert (grid.splits, grid.tile) == (splits, tile)
+
+
+LLAMA = {
+    "q": (4096, 4096),
+    "gate": (4096, 14336),
+    "down": (14336, 4096),
+    "embed": (128256, 4096),
+    "k, two layers": (2, 4096, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", LLAMA)
+@pytest.mark.parametrize("receiver", ["rows over 16", "columns over 4", "one device"])
+def test_kernels_read_the_usual_tensors_where_they_lie(name, receiver):
+    """From rows over 16 to another sharding, by the kernels' own judgement."""
+    shape = LLAMA[name]
+    row, col = (0, 1) if len(shape) == 2 else (1, 2)
+
+    def split(axis, ways):
+        return tuple(size // ways if k == axis else size for k, size in enumerate(shape))
+
+    shards = [split(row, 16)]
+    if receiver == "columns over 4" and name != "embed":
+        shards.append(split(col, 4))
+    elif receiver == "columns over 4":
+        shards.append(split(row, 4))
+    elif receiver == "one device":
+        shards = []
+    grid = choose_grid(shape, tuple(shards))
+    assert grid.tile[0] * grid.tile[1] >= tiles.TILE_ELEMENTS // 4
+    for shard in shards or [shape]:
+        box = tiles.box_view(grid, shard)
+        assert not tpu_layout.layout(box, grid.tile, 16).matrix
+        assert gpu_grid.fits(box, grid.tile)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([1, 2, 3, 4, 8, 16, 32]),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from([128, 256, 300]),
+)
+def test_what_is_read_in_place_is_known(streams, sixteens, down, lanes):
+    """`choose_grid` judges by tiles alone what the kernels find out from a box."""
+    tile = 16 * sixteens, streams * lanes
+    box = 1, down * tile[0], 2 * tile[1]
+    if tile[0] * tile[1] > 1 << 18:
+        return
+    found = tpu_layout.layout(box, tile, 16).matrix + (not gpu_grid.fits(box, tile))
+    assert tiles._relayouts(box[1], box[2], tile) == found
 
 
 def test_shard_shapes_of_an_abstract_mesh_are_enough():
