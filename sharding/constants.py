@@ -19,6 +19,10 @@ class Constants:
 
     Attributes:
       matmul: of the matrix unit's peak, for large products; at most 1.
+      fill: depth of contraction that starting and finishing an output tile costs: a product over K
+        takes the time of K + fill.
+      unaligned: of `matmul`, where rows of an operand do not start at multiples of 16 bytes, as
+        with a vocabulary of 50,257; at most 1.
       grouped: of `matmul`, for products of rows sorted by expert; at most 1.
       attention: of the peak, for fused attention; at most 1.
       hbm: of the memory's bandwidth; at most 1.
@@ -28,6 +32,10 @@ class Constants:
       low_precision: exponent on the nominal gain of 8- and 4-bit products; 1 is all of it.
       kernel_s: seconds that a product or pass over memory takes to start and drain.
       launch_s: seconds of the host a kernel: a floor under everything it launches.
+      skew: how much longer a host-bound step takes for each doubling of the tensor-parallel group,
+        whose collectives wait for the slowest of its hosts.
+      sync_s: seconds that a collective within a layer waits for its members and streams, whatever
+        its size.
       link_s: seconds a step of a collective within a node or slice.
       network_s: seconds a step of a collective between nodes or slices.
       overlap_fsdp: share of compute behind which gathers of parameters hide.
@@ -41,6 +49,8 @@ class Constants:
     """
 
     matmul: float = 0.7
+    fill: float = 64.0
+    unaligned: float = 1.0
     grouped: float = 0.8
     attention: float = 0.5
     hbm: float = 0.8
@@ -50,6 +60,8 @@ class Constants:
     low_precision: float = 0.6
     kernel_s: float = 5e-6
     launch_s: float = 1e-7
+    skew: float = 0.1
+    sync_s: float = 0.0
     link_s: float = 5e-6
     network_s: float = 2e-5
     overlap_fsdp: float = 0.8
@@ -69,8 +81,8 @@ class Constants:
                 raise ValueError(f"a constant is not negative: {field.name}")
 
 
-SHARES = ("matmul", "grouped", "attention", "hbm", "scatter", "link", "network", "low_precision",
-          "overlap_fsdp", "overlap_data", "overlap_tensor", "dead")  # fmt: skip
+SHARES = ("matmul", "unaligned", "grouped", "attention", "hbm", "scatter", "link", "network",
+          "low_precision", "overlap_fsdp", "overlap_data", "overlap_tensor", "dead")  # fmt: skip
 
 # Which software runs a program when nothing says so.
 STACKS = ("xla_tpu", "xla_gpu", "megatron_fp16", "megatron", "fsdp")

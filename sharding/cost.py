@@ -28,6 +28,8 @@ _LAUNCH_SHARPNESS = 6.0
 # A host this many times as fast as the device keeps nothing waiting; the smooth change between the
 # two would say 2e-13 of the time, of which subtraction leaves mostly rounding.
 _HOST_FAR_AHEAD = 100.0
+# Kernels that the host launches for a collective: the collective, and what waits for it.
+_COLLECTIVE_LAUNCHES = 2.0
 # Passes over accumulated gradients a micro-batch: the product that makes one adds it in place.
 _SUM_PASSES = 2
 # Passes over a gradient in an update: its norm, and the update itself.
@@ -130,7 +132,9 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
             repeated = strategies.recomputes(op) * float(block.checkpointed) * read
             again = again + repeated * (busy + constants.kernel_s)
             kernels = kernels + count + repeated
-    comm = layer_comm(view, block, machine) * (1.0 - constants.overlap_tensor)
+    comm, collectives_ = layer_comm(view, block, machine)
+    comm = (comm + collectives_ * constants.sync_s) * (1.0 - constants.overlap_tensor)
+    kernels = kernels + _COLLECTIVE_LAUNCHES * collectives_
     busy = forward + backward + again
     gathers, scatters = fsdp_comm(view, block, machine)
     exposed = _exposed(gathers + scatters, busy, constants.overlap_fsdp)
@@ -141,7 +145,10 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
         layer_comm=comm,
         fsdp_comm=exposed,
         # The device waits for the host where the host cannot launch as fast as the device runs.
-        launch=_waits(busy + comm + exposed, kernels * constants.launch_s),
+        launch=_waits(
+            busy + comm + exposed,
+            kernels * constants.launch_s * (1.0 + constants.skew * np.log2(strategies.tensor)),
+        ),
     )
 
 

@@ -6,11 +6,11 @@ grows with them, and is divided by tensor parallelism, which adds its reductions
 the pace of their own chips; hand-overs and reductions of gradients share their node's network.
 
 T = (m-1)·(max_i t_i + 2·max_i c_i) + Σ_i t_i + 2·Σ_i c_i + max_i r_i
-t_i = Σ_l 3·(host_l + b·device_l/t) + 2·reduce_l       (backward: two forward passes)
+t_i = Σ_l 3·(host_l(t) + b·device_l/t) + 2·reduce_l       (backward: two forward passes)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class LayerProfile:
 
     Attributes:
       forward_s: chip to seconds of a sample's forward pass, undivided.
+      divided_s: (chip, degree of tensor parallelism) to the same of a divided layer, where it was
+        profiled: of what the host does, which division makes more, not less.
       params: trained numbers of each layer.
       tables: positions of layers that share one table of `table_params` numbers, counted once a
         stage.
@@ -38,6 +40,7 @@ class LayerProfile:
     """
 
     forward_s: Mapping[str, np.ndarray]
+    divided_s: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict)
     params: np.ndarray
     tables: tuple[int, ...] = ()
     table_params: float = 0.0
@@ -136,7 +139,8 @@ def _stage_time(
     for node in {_node_of(cluster, rank) for group in plan.ranks(stage) for rank in group}:
         chip = cluster.nodes[node].chip.name
         forward = profile.forward_s[chip][rows]
-        busy = forward * (constants.host[chip] + constants.device[chip] * samples / ways)
+        divided = profile.divided_s.get((chip, ways), profile.forward_s[chip])[rows]
+        busy = constants.host[chip] * divided + constants.device[chip] * forward * samples / ways
         moved = 2 * (ways - 1) / ways * profile.activation_bytes * samples
         speed = cluster.nodes[node].link_bytes_per_s * constants.link
         reductions = 2 * profile.reduced[rows].sum() * (moved / speed)

@@ -127,10 +127,13 @@ class Op:
     def backward_passes(self) -> float:
         """Cost of its backward pass, in forward passes.
 
-        Fused attention recomputes the scores: five products against two (arXiv:2205.14135).
+        Fused attention recomputes the scores: five products against two (arXiv:2205.14135). What
+        reads and writes an array forward reads two and writes one backward, unless it is linear.
         """
         if self.backward is not None:
             return self.backward
+        if self.kind in ("elementwise", "reduce"):
+            return 1.5 if self.residual_names else 1.0
         return {"dot": 2.0, "grouped_dot": 2.0, "attention": 2.5}.get(self.kind, 1.0)
 
 

@@ -13,6 +13,8 @@ from sharding.program import Op
 _ROOFLINE_SHARPNESS = 3.0
 # Rows of a product are padded to the sublanes of a register (8 on TPUs, and Tensor Core tiles).
 _SUBLANES = 8
+# Elements of 2 bytes that a tensor core's loads of 16 bytes hold.
+_ALIGNED = 8
 # Keys of a block of fused attention (512 in Splash and Flash attention's usual settings).
 _ATTENTION_BLOCK = 512
 # Kinds whose addresses depend on data.
@@ -37,7 +39,7 @@ def op_time(view: View, op: Op, machine: Machine) -> np.ndarray:
         memory_s = memory_s / constants.scatter
     if not op.is_matmul:
         return memory_s
-    flops = op.work * _fraction(view, op) * _padded(view, op, machine.tile)
+    flops = op.work * _fraction(view, op) * _padded(view, op, machine)
     share = constants.attention if op.kind == "attention" else constants.matmul
     if op.kind == "grouped_dot":
         share = share * constants.grouped
@@ -68,12 +70,14 @@ def _fraction(view: View, op: Op) -> Any:
     return op.fraction * (1.0 + np.minimum(1.0, _ATTENTION_BLOCK / view.sizes[op.contracted[0]]))
 
 
-def _padded(view: View, op: Op, tile: Any) -> np.ndarray:
+def _padded(view: View, op: Op, machine: Machine) -> np.ndarray:
     """Points of an iteration space, padded as the matrix unit pads them.
 
     Contracted and output columns fill whole tiles; rows fill sublanes. A grouped product pads the
-    rows of every expert by half a tile on average.
+    rows of every expert by half a tile on average. Starting and finishing a tile costs as much as
+    `fill` more of the contraction.
     """
+    tile = machine.tile
     space = view.program.space(op)
     first = view.program.tensors[op.inputs[0]].dims
     second = view.program.tensors[op.inputs[1]].dims if len(op.inputs) > 1 else ()
@@ -97,7 +101,10 @@ def _padded(view: View, op: Op, tile: Any) -> np.ndarray:
         rows = rows + count * tile / 2 * (count > 1)
     else:
         rows = _up(rows, _SUBLANES)
-    return batch * rows * _up(columns, tile / 2) * _up(depth, tile / 2)
+    whole = batch * rows * _up(columns, tile / 2)
+    whole = whole * (_up(depth, tile / 2) + machine.constants.fill)
+    ragged = (columns % _ALIGNED > 0) | (depth % _ALIGNED > 0)
+    return whole / np.where(ragged, machine.constants.unaligned, 1.0)
 
 
 def _up(size: Any, step: Any) -> Any:

@@ -9,12 +9,18 @@ from sharding.run_row import Row
 from sharding.topology import Cluster
 from sharding.transformer import TransformerConfig, find_model, transformer
 
+_GPT2_VOCAB = 50257
+# Megatron pads the vocabulary so that every shard is a multiple of this.
+_VOCAB_MULTIPLE = 128
+# Widths of heads where d_model / heads gives too few parameters.
+_HEAD_DIMS = (128, 256)
 _UNGATED = re.compile(r"gpt-?\d|^gpt|mpt|opt-|pythia|nemotron|bert|bloom|falcon", re.IGNORECASE)
 
 
 def read_config(row: Row, cluster: Cluster) -> TransformerConfig:
     name = row.text("model")
-    published = find_model(name) if name else None
+    # What stands in brackets is how it was run: "DeepSeekV3 (w/o MTP)".
+    published = find_model(name) or find_model(name.split("(")[0]) if name else None
     names = {"layers": "n_layers", "d_model": "d_model", "heads": "n_heads", "d_ff": "d_ff",
              "kv_heads": "n_kv_heads", "vocab": "vocab"}  # fmt: skip
     cells = {field: row.whole(column) for field, column in names.items()}
@@ -30,7 +36,9 @@ def read_config(row: Row, cluster: Cluster) -> TransformerConfig:
         width = sizes["d_model"]
         if "heads" not in sizes:
             sizes["heads"] = row.fill("heads: of 64", max(1, width // 64))
-        sizes.setdefault("vocab", 51200 if cluster.chip.kind == "switch" else 32000)
+        if "vocab" not in sizes:
+            gpt2 = cluster.chip.kind == "switch"
+            sizes["vocab"] = row.fill("vocab: GPT-2's", _GPT2_VOCAB) if gpt2 else 32000
         # Four times the width is the plain feed-forward's; a gated one is narrower or wider.
         gated = not _UNGATED.search(name or "gpt") and sizes.get("d_ff") != 4 * width
         if "d_ff" not in sizes:
@@ -48,13 +56,31 @@ def read_config(row: Row, cluster: Cluster) -> TransformerConfig:
     return replace(config, name=name or config.name, seq_len=seq_len)
 
 
+def with_padded_vocab(row: Row, config: TransformerConfig, stack: str, tensor: int) -> (
+    TransformerConfig
+):  # fmt: skip
+    """The vocabulary as Megatron pads it, in even shards.
+
+    Undivided, vTrain's models have GPT-2's 50,257 as it is: their heads run at a third of the rate
+    of divided ones, as products do whose rows are not aligned.
+    """
+    padded = stack.startswith("megatron") and (
+        tensor > 1 or "vtrain" not in row.text("source").lower()
+    )
+    if not padded:
+        return config
+    multiple = _VOCAB_MULTIPLE * tensor
+    return replace(config, vocab=-(-config.vocab // multiple) * multiple)
+
+
 def _as_counted(row: Row, config: TransformerConfig) -> TransformerConfig:
-    """Gates the feed-forward and ties the head if the number of parameters says so."""
+    """Gates the feed-forward, ties the head and widens heads if the parameters say so."""
     wanted = row.number("params_b")
     if not wanted:
         return config
     choices = [
-        replace(config, gated=gated, tied=tied)
+        replace(config, gated=gated, tied=tied, head_dim=head_dim)
+        for head_dim in (config.head_dim, *_HEAD_DIMS)
         for gated in (config.gated, not config.gated)
         for tied in (False, True)
     ]

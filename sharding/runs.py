@@ -10,7 +10,9 @@ crashes on it. The rules:
 * model: sizes in the row; then those of a published model of that name; then a decoder of the
   usual proportions with the parameters that `params_b`, the name, or (TFLOP/s) / (tokens/s) / 6
   tell. Whether the feed-forward is gated follows from
-  `params_b` if it tells, else from the name.
+  `params_b` if it tells, else from the name; so do tied heads, and heads wider than
+  d_model / heads.
+* vocabulary blank: GPT-2's on GPUs; Megatron pads it to even shards of a multiple of 128.
 * degrees: `n_chips`·devices a chip / the others; a blank tensor degree takes what data
   parallelism leaves, up to a node; the pipeline takes the rest. All blank: FSDP.
 * experts' degree lies within the data and FSDP degrees.
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.run_cluster import read_chip, read_cluster, read_stack
-from sharding.run_model import read_config, with_types
+from sharding.run_model import read_config, with_padded_vocab, with_types
 from sharding.run_row import Row
 from sharding.run_strategy import read_strategy
 from sharding.strategies import Strategy
@@ -141,6 +143,7 @@ def _parse(index: int, row: Row) -> Run:
     strategy, remat, config = read_strategy(row, cluster, config)
     stack = read_stack(row, chip)
     config = with_types(row, config, stack)
+    config = with_padded_vocab(row, config, stack, strategy.tensor)
     return Run(
         row=index,
         source=row.text("source"),

@@ -10,14 +10,19 @@ from sharding.machine import Machine
 from sharding.program import Block, Op
 
 
-def layer_comm(view: View, block: Block, machine: Machine) -> np.ndarray:
-    """Collectives of tensor, context and expert parallelism in one repetition and micro-batch."""
+def layer_comm(view: View, block: Block, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+    """Collectives of tensor, context and expert parallelism in one repetition and micro-batch.
+
+    Returns:
+      Their seconds, and how many there are.
+    """
     strategies, training = view.strategies, view.program.training
     reduced: set[str] = set()
-    total = view.one * 0.0
+    total, count = view.one * 0.0, view.one * 0.0
     for op in block.ops:
         again = strategies.recomputes(op) if block.checkpointed and training else 0.0
-        total = total + _partial_sums(view, op, machine, reduced, again)
+        seconds, sums = _partial_sums(view, op, machine, reduced, again)
+        total, count = total + seconds, count + sums * (strategies.tensor > 1)
         if op.kind == "route":
             size = np.maximum(view.bytes(op.outputs[0]), view.bytes(op.inputs[0]))
             once = collectives.all_to_all(
@@ -25,17 +30,22 @@ def layer_comm(view: View, block: Block, machine: Machine) -> np.ndarray:
                 torus=machine.torus,
             )  # fmt: skip
             total = total + once * (1.0 + training + again)
+            count = count + (1.0 + training + again) * (strategies.expert > 1)
         if op.is_matmul:
             total = total + _context_gathers(view, op, machine, again)
-    return total
+    return total, count
 
 
 def _partial_sums(
     view: View, op: Op, machine: Machine, reduced: set[str], again: Any
-) -> np.ndarray:
-    """All-reduces over tensor parallelism: of partial results, and of partial cotangents."""
+) -> tuple[np.ndarray, Any]:
+    """All-reduces over tensor parallelism: of partial results, and of partial cotangents.
+
+    Returns:
+      Their seconds, and how many there are if layers are divided.
+    """
     tensors, strategies = view.program.tensors, view.strategies
-    total = view.one * 0.0
+    total, count = view.one * 0.0, 0.0
     outputs_divided = any(view.divided(tensors[n].dims, "tensor") for n in op.outputs)
     # Results of experts are summed over a token's experts before they are reduced: linear.
     routed = any(view.divided(tensors[n].dims, "expert") for n in op.inputs)
@@ -49,6 +59,7 @@ def _partial_sums(
 
     if view.divided(op.contracted, "tensor") and not outputs_divided:
         total = total + reduce_(op.outputs[0]) * (1.0 + again)
+        count = count + 1.0 + again
     if view.program.training and outputs_divided and op.is_matmul:
         for name in op.inputs:
             tensor = tensors[name]
@@ -56,8 +67,8 @@ def _partial_sums(
                 continue
             if name not in reduced:
                 reduced.add(name)
-                total = total + reduce_(name)
-    return total
+                total, count = total + reduce_(name), count + 1.0
+    return total, count
 
 
 def _context_gathers(view: View, op: Op, machine: Machine, again: Any) -> np.ndarray:

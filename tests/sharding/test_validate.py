@@ -43,10 +43,10 @@ def test_the_measured_time_follows_from_other_columns():
     rate = run_of(step_time_s="", tflops_per_chip="100")
     share = run_of(step_time_s="", mfu=str(100 / 197))
     assert np.isclose(rate.measured_s, share.measured_s)
-    # Six FLOPs a parameter and token, and attention: 12 L s d a token, counted in full. The
-    # row's 64 heads are of 64.
-    params = 32 * (4 * 4096**2 + 3 * 4096 * 28672) + 4096 * 32000
-    flops = tokens * (6 * params + 12 * 32 * 2048 * 4096)
+    # Six FLOPs a parameter and token, and attention: 12 L s d a token, counted in full. Of the
+    # row's 64 heads 64 wide, 13.6e9 parameters would follow; 128 wide, the 16e9 that it says.
+    params = 32 * (4 * 4096 * 64 * 128 + 3 * 4096 * 28672) + 4096 * 32000
+    flops = tokens * (6 * params + 12 * 32 * 2048 * 64 * 128)
     assert np.isclose(rate.measured_s, flops / (100e12 * 256), rtol=1e-3)
 
 
