@@ -102,7 +102,12 @@ def apply(params: Params, rollouts: Rollouts) -> PolicyOutput:
 
 
 def roll_out(
-    recipe: Recipe, schedule: Schedule, world: World, params: Params, key: PRNGKeyArray
+    recipe: Recipe,
+    schedule: Schedule,
+    world: World,
+    params: Params,
+    key: PRNGKeyArray,
+    version: Int[Array, ""] | int = 0,
 ) -> Rollouts:
     """Samples prompts and a group of responses to each; the key is consumed."""
     count = max(1, schedule.samples // recipe.group_size)
@@ -127,7 +132,7 @@ def roll_out(
         best = jnp.argmax(logits, axis=1)
         greedy = {"reward": world["reward"][ids, best], "cost": world["cost"][ids, best]}
     mask = jnp.ones((*tokens.shape, 1), bool)
-    version = jnp.where(from_reference, REFERENCE_VERSION, 0)
+    versions = jnp.where(from_reference, REFERENCE_VERSION, version)
     return Rollouts(
         prompts=Prompts(tokens=ids[:, None], mask=jnp.ones((count, 1), bool), ids=ids),
         tokens=tokens[..., None],
@@ -136,7 +141,7 @@ def roll_out(
             ..., None
         ],
         reference_log_probs=reference_log_probs[..., None],
-        policy_version=jnp.broadcast_to(version[:, None], mask.shape).astype(jnp.int32),
+        policy_version=jnp.broadcast_to(versions[:, None], mask.shape).astype(jnp.int32),
         rewards={"reward": _look_up(world["reward"][ids], tokens)},
         costs={"cost": _look_up(world["cost"][ids], tokens)},
         greedy=greedy,
@@ -155,7 +160,12 @@ def _look_up(table: Float[Array, "B K"], tokens: Int[Array, "B G"]) -> Float[Arr
 def step(recipe: Recipe, schedule: Schedule, world: World, learner: Learner) -> Learner:
     """One rollout, its updates, and the multiplier's step."""
     key, rollout_key = jax.random.split(learner.key)
-    rollouts = roll_out(recipe, schedule, world, learner.params, rollout_key)
+    rollouts = roll_out(recipe, schedule, world, learner.params, rollout_key, learner.step)
+    return update(recipe, schedule, replace(learner, key=key), rollouts)
+
+
+def update(recipe: Recipe, schedule: Schedule, learner: Learner, rollouts: Rollouts) -> Learner:
+    """The multiplier's step, and the updates on one batch of rollouts."""
     multipliers, _ = recipe.update(learner.multipliers, rollouts)  # before the update (safe-rlhf)
     before = apply(learner.params, rollouts)
     targets = recipe.targets(multipliers, rollouts, before.values, log_probs=before.log_probs)
@@ -167,8 +177,8 @@ def step(recipe: Recipe, schedule: Schedule, world: World, learner: Learner) -> 
         )(params)
         updates, state = optimiser.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    return Learner(
-        params=params, optimiser=state, multipliers=multipliers, key=key, step=learner.step + 1
+    return replace(
+        learner, params=params, optimiser=state, multipliers=multipliers, step=learner.step + 1
     )
 
 
@@ -200,12 +210,7 @@ def train(
     Raises:
       ValueError: the instances do not share β, or one seed is not given for each.
     """
-    if len(cmdps) != len(seeds):
-        raise ValueError(f"one seed for each instance: {len(cmdps)} instances, {len(seeds)} seeds")
-    recipe = at_kl(recipe, cmdps)
-    worlds = jax.tree.map(lambda *tables: jnp.stack(tables), *(as_world(c) for c in cmdps))
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    learners = jax.vmap(lambda w, k: start(recipe, schedule, w, k))(worlds, keys)
+    recipe, worlds, learners = prepared(recipe, cmdps, seeds, schedule=schedule)
     size = max(1, schedule.steps // chunks)
     done = 0
     while done < schedule.steps:
@@ -213,6 +218,19 @@ def train(
         learners = _advance(recipe, schedule, count, worlds, learners)
         done += count
         yield done, learners
+
+
+def prepared(
+    recipe: Recipe, cmdps: Sequence[CMDP], seeds: Sequence[int], *, schedule: Schedule
+) -> tuple[Recipe, World, Learner]:
+    """The recipe with the instances' β, and the worlds and first states of all seeds, stacked."""
+    if len(cmdps) != len(seeds):
+        raise ValueError(f"one seed for each instance: {len(cmdps)} instances, {len(seeds)} seeds")
+    recipe = at_kl(recipe, cmdps)
+    worlds = jax.tree.map(lambda *tables: jnp.stack(tables), *(as_world(c) for c in cmdps))
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    learners = jax.vmap(lambda w, k: start(recipe, schedule, w, k))(worlds, keys)
+    return recipe, worlds, learners
 
 
 def at_kl(recipe: Recipe, cmdps: Sequence[CMDP]) -> Recipe:

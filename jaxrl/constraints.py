@@ -130,9 +130,19 @@ def push_window(
     return kept, jnp.minimum(count + jnp.sum(valid, dtype=jnp.int32), size)
 
 
-def written_by_policy(rollouts: Rollouts) -> Bool[Array, "B G"]:
-    """True on completions of the policy itself, False on the reference's."""
-    return jnp.all((rollouts.policy_version != REFERENCE_VERSION) | ~rollouts.mask, axis=-1)
+def written_by_policy(rollouts: Rollouts, *, max_lag: int | None = None) -> Bool[Array, "B G"]:
+    """True on completions of the policy itself, False on the reference's.
+
+    Args:
+      rollouts: a batch.
+      max_lag: versions by which a completion may lie behind the newest of the batch, so that
+        replayed ones do not count as what the policy does now; None for any number.
+    """
+    own = (rollouts.policy_version != REFERENCE_VERSION) | ~rollouts.mask
+    if max_lag is not None:
+        newest = jnp.max(rollouts.policy_version, where=rollouts.mask, initial=REFERENCE_VERSION)
+        own &= (rollouts.policy_version >= newest - max_lag) | ~rollouts.mask
+    return jnp.all(own, axis=-1)
 
 
 def _masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
@@ -257,6 +267,8 @@ class _Dual(AbstractConstraint):
       delay: steps before λ first moves.
       per_prompt: one λ(x) for each prompt of the data set instead of a common one.
       margin: δ, in cost units.
+      max_lag: versions by which a completion may lie behind the newest of its batch and still
+        count for the statistic, for batches with replayed completions; None counts all.
     """
 
     init_value: float = 1.0
@@ -267,9 +279,12 @@ class _Dual(AbstractConstraint):
     delay: int = 0
     per_prompt: bool = False
     margin: float = 0.0
+    max_lag: int | None = None
 
     def __post_init__(self) -> None:
         _require_non_negative(self, "init_value", "rate", "delay")
+        if self.max_lag is not None:
+            _require_non_negative(self, "max_lag")
         _require_choice(self, "rule", "additive", "log_sgd")
         if self.max_value is not None and self.max_value < self.init_value:
             raise ValueError(
@@ -300,7 +315,7 @@ class _Dual(AbstractConstraint):
         self, state: MultiplierState, rollouts: Rollouts
     ) -> tuple[MultiplierState, Mapping[str, jax.Array]]:
         statistic = self.statistic(rollouts.cost)
-        own = written_by_policy(rollouts)
+        own = written_by_policy(rollouts, max_lag=self.max_lag)
         window, count = push_window(
             state.window, state.count, statistic.reshape(-1), own.reshape(-1)
         )

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
@@ -111,7 +110,7 @@ def split(rollouts: Rollouts, iteration: int) -> Iterator[tuple[int, Prompt, lis
 
 
 def stack(groups: Sequence[tuple[int, Prompt, Sequence[Record]]], layout: Layout) -> Rollouts:
-    """Rollouts of groups of equal size, padded to the layout."""
+    """Rollouts of groups of equal size, padded to the layout; NumPy arrays."""
     flat = [record for _, _, records in groups for record in records]
     shape = (len(groups), len(groups[0][2]))
 
@@ -120,18 +119,18 @@ def stack(groups: Sequence[tuple[int, Prompt, Sequence[Record]]], layout: Layout
         for row, record in zip(rows, flat, strict=True):
             values = getattr(record, name)
             row[: len(values)] = values
-        return jnp.asarray(rows.reshape(*shape, layout.completion_len))
+        return rows.reshape(*shape, layout.completion_len)
 
     def scores(kind: str, names: Sequence[str]) -> dict[str, Any]:
         table = [[getattr(record, kind)[name] for record in flat] for name in names]
         arrays = np.asarray(table, np.float32).reshape(len(names), *shape)
-        return {name: jnp.asarray(array) for name, array in zip(names, arrays, strict=True)}
+        return dict(zip(names, arrays, strict=True))
 
     return Rollouts(
         prompts=Prompts(
-            tokens=jnp.asarray(np.stack([prompt.tokens for _, prompt, _ in groups])),
-            mask=jnp.asarray(np.stack([prompt.mask for _, prompt, _ in groups])),
-            ids=jnp.asarray(np.asarray([prompt_id for prompt_id, _, _ in groups], np.int32)),
+            tokens=np.stack([prompt.tokens for _, prompt, _ in groups]),
+            mask=np.stack([prompt.mask for _, prompt, _ in groups]),
+            ids=np.asarray([prompt_id for prompt_id, _, _ in groups], np.int32),
         ),
         **{name: padded(name) for name in _TOKEN_FIELDS},
         rewards=scores("rewards", layout.rewards),

@@ -93,6 +93,9 @@ class Replay:
           group_size: G.
           iteration: updates that the learner has made, from which staleness is counted.
 
+        Returns:
+          Scored rollouts of NumPy arrays, padded as those that were added.
+
         Raises:
           EmptyReplay: nothing was added, or all of it is staler than allowed.
           ValueError: a size below 1.
