@@ -14,14 +14,14 @@ the recommended one is ≥ .995 safe with J ≥ .98 of the critical optimum.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from experiments import cmdp, harness, hypotheses, tabular
+from experiments import cmdp, harness, hypotheses, tabular, tabular_replay
 from experiments.cmdp import CMDP
 from experiments.harness import COSMETIC, Report, Run, Table, plots
 from experiments.hypotheses import Frontier, Verdict, standard_error
@@ -146,7 +146,7 @@ class Config(harness.RunOptions):
     samples: int = 64
     """Completions per update, those of the reference policy included."""
     rate: float = 1.0
-    """Step size: change of a logit per sample and unit of advantage."""
+    """Step size: change of a logit per sample and unit of advantage; with replay ½/β."""
     critic_rate: float = 0.1
     """Share of its error that a critic's value loses per sample."""
     hypotheses: bool = True
@@ -231,6 +231,17 @@ def averaged(result: Result) -> dict[str, float]:
     }
 
 
+def updates(
+    config: Config, cmdps: list[CMDP], recipe: Recipe, *, chunks: int = 20
+) -> Iterator[tuple[int, tabular.Learner]]:
+    """`tabular.train`, or with a replay, and then the step that it wants."""
+    seeds, schedule = config.instance_seeds, config.schedule
+    if not recipe.replay_share:
+        return tabular.train(recipe, cmdps, seeds, schedule=schedule, chunks=chunks)
+    schedule = replace(schedule, rate=tabular_replay.rate(config.kl_coef))
+    return tabular_replay.train(recipe, cmdps, seeds, schedule=schedule, chunks=chunks)
+
+
 def train(run: Run, config: Config, cmdps: list[CMDP], recipe: Recipe) -> Result:
     """One algorithm on all instances; a finished one is read from the run's folder."""
     path = run.folder / "algorithms" / f"{recipe.name}.json"
@@ -239,9 +250,7 @@ def train(run: Run, config: Config, cmdps: list[CMDP], recipe: Recipe) -> Result
     run.rewind(recipe.name, 0)
     policies, multipliers = np.empty(0), np.empty(0)
     with run.progress(recipe.name, config.steps) as progress:
-        for step, learner in tabular.train(
-            recipe, cmdps, config.instance_seeds, schedule=config.schedule
-        ):
+        for step, learner in updates(config, cmdps, recipe):
             policies, multipliers = tabular.policies(learner), tabular.multipliers(learner)
             shown = averaged(result_of(cmdps, policies))
             shown |= {"safety": shown["safety_rate"], "multiplier": float(multipliers.mean())}

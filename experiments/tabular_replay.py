@@ -1,7 +1,7 @@
 """`experiments.tabular` with a replay: few completions are written anew, the others come again."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,26 +11,18 @@ from experiments import tabular
 from experiments.cmdp import CMDP
 from experiments.tabular import Learner, Schedule, World
 from jaxrl.recipes import Recipe
-from jaxrl.replay import Replay, ReplayConfig
+from jaxrl.replay import RECTIFIED, Replay, ReplayConfig
 from jaxrl.types import Rollouts
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplayPlan:
-    """How an update's batch is made up.
+def rate(kl_coef: float) -> float:
+    """½/β, half of the step after which a group of distinct completions meets its target.
 
-    Attributes:
-      fresh: completions written for each update, the reference policy's included; they are
-        added to the replay, from which the batch of `Schedule.samples` is drawn.
-      config: of the replay.
+    A group moves D = R' − β·log(π/π_ref) of a member that is in it n times by α·β·n·(D̄ − D):
+    α·β·n = 1 is an exact projection and 2 the end of stability. The half leaves room for a
+    completion that comes twice, where fewer than G distinct ones are known.
     """
-
-    fresh: int = 16
-    config: ReplayConfig = field(default_factory=ReplayConfig)
-
-    def __post_init__(self) -> None:
-        if self.fresh < 1:
-            raise ValueError(f"an update needs at least one fresh completion: {self.fresh=}")
+    return 0.5 / kl_coef
 
 
 def train(
@@ -39,23 +31,22 @@ def train(
     seeds: Sequence[int],
     *,
     schedule: Schedule,
-    plan: ReplayPlan,
-    every: int,
+    config: ReplayConfig = RECTIFIED,
+    chunks: int = 20,
 ) -> Iterator[tuple[int, Learner]]:
-    """Trains one table for each CMDP and yields (step, state) after every `every` steps.
+    """Trains one table for each CMDP and yields (step, state) `chunks` times.
+
+    Of the `schedule.samples` of an update a share of 1 − `recipe.replay_share` is written anew.
 
     Raises:
-      ValueError: a recipe whose objective is biased by replayed completions; see also
-        `tabular.prepared`.
+      ValueError: see `tabular.prepared`.
     """
-    if not recipe.off_policy:
-        raise ValueError(
-            f"replayed completions bias the objective of {recipe.name}; use trajectory balance"
-        )
     recipe, worlds, learners = tabular.prepared(recipe, cmdps, seeds, schedule=schedule)
-    writing = replace(schedule, samples=plan.fresh)
-    replays = [Replay(plan.config, seed=seed) for seed in seeds]
     prompts = max(1, schedule.samples // recipe.group_size)
+    fresh = recipe.fresh_prompts(prompts) * recipe.group_size
+    writing = replace(schedule, samples=fresh)
+    replays = [Replay(config, seed=seed) for seed in seeds]
+    every = max(1, schedule.steps // chunks)
     for step in range(schedule.steps):
         learners, written = _write(recipe, writing, worlds, learners)
         host = jax.device_get(written)

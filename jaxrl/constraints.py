@@ -59,11 +59,12 @@ def bounded_penalty(
     *,
     kl_coef: float | Float[Array, ""],
     bound: float,
+    best_safe: Float[Array, ""] | None = None,
 ) -> Float[Array, " G"]:
     """The penalty λ·C⁺ of one group, held to what is needed and no more.
 
-    p = min( λ·C⁺, {R − b}⁺ + κ·β ),  b = the best reward among the group's safe completions
-    (its least reward when none is safe).
+    p = min( λ·C⁺, {R − b}⁺ + κ·β ),  b = the best reward among the safe completions of the
+    group and those known of its prompt (the group's least reward where there is none).
 
     So R − p never falls more than κ nats (κβ in reward units) below both R and b. For the
     target π ∝ π_ref·exp((R − p)/β) a large λ then means P(unsafe)/P(y_b) ≤
@@ -76,14 +77,17 @@ def bounded_penalty(
       multiplier: λ ≥ 0, reward units per cost unit.
       kl_coef: β, reward units per nat.
       bound: κ, nats.
+      best_safe: the best reward known of a safe completion of the prompt, −inf for none. With
+        it the penalty, and so the target, does not depend on who happens to be in the group.
 
     >>> bounded_penalty(jnp.array([2.0, 0.5]), jnp.array([1.0, 0.0]), jnp.array(100.0),
     ...                 kl_coef=0.1, bound=10.0).tolist()
     [2.5, 0.0]
     """
-    safe = violation <= 0.0
-    best_safe = jnp.max(jnp.where(safe, reward, -jnp.inf))
-    base = jnp.where(jnp.any(safe), best_safe, jnp.min(reward))
+    best = jnp.max(jnp.where(violation <= 0.0, reward, -jnp.inf))
+    if best_safe is not None:
+        best = jnp.maximum(best, best_safe)
+    base = jnp.where(jnp.isfinite(best), best, jnp.min(reward))
     ceiling = jnp.maximum(reward - base, 0.0) + bound * kl_coef
     return jnp.minimum(multiplier * violation, ceiling)
 
@@ -181,9 +185,18 @@ class AbstractConstraint(abc.ABC):
         cost: Float[Array, "B G"],
         *,
         kl_coef: float | Float[Array, ""],
+        best_safe: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B G"]:
-        """The effective reward R − λ·signal(C), for algorithms without a cost critic."""
-        del kl_coef
+        """The effective reward R − λ·signal(C), for algorithms without a cost critic.
+
+        Args:
+          multiplier: λ of each prompt.
+          reward: R.
+          cost: C.
+          kl_coef: β, for penalties that are measured in nats.
+          best_safe: see `Rollouts.best_safe`; for penalties that are bounded.
+        """
+        del kl_coef, best_safe
         return reward - multiplier * self.signal(cost)
 
     def mix(
@@ -426,6 +439,7 @@ class Rectified(_Dual):
         cost: Float[Array, "B G"],
         *,
         kl_coef: float | Float[Array, ""],
+        best_safe: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B G"]:
         """R − λ·{C + δ}⁺, bounded if asked for, divided by `normalise`."""
         violation = self.statistic(cost)
@@ -433,9 +447,13 @@ class Rectified(_Dual):
         if bound is None:
             penalty = multiplier * violation
         else:
+            if best_safe is None:
+                best_safe = jnp.full(reward.shape[:1], -jnp.inf, reward.dtype)
             penalty = jax.vmap(
-                lambda r, v, m: bounded_penalty(r, v, m, kl_coef=kl_coef, bound=bound)
-            )(reward, violation, multiplier[:, 0])
+                lambda r, v, m, b: bounded_penalty(
+                    r, v, m, kl_coef=kl_coef, bound=bound, best_safe=b
+                )
+            )(reward, violation, multiplier[:, 0], best_safe)
         return (reward - penalty) / self._divisor(multiplier, self.unsafe(cost))
 
     def mix(
@@ -517,8 +535,9 @@ class Bounded(AbstractConstraint):
         cost: Float[Array, "B G"],
         *,
         kl_coef: float | Float[Array, ""],
+        best_safe: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B G"]:
-        del kl_coef
+        del kl_coef, best_safe
         return (1.0 - multiplier) * reward - multiplier * cost
 
     def mix(

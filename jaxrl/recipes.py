@@ -126,6 +126,8 @@ class Recipe:
       kl: the anchor to the reference policy.
       group_size: G, completions of each prompt in one step.
       reference_share: share of the G completions that the frozen reference policy writes.
+      replay_share: share of an update's completions that are not written for it but come from
+        a replay; a synchronous trainer then writes that much less.
       epochs: passes over one batch of rollouts.
     """
 
@@ -137,6 +139,7 @@ class Recipe:
     kl: KL = field(default_factory=KL)
     group_size: int = 1
     reference_share: float = 0.0
+    replay_share: float = 0.0
     epochs: int = 1
 
     def __post_init__(self) -> None:
@@ -150,14 +153,18 @@ class Recipe:
                 f"{type(self.advantage).__name__} compares the completions of a "
                 f"prompt and needs group_size ≥ 2: {self.group_size=}"
             )
-        if not 0.0 <= self.reference_share < 1.0:
-            raise ValueError(f"reference_share must lie in [0, 1): {self.reference_share!r}")
-        if self.reference_share and not self.off_policy:
-            raise ValueError(
-                "completions of the reference policy (reference_share > 0) bias "
-                f"{type(self.objective).__name__}; use TrajectoryBalance, or "
-                "reference_share=0"
-            )
+        for share, writer in (
+            ("reference_share", "the reference policy"),
+            ("replay_share", "old policies"),
+        ):
+            value = getattr(self, share)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{share} must lie in [0, 1): {value!r}")
+            if value and not self.off_policy:
+                raise ValueError(
+                    f"completions of {writer} ({share} > 0) bias "
+                    f"{type(self.objective).__name__}; use TrajectoryBalance, or {share}=0"
+                )
         if self.off_policy and (
             isinstance(self.advantage, adv.GAE)
             or not self.kl.always_positive
@@ -215,6 +222,10 @@ class Recipe:
         """How many of a group's completions the reference policy writes; they come last."""
         return round(self.group_size * self.reference_share)
 
+    def fresh_prompts(self, prompts: int) -> int:
+        """How many of the prompts of an update are answered anew; at least one."""
+        return max(1, round(prompts * (1.0 - self.replay_share)))
+
     def init(self, num_prompts: int) -> State:
         """State before the first step, for a data set of `num_prompts` prompts."""
         return self.constraint.init(num_prompts)
@@ -251,7 +262,11 @@ class Recipe:
         multiplier = self.constraint.multiplier(state, rollouts.prompts.ids)
         kl_coef = self.kl.at(state.step)
         scores = self.constraint.penalised(
-            multiplier, rollouts.reward, rollouts.cost, kl_coef=kl_coef
+            multiplier,
+            rollouts.reward,
+            rollouts.cost,
+            kl_coef=kl_coef,
+            best_safe=rollouts.best_safe,
         )
         kl = kl_coef * _token_kl(rollouts, log_probs)
         if isinstance(self.advantage, adv.GAE):
@@ -623,6 +638,20 @@ _ALL = (
         group_size=8,
         reference_share=0.5,
     ),
+    Recipe(
+        name="repo_tb_replay",
+        summary="repo_tb with a quarter of its samples: three quarters of a batch are replayed, "
+        "three quarters of what is written is the reference's",
+        advantage=adv.GroupMean(),
+        objective=obj.TrajectoryBalance(),
+        kl=KL(coef=0.05),
+        constraint=dataclasses.replace(
+            _RECTIFIED_REWARD, rate=20.0, max_value=None, bound=24.0, max_lag=0
+        ),
+        group_size=8,
+        reference_share=0.75,
+        replay_share=0.75,
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ALL})
@@ -663,7 +692,9 @@ def with_options(recipe: Recipe, options: Mapping[str, str]) -> Recipe:
     50.0
     """
     parts = ("constraint", "advantage", "objective", "kl")
-    known = {name: ("", name) for name in ("group_size", "reference_share", "epochs")}
+    known = {
+        name: ("", name) for name in ("group_size", "reference_share", "replay_share", "epochs")
+    }
     for part in parts:
         for each in dataclasses.fields(getattr(recipe, part)):
             known[f"{part}.{each.name}"] = (part, each.name)

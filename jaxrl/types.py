@@ -70,6 +70,8 @@ class Rollouts(_Record):
       costs: harm by name; a completion is safe when the entry "cost" is ≤ 0.
       greedy: "reward" and "cost" of the greedy completion of each prompt, for recipes that
         ask for one (ReMax).
+      best_safe: the greatest "reward" of a safe completion that is known of each prompt, from a
+        replay, where it may be older than these; −inf where none is known.
     """
 
     prompts: Prompts
@@ -81,6 +83,7 @@ class Rollouts(_Record):
     rewards: Mapping[str, Float32[Array, "B G"]]
     costs: Mapping[str, Float32[Array, "B G"]]
     greedy: Mapping[str, Float32[Array, " B"]] | None = field(default=None)
+    best_safe: Float32[Array, " B"] | None = field(default=None)
 
     @property
     def reward(self) -> Float32[Array, "B G"]:

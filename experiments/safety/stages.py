@@ -18,6 +18,7 @@ from jaxrl.data.batches import PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.recipes import Recipe
+from jaxrl.replay import RECTIFIED, Replay
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.supervised import Supervised
 from jaxrl.train import Scorer, Trainer
@@ -43,12 +44,34 @@ def initial_policy(config: SafetyConfig, task: Task) -> Policy:
     return Policy(graphdef=graphdef, params=params)
 
 
-def _resume(run: Run, stage: str, checkpoints: Checkpointer, state: Any) -> tuple[int, Any]:
-    """The stage's newest good checkpoint, or where it starts; metrics follow."""
-    found = checkpoints.restore_latest(state)
-    step, state = (0, state) if found is None else (found.step, found.tree)
+def _resume(
+    run: Run, stage: str, checkpoints: Checkpointer, state: Any, replay: Replay | None = None
+) -> tuple[int, Any]:
+    """The stage's newest good checkpoint, or where it starts; metrics and replay follow."""
+
+    def template(metadata: Mapping[str, Any]) -> Any:
+        if replay is None:
+            return state
+        return {"state": state, "replay": Replay.template(metadata["replay"])}
+
+    found = checkpoints.restore_latest(template)
+    step = 0 if found is None else found.step
+    if found is not None and replay is None:
+        state = found.tree
+    elif found is not None and replay is not None:
+        replay.load({"arrays": found.tree["replay"], "metadata": found.metadata["replay"]})
+        state = found.tree["state"]
     run.rewind(stage, step)
     return step, state
+
+
+def _save(checkpoints: Checkpointer, step: int, state: Any, replay: Replay | None) -> None:
+    if replay is None:
+        checkpoints.save(step, state)
+        return
+    kept = replay.state_dict()
+    tree = {"state": state, "replay": kept["arrays"]}
+    checkpoints.save(step, tree, metadata={"replay": kept["metadata"]})
 
 
 def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
@@ -93,7 +116,7 @@ def train(
     trainer = trainer_of(run, config, task, evaluators, recipe, reference)
     state = initial_state(config, trainer.learner, task, reference)
     with Checkpointer(run.checkpoints / recipe.name) as checkpoints:
-        start, state = _resume(run, recipe.name, checkpoints, state)
+        start, state = _resume(run, recipe.name, checkpoints, state, trainer.replay)
         with run.progress(recipe.name, config.steps, start=start) as bar:
             updates = trainer.run(state, start=start, steps=config.steps)
             for done, state, metrics, refusal in run.each_profiled(updates):
@@ -103,7 +126,7 @@ def train(
                     path = run.write_samples(f"refused-{recipe.name}-{done}", refusal.rows)
                     bar.note(f"step {done}: {refusal} (rows in {path})")
                 if done % config.checkpoint_every == 0 or done == config.steps:
-                    checkpoints.save(done, state)
+                    _save(checkpoints, done, state, trainer.replay)
     return Policy(graphdef=reference.graphdef, params=state.params["policy"])
 
 
@@ -142,11 +165,13 @@ def trainer_of(
             costs={"cost": evaluators.cost},
         ),
         prompts=task.train,
-        prompts_per_step=config.samples_per_step // recipe.group_size,
+        prompts_per_step=recipe.fresh_prompts(config.samples_per_step // recipe.group_size),
         reference=reference.params,
         seed=config.seed,
         sampler_tolerance=config.sampler_tolerance,
         demonstrations=task.ptx,
+        replay=Replay(RECTIFIED, seed=config.seed) if recipe.replay_share else None,
+        prompts_per_update=config.samples_per_step // recipe.group_size,
         span=run.span,
     )
 

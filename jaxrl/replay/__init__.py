@@ -7,12 +7,21 @@ NumPy, a function of its seed and of what was added, saved and restored with the
 """
 
 from jaxrl.replay.buffer import PromptBuffer
-from jaxrl.replay.config import GSM8K, TLDR, ReplayConfig, Score, reward_score, safe_reward_score
+from jaxrl.replay.config import (
+    GSM8K,
+    RECTIFIED,
+    TLDR,
+    ReplayConfig,
+    Score,
+    reward_score,
+    safe_reward_score,
+)
 from jaxrl.replay.records import Record
 from jaxrl.replay.replay import EmptyReplay, Replay
 
 __all__ = [
     "GSM8K",
+    "RECTIFIED",
     "TLDR",
     "EmptyReplay",
     "PromptBuffer",

@@ -38,6 +38,11 @@ class PromptBuffer:
         """The records that the sync with this tag brought: TBA's n_online newest."""
         return [record for record in self.records if record.iteration == iteration]
 
+    def best_safe(self, *, margin: float) -> float:
+        """The greatest "reward" among records with "cost" ≤ −margin; −inf where there is none."""
+        rewards = (r.rewards["reward"] for r in self.records if r.costs["cost"] <= -margin)
+        return max(rewards, default=float("-inf"))
+
     def draw_recent(self, rng: np.random.Generator, size: int, *, iteration: int) -> list[Record]:
         """Uniformly among the records of one sync."""
         records = self.of_sync(iteration)

@@ -38,6 +38,8 @@ class ReplayConfig:
       max_staleness: updates by which a record's policy may lie behind the learner; older
         records are dropped. None keeps them, which trajectory balance may use at any age. What
         the frozen reference policy wrote never grows stale.
+      margin: δ, in cost units; a completion counts as safe, and its reward for
+        `Rollouts.best_safe`, when C ≤ −δ.
     """
 
     capacity: int = 100
@@ -45,6 +47,7 @@ class ReplayConfig:
     inverse_temperature: float = 1.0
     score: Score = reward_score
     max_staleness: int | None = None
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -57,6 +60,8 @@ class ReplayConfig:
             )
         if self.max_staleness is not None and self.max_staleness < 0:
             raise ValueError(f"max_staleness must be ≥ 0, or None: {self.max_staleness!r}")
+        if not self.margin >= 0.0:
+            raise ValueError(f"margin must not be negative: {self.margin!r}")
 
 
 GSM8K = ReplayConfig(capacity=100, recent_share=0.95, inverse_temperature=0.0)
@@ -64,3 +69,7 @@ GSM8K = ReplayConfig(capacity=100, recent_share=0.95, inverse_temperature=0.0)
 
 TLDR = ReplayConfig(capacity=100, recent_share=0.5, inverse_temperature=1.0)
 """TBA's on TL;DR: 20 completions a prompt for groups of 20, a sync every 10 updates."""
+
+RECTIFIED = ReplayConfig(capacity=100, recent_share=0.25, inverse_temperature=0.0)
+"""For rectified trajectory balance: uniform over the distinct completions that are known, so that
+the rarest converges as fast as may be; see docs/rectified_trajectory_balance.md."""

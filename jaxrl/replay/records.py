@@ -126,12 +126,13 @@ def stack(groups: Sequence[tuple[int, Prompt, Sequence[Record]]], layout: Layout
         arrays = np.asarray(table, np.float32).reshape(len(names), *shape)
         return dict(zip(names, arrays, strict=True))
 
+    prompts: dict[str, Any] = {
+        "tokens": np.stack([prompt.tokens for _, prompt, _ in groups]),
+        "mask": np.stack([prompt.mask for _, prompt, _ in groups]),
+        "ids": np.asarray([prompt_id for prompt_id, _, _ in groups], np.int32),
+    }
     return Rollouts(
-        prompts=Prompts(
-            tokens=np.stack([prompt.tokens for _, prompt, _ in groups]),
-            mask=np.stack([prompt.mask for _, prompt, _ in groups]),
-            ids=np.asarray([prompt_id for prompt_id, _, _ in groups], np.int32),
-        ),
+        prompts=Prompts(**prompts),
         **{name: padded(name) for name in _TOKEN_FIELDS},
         rewards=scores("rewards", layout.rewards),
         costs=scores("costs", layout.costs),

@@ -113,7 +113,16 @@ class Replay:
                 f"{iteration} (max_staleness={self.config.max_staleness}); add rollouts first"
             )
         assert self._layout is not None
-        return stack([self._place(group_size) for _ in range(num_prompts)], self._layout)
+        groups = [self._place(group_size) for _ in range(num_prompts)]
+        return stack(groups, self._layout).replace(best_safe=self._best_safe(groups))
+
+    def _best_safe(self, groups: list[tuple[int, Prompt, list[Any]]]) -> Any:
+        layout = self._layout
+        if layout is None or "reward" not in layout.rewards or "cost" not in layout.costs:
+            return None
+        margin = self.config.margin
+        best = [self._buffers[i].best_safe(margin=margin) for i, _, _ in groups]
+        return np.asarray(best, np.float32)
 
     def _place(self, group_size: int) -> tuple[int, Prompt, list[Any]]:
         """One place of a batch."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import learner as learner_lib
 from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, Metrics
+from jaxrl.replay import Replay
 from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
 from jaxrl.types import Rollouts
 
@@ -39,6 +41,9 @@ class Trainer:
       max_refused: steps in a row that may be refused for scores that are not finite, or skipped
         for gradients that are not; one more and the run stops, since something is broken.
       demonstrations: what the learner's `ptx` loss imitates, as many a step as completions.
+      replay: where given, each step's rollouts go into it and the update's are drawn from it;
+        `Replay.state_dict` then belongs into the checkpoint.
+      prompts_per_update: B of an update drawn from `replay`; `prompts_per_step` where None.
       span: names the parts of a step for a timeline.
     """
 
@@ -52,6 +57,8 @@ class Trainer:
     sampler_tolerance: float = 1e-2
     max_refused: int = 3
     demonstrations: Demonstrations | None = None
+    replay: Replay | None = None
+    prompts_per_update: int | None = None
     span: Span = field(default=no_span)
 
     def rollout(self, state: LearnerState, step: int) -> Rollouts:
@@ -98,16 +105,26 @@ class Trainer:
                 continue
             refused = 0
             with self.span("update"):
+                batch = self._batch(rollouts, step)
                 demonstrations = imitated(
-                    self.demonstrations, rollouts.mask.shape, seed=self.seed, step=step
+                    self.demonstrations, batch.mask.shape, seed=self.seed, step=step
                 )
-                state, metrics = self.learner.update(state, rollouts, demonstrations)
+                state, metrics = self.learner.update(state, batch, demonstrations)
                 summary = summarise(rollouts, metrics)
             self._check_sampler(summary, step)
             skipped = skipped + 1 if summary["skipped"] else 0
             if skipped > self.max_refused:
                 raise NonFiniteUpdates(skipped, step)
             yield step + 1, state, summary, None
+
+    def _batch(self, rollouts: Rollouts, step: int) -> Rollouts:
+        """What the update learns from: the step's rollouts, or what the replay draws."""
+        if self.replay is None:
+            return rollouts
+        self.replay.add(rollouts, step)
+        prompts = self.prompts_per_update or self.prompts_per_step
+        drawn = self.replay.sample(prompts, self.collector.group_size, step)
+        return jax.tree.map(jnp.asarray, drawn)
 
     def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
         if metrics["sampler_gap"] > self.sampler_tolerance:

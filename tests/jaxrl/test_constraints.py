@@ -1,6 +1,7 @@
 """Penalties, multipliers and mixing rules, by hand and by brute force."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -213,6 +214,41 @@ def test_a_large_multiplier_leaves_unsafe_samples_exactly_the_bound_below_the_be
         reward, violation, jnp.array(1e6), kl_coef=0.2, bound=10.0
     )
     np.testing.assert_allclose(found, [-1.0, 1.0, -4.0])
+
+
+def test_a_known_safe_answer_makes_the_penalty_the_same_in_every_group():
+    """b = 1 from outside: an unsafe R = 9 ends at b − κβ = −1 with whomever it is drawn."""
+    penalty = partial(
+        constraints.bounded_penalty, multiplier=jnp.array(1e6), kl_coef=0.2, bound=10.0
+    )
+    for others, costs in (
+        [[1.0, 0.0], [0.0, 0.0]],
+        [[-2.0, -3.0], [0.0, 1.0]],
+        [[4.0, 5.0], [1.0, 1.0]],
+    ):
+        reward = jnp.array([9.0, *others])
+        found = penalty(reward, jnp.array([1.0, *costs]), best_safe=jnp.array(1.0))
+        assert float(reward[0] - found[0]) == pytest.approx(-1.0)
+    # A better one in the group itself counts too; none known is as if nothing were said.
+    reward, violation = jnp.array([9.0, 3.0]), jnp.array([1.0, 0.0])
+    for known in (1.0, -jnp.inf):
+        found = penalty(reward, violation, best_safe=jnp.array(known))
+        np.testing.assert_allclose(found, penalty(reward, violation))
+
+
+def test_replayed_completions_do_not_move_the_multiplier():
+    """Versions 5, 4 and the reference's: at max_lag 0 only the first counts, C⁺ = 2."""
+    batch = rollouts([[0.0, 0.0, 0.0]], [[2.0, 7.0, 9.0]])
+    batch = batch.replace(policy_version=jnp.array([5, 4, REFERENCE_VERSION]).reshape(1, 3, 1))
+    for max_lag, mean in ((0, 2.0), (1, 4.5), (None, 4.5)):
+        rule = Rectified(init_value=1.0, rate=0.5, max_value=None, max_lag=max_lag)
+        state, _ = rule.update(rule.init(1), batch)
+        assert float(state.value) == pytest.approx(1.0 + 0.5 * mean)
+    only_reference = batch.replace(policy_version=jnp.full((1, 3, 1), REFERENCE_VERSION))
+    rule = Rectified(max_lag=0)
+    assert float(rule.update(rule.init(1), only_reference)[0].value) == 1.0
+    with pytest.raises(ValueError, match="max_lag must not be negative"):
+        Rectified(max_lag=-1)
 
 
 def test_the_bound_limits_the_odds_of_unsafe_responses():

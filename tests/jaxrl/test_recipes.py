@@ -209,6 +209,11 @@ def test_the_recommended_loss_uses_no_importance_ratio():
     )
 
 
+def test_a_replay_saves_three_quarters_of_the_prompts():
+    assert [recipes.get("repo_tb_replay").fresh_prompts(n) for n in (1, 4, 8)] == [1, 1, 2]
+    assert recipes.get("repo_tb").fresh_prompts(8) == 8
+
+
 def test_half_of_the_recommended_groups_come_from_the_reference():
     assert recipes.RECOMMENDED == "repo_tb"
     assert recipes.get("repo_tb").reference_samples == 4
@@ -360,6 +365,7 @@ def test_an_unknown_name_or_field_lists_what_there_is():
         ("rloo", {"constraint": Rectified()}, "normalise='unsafe' divides whole rewards"),
         ("rloo", {"group_size": 1}, "needs group_size ≥ 2"),
         ("rloo", {"reference_share": 0.5}, "bias ClippedSurrogate"),
+        ("ppo", {"replay_share": 0.5}, "completions of old policies .* bias ClippedSurrogate"),
         ("rloo", {"kl": KL(placement="reward_and_cost")}, "needs a cost critic"),
         ("repo_tb", {"kl": KL(coef=0.0)}, "positive KL coefficient"),
         ("repo_tb", {"reference_share": 1.0}, "reference_share must lie in"),

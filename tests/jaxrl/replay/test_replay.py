@@ -350,3 +350,18 @@ def test_a_checkpoint_holds_it(tmp_path):
     empty = Replay(seed=0)
     empty.load(Replay(seed=5).state_dict())
     assert len(empty) == 0
+
+
+def test_a_batch_knows_the_best_safe_answer_of_each_prompt():
+    """Also where it is not in the group drawn: rewards 1 and 2 are safe, 9 is not, at C = R − 5."""
+    replay = only(margin=2.5)
+    replay.add(
+        rollouts({0: [(1,), (2,), (9,)], 3: [(8,), (9,), (7,)]}, cost=lambda c: c[0] - 5.0), 0
+    )
+    batch = replay.sample(6, 1, 0)
+    expected = {0: 2.0, 3: -np.inf}
+    ids = batch.prompts.ids.tolist()
+    assert batch.best_safe.tolist() == [expected[i] for i in ids]
+    strict = only(margin=3.5)
+    strict.add(rollouts({0: [(1,), (2,)]}, cost=lambda c: c[0] - 5.0), 0)
+    assert strict.sample(1, 1, 0).best_safe.tolist() == [1.0]

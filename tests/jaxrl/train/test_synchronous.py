@@ -13,6 +13,7 @@ from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import PromptSet
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
 from jaxrl.models import Decoder, DecoderConfig, ScalarModel
+from jaxrl.replay import Replay, ReplayConfig
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.tokenizers import PLAIN, train_bpe
 from jaxrl.train import NonFiniteScores, NonFiniteUpdates, SamplerDrift, Scorer, Trainer
@@ -265,3 +266,42 @@ def test_three_steps_and_three_more_are_six(tmp_path, parts):
     for a, b in zip(on_host(state), on_host(whole), strict=True):
         np.testing.assert_array_equal(a, b)
     assert whole_metrics[5] != whole_metrics[4]
+
+
+# --- replay -------------------------------------------------------------------------------------
+
+
+def replaying(**options):
+    return dataclasses.replace(
+        TRAINER,
+        replay=Replay(ReplayConfig(**options), seed=0),
+        prompts_per_step=1,
+        prompts_per_update=3,
+    )
+
+
+def test_updates_are_drawn_from_the_replay_and_metrics_are_of_what_is_new(monkeypatch):
+    trainer = replaying(recent_share=0.0)
+    batches = []
+    update = Learner.update
+    monkeypatch.setattr(
+        Learner, "update", lambda self, s, r, d: (batches.append(r), update(self, s, r, d))[1]
+    )
+    _, metrics, _ = trained(trainer, started(), 0, 3)
+    assert [batch.tokens.shape[:2] for batch in batches] == [(3, 4)] * 3
+    written = [set(np.asarray(b.policy_version).ravel().tolist()) - {-1} for b in batches]
+    assert 0 in written[2]  # what was written at step 0 comes again
+    assert len(trainer.replay.prompt_ids) == 3
+    assert all(np.isfinite(row["reward"]) for row in metrics)
+
+
+def test_a_restored_replay_resumes_to_the_same_numbers():
+    whole, _, _ = trained(replaying(), started(), 0, 4)
+    whole = on_host(whole)
+    first = replaying()
+    state, _, _ = trained(first, started(), 0, 2)
+    second = replaying()
+    second.replay.load(first.replay.state_dict())
+    again, _, _ = trained(second, state, 2, 4)
+    for one, other in zip(whole, on_host(again), strict=True):
+        np.testing.assert_array_equal(one, other)
