@@ -85,6 +85,7 @@ class Intake:
         self._next = 0
         self._journal = journal
         self._plan: dict[int, list[int]] = {}  # updates to repeat: step → items
+        self._unwritten: list[dict[str, Any]] = []
         self._found: dict[int, Result] = {}  # answers from the journal, for the plan
 
     # ------------------------------------------------------------------ over a crash
@@ -144,22 +145,27 @@ class Intake:
 
     def note(self, step: int, results: Iterable[Result]) -> None:
         """Writes down which items a new update uses; `flush` makes it durable."""
-        if self._journal is None:
-            return
-        try:
+        if self._journal is not None:
             items = [result.item for result in results]
-            self._journal.append({"update": step, "items": items}, durable=False)
-        except JournalError as error:
-            _log.warning("after a crash update %d may be made of other rollouts: %s", step, error)
+            self._unwritten.append({"update": step, "items": items})
+            self._write(durable=False)
 
     def flush(self) -> None:
         """Makes the past durable, so that a version that is published now can be made again."""
-        if self._journal is None:
-            return
+        if self._journal is not None:
+            self._write(durable=True)
+
+    def _write(self, *, durable: bool) -> None:
+        """Writes what is noted; what the disk refuses waits for the next call."""
+        assert self._journal is not None
         try:
-            self._journal.flush()
+            while self._unwritten:
+                self._journal.append(self._unwritten[0], durable=False)
+                del self._unwritten[0]
+            if durable:
+                self._journal.flush()
         except JournalError as error:
-            _log.warning("after a crash the versions may differ: %s", error)
+            _log.warning("a crash now may give later versions other weights: %s", error)
 
     def collect(self, state: Mapping[str, Any], step: int) -> None:
         """Deletes what a checkpoint holds from the journal.
