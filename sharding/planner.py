@@ -1,6 +1,7 @@
 """`plan`: from a step and a cluster to a plan."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,8 @@ def plan(
     where = find_cluster(cluster)
     traced = trace_step(step, args, state=state, data=data)
     allowed, notes = _within_reach(step, traced, constraints or Constraints())
+    if where.is_mixed:
+        notes.append("uneven shares of the batch were out of reach: arrays are divided evenly")
     found = solve(
         traced.program,
         where,
@@ -146,6 +149,7 @@ def _within_reach(
         wanted,
         pinned={**reach, **wanted.pinned},
         remat=allowed,
+        uneven_shares=False,
         offload=wanted.offload or offload,
     )
     return narrowed, notes
@@ -217,6 +221,15 @@ def _cuts(
     """Layers of every stage, the slowest stage as fast as can be."""
     if strategy.stage == 1:
         return ()
+    blocks = traced.program.blocks
+    if strategy.cuts:  # of mixed chips, with what is around the layers
+        is_layer = [block.checkpointed for block in blocks for _ in range(block.repeat)]
+        ends = np.cumsum([0, *strategy.cuts])
+        sizes = [sum(is_layer[a:b]) for a, b in itertools.pairwise(ends.tolist())]
+        while min(sizes) < 1:  # a stage of the embedding alone: a mesh axis divides layers
+            sizes[int(np.argmax(sizes))] -= 1
+            sizes[int(np.argmin(sizes))] += 1
+        return tuple(sizes)
     stacked = Strategies.stack([strategy])
     result = estimate(traced.program, stacked, cluster, calibration=calibration)
     times = [

@@ -25,6 +25,8 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "zero": strategy.zero,
         "remat": strategy.remat,
         "offload": strategy.offload,
+        **({"cuts": strategy.cuts} if strategy.cuts else {}),
+        **({"shares": strategy.shares} if strategy.shares else {}),
         "step_time_s": candidate.step_s,
         "memory_bytes": round(candidate.memory_bytes),
         "breakdown": {n: s for n, s in candidate.terms.items() if s},
@@ -58,6 +60,8 @@ def utilisation(program: Program, cluster: Cluster, candidate: Candidate) -> flo
     """Model FLOPs of the step over what the chips could do in its time, without recomputation."""
     passes = 3 if program.training else 1
     peak = cluster.chip.peak_flops["bf16"] * cluster.chip_count
+    if cluster.nodes:
+        peak = sum(node.chip.peak_flops["bf16"] * node.count for node in cluster.nodes)
     return passes * program.forward_flops / (candidate.step_s * peak)
 
 
@@ -68,6 +72,9 @@ def stage_cuts(program: Program, cluster: Cluster, strategy: Strategy) -> Cuts |
     """
     if strategy.stage == 1 or strategy.interleave > 1:
         return None
+    if cluster.is_mixed:  # the search has cut them
+        boundaries = (0, *np.cumsum(strategy.cuts).tolist())
+        return Cuts(boundaries=boundaries, step_s=float("nan"))
     result = estimate(program, Strategies.stack([strategy]), cluster)
     times = [
         float(time.total[0])
@@ -88,6 +95,10 @@ def candidate_text(candidate: Candidate) -> str:
         choices.append(f"ZeRO-{strategy.zero}")
     if strategy.interleave > 1:
         choices.append(f"{strategy.interleave} stretches a stage")
+    if strategy.cuts:
+        choices.append(f"layers of the stages {list(strategy.cuts)}")
+    if strategy.shares:
+        choices.append(f"samples of the replicas {list(strategy.shares)}")
     if strategy.offload != "none":
         choices.append(f"{strategy.offload} in host memory")
     time = ", ".join(

@@ -8,13 +8,16 @@ can be better. If a budget ends the search earlier, the gap to the smallest boun
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sharding import mixed
+from sharding.candidate import Candidate as Candidate
+from sharding.candidate import Solution as Solution
+from sharding.candidate import candidate
 from sharding.constants import Calibration, shipped
-from sharding.cost import Estimate, estimate
+from sharding.cost import estimate
 from sharding.local import View
 from sharding.machine import machine
 from sharding.memory import memory
@@ -26,48 +29,6 @@ from sharding.topology import Cluster
 
 # Candidates that are costed at once.
 _CHUNK = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A strategy with its prediction.
-
-    Attributes:
-      strategy: the strategy.
-      step_s: seconds of a step.
-      memory_bytes: of a device.
-      terms: seconds by term; they sum to `step_s`.
-      memory_terms: bytes by use; they sum to `memory_bytes`, but for `host`.
-    """
-
-    strategy: Strategy
-    step_s: float
-    memory_bytes: float
-    terms: dict[str, float]
-    memory_terms: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """What a search found.
-
-    Attributes:
-      best: the strategies, fastest first.
-      bound_s: no strategy of the space that fits is faster than this.
-      gap: (best - bound) / best; 0 if the best is proven.
-      space: strategies in the space.
-      fitting: of these, not known to exceed the memory.
-      costed: of these, costed exactly.
-      search_time_s: seconds of wall time.
-    """
-
-    best: tuple[Candidate, ...]
-    bound_s: float
-    gap: float
-    space: int
-    fitting: int
-    costed: int
-    search_time_s: float
 
 
 def solve(
@@ -98,6 +59,9 @@ def solve(
     began = time.perf_counter()
     constraints = constraints or Constraints()
     calibration = calibration or shipped()
+    if cluster.is_mixed:
+        return mixed.solve(program, cluster, constraints, calibration, stack, top=top,
+                           budget=budget)  # fmt: skip
     constants = calibration.constants(cluster.chip.name, stack, cluster.measured)
     space = candidates(program, cluster, constraints)
     limit = cluster.memory_bytes * constraints.memory_fraction
@@ -153,9 +117,11 @@ def evaluate(
                 f"strategy {strategy.mesh} takes {strategy.devices} devices, {cluster.name} has "
                 f"{cluster.device_count}; change a degree"
             )
+    if cluster.is_mixed:
+        return mixed.evaluate(program, strategies, cluster, calibration or shipped(), stack)
     result = estimate(program, Strategies.stack(strategies), cluster, calibration=calibration,
                       stack=stack)  # fmt: skip
-    return [_candidate(strategy, result, i) for i, strategy in enumerate(strategies)]
+    return [candidate(strategy, result, i) for i, strategy in enumerate(strategies)]
 
 
 def lower_bound(
@@ -221,18 +187,6 @@ def _distinct(space: Strategies, fitting: np.ndarray, order: np.ndarray, top: in
         if len(chosen) == top:
             break
     return chosen
-
-
-def _candidate(strategy: Strategy, result: Estimate, index: int) -> Candidate:
-    names = ("parameters", "gradients", "optimizer", "activations", "transient", "host")
-    return Candidate(
-        strategy=strategy,
-        step_s=float(result.step_s[index]),
-        memory_bytes=float(result.memory.total[index]),
-        terms={n: float(np.broadcast_to(v, result.step_s.shape)[index])
-               for n, v in result.terms.items()},
-        memory_terms={n: float(getattr(result.memory, n)[index]) for n in names},
-    )  # fmt: skip
 
 
 def _overshoot(

@@ -30,6 +30,7 @@ class Constraints:
       offload: allowed; () for "none" and "activations".
       forbidden: axes that stay at one.
       tensor_across_nodes: whether layers may be divided between nodes.
+      uneven_shares: whether replicas on chips that differ may take different shares of the batch.
       memory_fraction: of a device's memory that a plan may be predicted to take. The rest is the
         runtime's, and the error of the prediction.
     """
@@ -40,6 +41,7 @@ class Constraints:
     offload: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     tensor_across_nodes: bool = False
+    uneven_shares: bool = True
     memory_fraction: float = 0.94
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ def candidates(program: Program, cluster: Cluster, constraints: Constraints) -> 
         _, _, expert, fsdp, data, stage = degrees
         local = batch // (data * fsdp * expert)
         for count in _microbatches(local, stage, program.training):
-            for interleave in _interleaves(program, stage, count):
+            for interleave in (1,) if cluster.is_mixed else _interleaves(program, stage, count):
                 rows.append((*degrees, count, interleave))
     if not rows:
         raise ValueError(

@@ -40,7 +40,10 @@ class Strategy:
       sequence_parallel: what tensor parallelism leaves whole is divided along the sequence.
       offload: "none", "activations" or "optimizer": what lies in the host's memory.
       first: axis that takes the best torus dimensions.
-      cuts: layers of each stage, or () for equal stages.
+      cuts: layers of each stage, or () for equal stages. On mixed chips embedding and head count
+        as layers.
+      shares: samples of a micro-batch that each replica takes, or () for equal shares; replicas
+        are counted as devices are, the stage's first.
     """
 
     data: int = 1
@@ -57,6 +60,7 @@ class Strategy:
     offload: str = "none"
     first: str = "tensor"
     cuts: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (*AXES, "microbatches", "interleave"):
@@ -70,6 +74,9 @@ class Strategy:
             raise ValueError(f"offload is none, activations or optimizer: {self.offload!r}")
         if self.cuts and len(self.cuts) != self.stage:
             raise ValueError(f"cuts names the layers of each stage: {self.cuts=}, {self.stage=}")
+        replicas = self.data * self.fsdp * self.expert
+        if self.shares and len(self.shares) != replicas:
+            raise ValueError(f"shares names the samples of {replicas} replicas: {self.shares=}")
 
     @property
     def devices(self) -> int:

@@ -130,6 +130,11 @@ class Cluster:
         return self.chip.memory_bytes / self.chip.devices_per_chip
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether its chips differ in speed or memory."""
+        return len({repr(node.chip) for node in self.nodes}) > 1
+
+    @property
     def is_torus(self) -> bool:
         """Whether chips are wired as a torus."""
         return self.chip.kind == "torus"
