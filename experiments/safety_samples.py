@@ -44,6 +44,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             summary="repo_tb_replay with κ = 10, what a policy that gets all the way needs",
             constraint=replace(_REPLAYED.constraint, bound=10.0),
         ),
+        "repo_tb_replay_margin": replace(
+            _REPLAYED,
+            name="repo_tb_replay_margin",
+            summary="repo_tb_replay with δ = .004, the width that λ leaves under-penalised",
+            constraint=replace(_REPLAYED.constraint, margin=0.004),
+        ),
     }
 )
 SHOWN = {
@@ -65,6 +71,7 @@ class Config(harness.RunOptions):
     algorithms: tuple[str, ...] = (
         "repo_tb_replay",
         "repo_tb_replay_10",
+        "repo_tb_replay_margin",
         "repo_tb_replay_off",
         "repo_tb",
         "repo",

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import tabular
 from experiments.cmdp import CMDP
 from experiments.tabular import Learner, Schedule, World
+from jaxrl.constraints import Rectified
 from jaxrl.recipes import Recipe
 from jaxrl.replay import RECTIFIED, Replay, ReplayConfig
 from jaxrl.types import Rollouts
@@ -45,6 +46,8 @@ def train(
     prompts = max(1, schedule.samples // recipe.group_size)
     fresh = recipe.fresh_prompts(prompts) * recipe.group_size
     writing = replace(schedule, samples=fresh)
+    if isinstance(recipe.constraint, Rectified):
+        config = replace(config, margin=recipe.constraint.margin)
     replays = [Replay(config, seed=seed) for seed in seeds]
     every = max(1, schedule.steps // chunks)
     for step in range(schedule.steps):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from experiments.harness import Run
 from experiments.safety.config import SafetyConfig
 from experiments.safety.task import Evaluators, Task
 from jaxrl.checkpoint import Checkpointer
+from jaxrl.constraints import Rectified
 from jaxrl.data.batches import PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
 from jaxrl.models import Decoder, ScalarModel
@@ -170,10 +171,17 @@ def trainer_of(
         seed=config.seed,
         sampler_tolerance=config.sampler_tolerance,
         demonstrations=task.ptx,
-        replay=Replay(RECTIFIED, seed=config.seed) if recipe.replay_share else None,
+        replay=_replay(config, recipe),
         prompts_per_update=config.samples_per_step // recipe.group_size,
         span=run.span,
     )
+
+
+def _replay(config: SafetyConfig, recipe: Recipe) -> Replay | None:
+    if not recipe.replay_share:
+        return None
+    margin = recipe.constraint.margin if isinstance(recipe.constraint, Rectified) else 0.0
+    return Replay(replace(RECTIFIED, margin=margin), seed=config.seed)
 
 
 def _critic(config: SafetyConfig, task: Task, recipe: Recipe) -> ScalarModel:
