@@ -26,6 +26,7 @@ class Acker:
         """
         self._store, self._every_s = store, every_s
         self._folder = f"{run}/acks/{name}/"
+        self._key: str | None = None
         self._last: tuple[int, float] | None = None
 
     def send(self, sequence: int) -> None:
@@ -37,13 +38,15 @@ class Acker:
         now = time.monotonic()
         if self._last and self._last[0] == sequence and now - self._last[1] < self._every_s:
             return
-        older = self._store.keys(self._folder)
+        older = self._store.keys(self._folder) if self._key is None else [self._key]
         # Milliseconds since 1970 only order the acks of one name; no clocks are compared.
         beat = time.time_ns() // 1_000_000
-        self._store.put(f"{self._folder}{beat:014d}-{sequence:012d}", b"")
-        for key in older:
-            self._store.delete(key)
-        self._last = sequence, now
+        key = f"{self._folder}{beat:014d}-{sequence:012d}"
+        self._store.put(key, b"")
+        for other in older:
+            if other != key:
+                self._store.delete(other)
+        self._key, self._last = key, (sequence, now)
 
 
 class Acks:

@@ -34,7 +34,7 @@ class Update:
       sequence: number of the publication.
       kinds: of the payloads that were applied, in order.
       size_bytes: fetched.
-      fetch_s: seconds of fetching, beside generation.
+      fetch_s: seconds of finding and fetching, beside generation.
       apply_s: seconds of rebuilding and verifying, beside generation.
       pause_s: seconds for which generation had to wait.
     """
@@ -154,9 +154,12 @@ class Subscriber:
         """
         with self._preparing:
             self.problem = None
+            started = time.perf_counter()
             try:
-                processes.on_first(self._look, shared=self._shared)
-                self._prepare(version)
+                processes.on_first(self._index.refresh, shared=self._shared)
+                self._prepare(version, started)
+                # Last, as nobody waits for it.
+                processes.on_first(self._acknowledge, shared=self._shared)
             except StoreError as error:
                 self._complain(error)
             return self._next is not None
@@ -185,12 +188,11 @@ class Subscriber:
             pause_s=pause_s,
         )
 
-    def _look(self) -> None:
+    def _acknowledge(self) -> None:
         if self._serving is not None:
             self._acker.send(self._serving.manifest.sequence)
-        self._index.refresh()
 
-    def _prepare(self, version: int | None) -> None:
+    def _prepare(self, version: int | None, started: float) -> None:
         start = self._next or self._serving
         avoid: set[str] = set()
         while True:
@@ -198,7 +200,7 @@ class Subscriber:
             if not steps:
                 return
             try:
-                new = self._build(start, steps)
+                new = self._build(start, steps, started)
             except BadPayload as bad:
                 self._complain(bad)
                 avoid.add(bad.key)
@@ -243,10 +245,9 @@ class Subscriber:
             for payload, target in processes.on_first(act)
         ]
 
-    def _build(self, start: _Weights | None, steps: Sequence[Step]) -> _Weights:
+    def _build(self, start: _Weights | None, steps: Sequence[Step], started: float) -> _Weights:
         """The weights that the steps lead to, verified where they lie."""
         goal = steps[-1].target
-        started = time.perf_counter()
         payloads = [self._fetch(step.payload) for step in steps]
         fetched = time.perf_counter()
         if start is None or steps[0].payload.kind == "anchor":
