@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jaxrl import policy as policy_lib
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.recipes import Recipe
-from jaxrl.types import PolicyOutput, Prompts, Rollouts
+from jaxrl.types import LearnerState, PolicyOutput, Prompts, Rollouts
 from sharding import Plan
 
 Metrics = dict[str, Float32[Array, ""]]
@@ -89,24 +89,6 @@ class OptimizerConfig:
 def _is_decayed(path: tuple[Any, ...], parameter: Array) -> bool:
     name = jax.tree_util.keystr(path)
     return parameter.ndim > 1 and "norm" not in name and "bias" not in name
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LearnerState:
-    """Everything that a step changes, and all that a checkpoint must hold.
-
-    Attributes:
-      params: {"policy": …} and, for recipes with value heads, {"critic": …}.
-      opt_state: the optimiser's.
-      recipe: the recipe's multipliers.
-      step: updates done so far; the version of the policy.
-    """
-
-    params: Mapping[str, Any]
-    opt_state: Any
-    recipe: Any
-    step: Int32[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)

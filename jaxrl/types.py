@@ -156,5 +156,23 @@ class MultiplierState(_Record):
     step: Int32[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LearnerState(_Record):
+    """Everything that a step changes, and all that a checkpoint must hold.
+
+    Attributes:
+      params: {"policy": …} and, for recipes with value heads, {"critic": …}.
+      opt_state: the optimiser's.
+      recipe: the recipe's multipliers.
+      step: updates done so far; the version of the policy.
+    """
+
+    params: Mapping[str, Any]
+    opt_state: Any
+    recipe: Any
+    step: Int32[Array, ""]
+
+
 REFERENCE_VERSION = -1
 """`Rollouts.policy_version` of tokens that the reference policy wrote."""

@@ -4,6 +4,7 @@ The jaxpr is walked once whole, which gives every argument and result its dimens
 what the loss depends on, which is the forward pass that is costed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -322,7 +323,7 @@ def _shape_of(var: Any) -> jax.ShapeDtypeStruct:
 
 
 def _product_flops(walk: Walk) -> float:
-    return sum(
+    return math.fsum(
         record.applied.flops * stretch.repeat
         for stretch in walk.stretches
         for record in stretch.records

@@ -1,6 +1,6 @@
 """Runs the experiment: data → SFT → scorers → algorithms → evaluation → report."""
 
-from experiments import harness
+from experiments import dry_run, harness
 from experiments.harness import Run
 from experiments.safety import __doc__ as description
 from experiments.safety import results, scorers, stages, task
@@ -30,6 +30,8 @@ def _train(run, config, work, evaluators, name, sft) -> stages.Policy:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if dry_run.hand_over(argv):
+        return
     config = harness.cli(
         SafetyConfig,
         presets=PRESETS,

@@ -77,7 +77,7 @@ def logical_axes(params: Any) -> Any:
 
 
 def rms_norm(
-    x: Float[Array, "*batch D"], scale: Float32[Array, " D"], eps: float
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*batch D"]:
     """Root-mean-square norm x / √(mean x² + ε) · scale, in float32 (arXiv:1910.07467)."""
     wide = x.astype(jnp.float32)
@@ -370,7 +370,7 @@ class Decoder(nnx.Module):
             scale=self.config.query_scale, softcap=self.config.attention_softcap
         )
 
-    def _norm(self, x: Float[Array, "*batch D"], scale: Float32[Array, " D"]):
+    def _norm(self, x: Float[Array, "*batch D"], scale: Float[Array, " D"]):
         if self.config.norm_plus_one:
             scale = scale + 1.0
         return rms_norm(x, scale, self.config.norm_eps)

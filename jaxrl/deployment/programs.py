@@ -1,0 +1,183 @@
+"""Every compiled program of a run, with the shapes of its arguments and who runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl import policy as policy_lib
+from jaxrl.deployment.workload import Workload
+from jaxrl.learner import Learner, lm_apply, lm_optimizer
+from jaxrl.models import Decoder, DecoderConfig, ScalarModel
+from jaxrl.types import Prompts, Rollouts
+
+Side = Literal["learner", "actor"]
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Stands in a record where an array will."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A function, its arguments as shapes, and how often one batch of rollouts needs it.
+
+    Attributes:
+      name: for reports.
+      side: who runs it.
+      step: the function.
+      args: its arguments; the first holds parameters.
+      calls: how often it runs for the prompts that its arguments hold.
+      donate: positions of arguments whose memory the results take.
+      parameters: key of the parameters that the first argument holds: programs of one side with
+        the same key share them, and their sharding.
+      experts: whether the model is a mixture of experts.
+      state: positions of arguments that are parameters or carried on.
+      data: positions of arguments whose leading axis is the batch.
+    """
+
+    name: str
+    side: Side
+    step: Callable[..., Any]
+    args: tuple[Any, ...]
+    calls: int = 1
+    donate: tuple[int, ...] = ()
+    parameters: str = "policy"
+    experts: bool = False
+    state: tuple[int, ...] | None = field(default=None)
+    data: tuple[int, ...] | None = field(default=None)
+
+
+def learner_programs(workload: Workload) -> list[Program]:
+    """The update: targets, losses, gradients and optimisers of policy and critic."""
+    config = workload.executed(workload.policy)
+    graphdef, params = _split(partial(Decoder, config))
+    held, critic_def = {"policy": params}, None
+    trunk = workload.critic_trunk
+    if trunk is not None:
+        heads = workload.recipe.value_heads
+        critic_def, held["critic"] = _split(partial(ScalarModel, workload.executed(trunk), heads))
+    learner = Learner(
+        recipe=workload.recipe,
+        apply=lm_apply(graphdef, critic_def, temperature=1.0),
+        optimizer=lm_optimizer(workload.optimizer),
+    )
+    state = jax.eval_shape(
+        lambda params: learner.init(params, num_prompts=workload.prompts_per_step), held
+    )
+    rollouts = _rollouts(workload, workload.prompts_per_step)
+    return [
+        Program(
+            name="update", side="learner", step=_named("update", learner.step),
+            args=(state, rollouts), donate=(0,), parameters="state",
+            experts=bool(config.experts),
+        )
+    ]  # fmt: skip
+
+
+def actor_programs(workload: Workload, prompts: int) -> list[Program]:
+    """Generation and scoring of `prompts` prompts at one actor.
+
+    The reference policy lies at the actors too: its log-probabilities travel with the rollouts,
+    so that the learner holds one model (TBA, arXiv:2503.18929, section 4).
+    """
+    config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
+    graphdef, params = _split(partial(Decoder, config), dtype=jnp.bfloat16)
+    batch, moe = _prompts(workload, prompts), bool(config.experts)
+
+    def prefill(params, prompts):
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.prefill(prompts, group_size=g, max_new_tokens=t)
+        return model.logits(hidden), cache
+
+    cache = jax.eval_shape(lambda p, x: prefill(p, x)[1].with_room(t), params, batch)
+
+    def decode(params, cache, tokens, step):
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.decode(model.layer_weights(), cache, tokens, step)
+        return model.logits(hidden), cache
+
+    def reference(params, prompts, tokens, mask):
+        return policy_lib.evaluate(
+            nnx.merge(graphdef, params), prompts, tokens, mask, temperature=1.0, with_entropy=False
+        ).log_probs
+
+    tokens, mask = _shape((prompts, g, t), jnp.int32), _shape((prompts, g, t), jnp.bool_)
+    one, step = _shape((prompts, g), jnp.int32), _shape((), jnp.int32)
+    programs = [
+        Program(name="prefill", side="actor", step=prefill, args=(params, batch),
+                experts=moe, state=(0,), data=(1,)),
+        Program(name="decode", side="actor", step=decode, args=(params, cache, one, step),
+                calls=t, donate=(1,), experts=moe, state=(0, 1), data=(2,)),
+        Program(name="reference", side="actor", step=reference,
+                args=(params, batch, tokens, mask), parameters="reference",
+                experts=moe, state=(0,), data=(1, 2, 3)),
+    ]  # fmt: skip
+    for name, trunk in (("reward", workload.reward_model), ("cost", workload.cost_model)):
+        if trunk is not None:
+            programs.append(_score(workload, name, trunk, prompts * g))
+    return programs
+
+
+def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int) -> Program:
+    graphdef, params = _split(
+        partial(ScalarModel, workload.executed(trunk), (name,)), dtype=jnp.bfloat16
+    )
+
+    def score(params, tokens, segments):
+        return nnx.merge(graphdef, params).scores(tokens, segments)
+
+    ids = _shape((rows, workload.prompt_len + workload.completion_len), jnp.int32)
+    return Program(
+        name=name, side="actor", step=_named(name, score), args=(params, ids, ids),
+        parameters=name, experts=bool(trunk.experts),
+        state=(0,), data=(1, 2),
+    )  # fmt: skip
+
+
+def _split(build: Callable[..., nnx.Module], *, dtype: Any = None) -> tuple[nnx.GraphDef, Any]:
+    """Structure and shapes of a model's parameters, which are never made."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    if dtype is not None:
+        state = jax.tree.map(lambda x: _shape(x.shape, dtype), state)
+    return graphdef, state
+
+
+def _prompts(workload: Workload, count: int) -> Prompts:
+    tokens = (count, workload.prompt_len)
+    return Prompts(
+        tokens=_shape(tokens, jnp.int32), mask=_shape(tokens, jnp.bool_),
+        ids=_shape((count,), jnp.int32),
+    )  # fmt: skip
+
+
+def _rollouts(workload: Workload, count: int) -> Rollouts:
+    groups = (count, workload.group_size)
+    tokens = (*groups, workload.completion_len)
+    greedy = None
+    if workload.recipe.needs_greedy:
+        greedy = {name: _shape((count,), jnp.float32) for name in ("reward", "cost")}
+    return Rollouts(
+        prompts=_prompts(workload, count),
+        tokens=_shape(tokens, jnp.int32),
+        mask=_shape(tokens, jnp.bool_),
+        behaviour_log_probs=_shape(tokens, jnp.float32),
+        reference_log_probs=_shape(tokens, jnp.float32),
+        policy_version=_shape(tokens, jnp.int32),
+        rewards={"reward": _shape(groups, jnp.float32)},
+        costs={"cost": _shape(groups, jnp.float32)},
+        greedy=greedy,
+    )
+
+
+def _named(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    def program(*args):
+        return step(*args)
+
+    program.__name__ = name
+    return program
