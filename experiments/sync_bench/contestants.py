@@ -24,7 +24,7 @@ class Measured:
       fetch_s: seconds until the bytes are at the actor.
       apply_s: seconds until the weights are rebuilt (and verified, where they are).
       pause_s: seconds for which generation cannot go on.
-      requests: round trips of the actor.
+      requests: round trips of the actor, one after the other.
     """
 
     size_bytes: int
@@ -88,7 +88,8 @@ class Ours:
             fetch_s=update.fetch_s,
             apply_s=update.apply_s,
             pause_s=update.pause_s,
-            requests=2 + len(update.kinds),  # the listing, the manifest, each payload
+            # The listing and beside it the manifest, then each payload.
+            requests=1 + len(update.kinds),
         )
 
 

@@ -1,6 +1,8 @@
 """The manifests of a run as one process knows them."""
 
+import contextlib
 import logging
+import threading
 
 from jaxrl.sync.errors import DamagedManifest, SyncError, WrongRun
 from jaxrl.sync.manifest import Manifest, Payload, Shortcut, index_entry, index_key, read
@@ -18,8 +20,16 @@ class Index:
       last: highest sequence number that the store lists, readable or not; −1 where it is empty.
     """
 
-    def __init__(self, store: Store, run: str) -> None:
-        self._store, self._run = store, run
+    def __init__(self, store: Store, run: str, *, ahead: bool = False) -> None:
+        """Knows nothing yet.
+
+        Args:
+          store: of the run.
+          run: its identity.
+          ahead: whether `refresh` asks for the manifest that should come next while it waits for
+            the listing, which saves a follower a round trip.
+        """
+        self._store, self._run, self._ahead = store, run, ahead
         self._known: dict[str, Manifest | Shortcut] = {}
         self._complaints: dict[str, str] = {}
         self.manifests: dict[int, Manifest] = {}
@@ -32,11 +42,17 @@ class Index:
         Raises:
           StoreError: the store failed.
         """
-        listed = {
-            key: entry
-            for key in self._store.keys(f"{self._run}/index/")
-            if (entry := index_entry(key)) is not None
-        }
+        asking = None
+        if self._ahead:
+            key = index_key(self._run, self.last + 1)
+            asking = threading.Thread(target=self._guess, args=(key,), daemon=True)
+            asking.start()
+        try:
+            keys = self._store.keys(f"{self._run}/index/")
+        finally:
+            if asking is not None:
+                asking.join()
+        listed = {key: entry for key in keys if (entry := index_entry(key)) is not None}
         self._known = {key: record for key, record in self._known.items() if key in listed}
         for key in listed:
             if key not in self._known:
@@ -53,6 +69,11 @@ class Index:
         """The manifest of an id."""
         found = (m for m in self.manifests.values() if m.id == identity)
         return next(found, None)
+
+    def _guess(self, key: str) -> None:
+        """Reads a manifest that may not be there; the listing tells, and of trouble, too."""
+        with contextlib.suppress(SyncError):
+            self._read(key)
 
     def _read(self, key: str) -> None:
         try:
@@ -95,11 +116,3 @@ class Index:
             if after.previous != before.id
             for one in (before, after)
         ]
-
-
-def other_runs(store: Store, run: str) -> list[str]:
-    """Names of the other runs of a store, for an error message; none where it does not tell."""
-    try:
-        return sorted({key.split("/", 1)[0] for key in store.keys("")} - {run})
-    except SyncError:
-        return []

@@ -112,7 +112,7 @@ class Subscriber:
         self.run_id, self.name = checked_name("run_id", run_id), checked_name("name", name)
         self._like = jax.tree.map(_shape, like)
         self._shared = processes.is_spread(self._like)
-        self._index = Index(store, run_id)
+        self._index = Index(store, run_id, ahead=True)
         self._acker = Acker(store, run_id, name, every_s=heartbeat_s)
         self._serving: _Weights | None = None
         self._next: _Weights | None = None

@@ -1,10 +1,12 @@
 """A store that other processes and machines reach over TCP."""
 
+import contextlib
 import json
 import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from jaxrl.sync.connection import MAX_BODY_BYTES, Connection, checked_secret, split_address
@@ -147,8 +149,8 @@ class StoreServer:
 class TcpStore:
     """The store of a `StoreServer`; a context manager.
 
-    A connection that breaks is made anew and the request repeated, which is harmless: each sets or
-    reads the blob of a key.
+    Threads that ask at the same time have a connection each. One that breaks is made anew and the
+    request repeated, which is harmless: each sets or reads the blob of a key.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class TcpStore:
         self.address, self._secret = address, checked_secret(secret)
         self._patience_s = patience_s
         self._options = {"timeout_s": timeout_s, "max_body_bytes": max_body_bytes}
-        self._connection: Connection | None = None
+        self._idle: list[Connection] = []
         self._lock = threading.Lock()
 
     def put(self, key: str, data: bytes) -> None:
@@ -198,8 +200,7 @@ class TcpStore:
           KeyError, StoreFull, StoreError: as the server's store raised them.
           Refused: the server does not know the secret.
         """
-        with self._lock:
-            header, data = self._asked(request, body)
+        header, data = self._asked(request, body)
         message = str(header.get("message", ""))
         match header.get("error"):
             case None:
@@ -215,14 +216,10 @@ class TcpStore:
         end, pause_s = time.monotonic() + self._patience_s, _FIRST_PAUSE_S
         while True:
             try:
-                if self._connection is None:
-                    self._connection = Connection.connect(
-                        self.address, self._secret, **self._options
-                    )
-                self._connection.send(request, body)
-                return self._connection.receive()
+                with self._lent() as connection:
+                    connection.send(request, body)
+                    return connection.receive()
             except ConnectionBroken as error:
-                self._hang_up()
                 if time.monotonic() + pause_s > end:
                     raise StoreError(
                         f"no answer from {self.address} for {self._patience_s:g} s: {error}; does "
@@ -232,15 +229,27 @@ class TcpStore:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[Connection]:
+        """A connection that nobody else uses meanwhile; one that made trouble is not used again."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        if connection is None:
+            connection = Connection.connect(self.address, self._secret, **self._options)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._idle.append(connection)
 
     def close(self) -> None:
-        """Ends the connection; a later request makes another."""
+        """Ends the connections that nobody uses; a later request makes another."""
         with self._lock:
-            self._hang_up()
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def __enter__(self) -> "TcpStore":
         return self

@@ -84,3 +84,4 @@ def test_copies_are_one_model():
     data = b"".join(x.tobytes() for x in larger.values())
     back = from_dense(data, larger)
     assert all(np.array_equal(back[name], larger[name]) for name in larger)
+    assert all(sorted(larger[f"{i}/a"].ravel()) == list(range(6)) for i in range(3))

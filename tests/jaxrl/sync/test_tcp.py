@@ -33,8 +33,7 @@ def test_a_request_outlives_a_cut_connection_and_a_restart_of_the_server(secret)
     address = server.address
     with sync.TcpStore(address, secret=secret) as client:
         client.put("a", b"1")
-        assert client._connection is not None
-        client._connection._sock.shutdown(socket.SHUT_RDWR)
+        client._idle[0]._sock.shutdown(socket.SHUT_RDWR)
         assert client.get("a") == b"1"
         server.close()
         again = []
@@ -148,6 +147,76 @@ def test_versions_travel_over_tcp(secret, weights, like, bits):
             assert actor.prepare()
             actor.flip()
             assert bits(actor.params) == bits(weights(version))
+
+
+def test_an_actor_goes_on_with_what_it_has_while_the_server_is_away(secret, weights, like, bits):
+    store = sync.MemoryStore()
+    publisher = sync.Publisher(store, run_id="r")
+    publisher.publish(weights(0), 0)
+    server = sync.StoreServer(store, secret=secret)
+    with sync.TcpStore(server.address, secret=secret, patience_s=0.2) as client:
+        actor = sync.Subscriber(client, run_id="r", like=like)
+        assert actor.prepare()
+        actor.flip()
+        publisher.publish(weights(1), 1)
+        server.close()
+        assert not actor.prepare()
+        assert "no answer from" in str(actor.problem)
+        assert actor.version == 0
+        assert bits(actor.params) == bits(weights(0))
+        with sync.StoreServer(store, client.address, secret=secret):
+            assert actor.prepare()
+            actor.flip()
+            assert bits(actor.params) == bits(weights(1))
+
+
+def test_a_connection_cut_in_the_middle_of_the_weights(secret, weights, like, bits):
+    """The first payload stops half-way; the second attempt brings it whole."""
+
+    class Cutting(sync.MemoryStore):
+        cuts = 0
+
+        def get(self, key: str) -> bytes:
+            data = super().get(key)
+            if "payloads" in key and not self.cuts:
+                self.cuts += 1
+                for connection in connections:
+                    # A length, half of what it promises, and the end.
+                    connection._write(b"\x02\0\0\0" + len(data).to_bytes(8, "little") + b"{}")
+                    connection._write(data[: len(data) // 2])
+                    connection.close()
+            return data
+
+    connections = []
+    original = sync.StoreServer._converse
+
+    def noted(self, connection):
+        connections.append(connection)
+        original(self, connection)
+
+    store = Cutting()
+    sync.Publisher(store, run_id="r").publish(weights(0), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sync.StoreServer, "_converse", noted)
+        with (
+            sync.StoreServer(store, secret=secret) as server,
+            sync.TcpStore(server.address, secret=secret) as client,
+        ):
+            actor = sync.Subscriber(client, run_id="r", like=like)
+            assert actor.prepare()
+            actor.flip()
+            assert store.cuts == 1
+            assert len(connections) >= 2
+            assert bits(actor.params) == bits(weights(0))
+
+
+def test_an_actor_with_another_secret_is_told_at_once(secret, like):
+    with (
+        sync.StoreServer(sync.MemoryStore(), secret=secret) as server,
+        sync.TcpStore(server.address, secret="another secret of enough bytes") as client,
+        pytest.raises(sync.Refused),
+    ):
+        sync.Subscriber(client, run_id="r", like=like).prepare()
 
 
 def _soon(condition) -> bool:
