@@ -6,24 +6,27 @@ plans every program of asynchronous RL for those chips: the update, log-probabil
 reference, reward and cost models, prefill and decoding, and the difference of the weights; says
 how the chips are best divided between learner and actors, how fast a step will be and what limits
 it; and asks the production compilers how much memory each program takes (`--no-compile` leaves
-that out; with it, the extra `aot` is needed, and about a minute a program). Every experiment that
-trains a policy takes the same as `--dry-run CLUSTER`.
+that out; with it, the extra `aot` is needed, and about a minute a program). `--suite` does so for
+the configurations of the README's table. `python -m experiments.safety --dry-run CLUSTER` is the
+same command.
 
 Exit status 1 if it does not fit, with the smallest shortfall. No accelerator is needed; without
 compilation it takes about a minute.
 """
 
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from experiments import harness
-from experiments.harness.files import write_atomically
+from experiments.harness.files import write_json
 from jaxrl import recipes
 from jaxrl.deployment import DryRun, NothingFits, Workload, dry_run
 from jaxrl.models.named import named
@@ -59,6 +62,8 @@ class DryRunConfig:
     """Share of the bf16 weights that an update changes."""
     max_staleness: int = 8
     """Versions by which a rollout may be old."""
+    suite: bool = False
+    """Run the configurations of the README's table instead of one."""
     compile: bool = True
     """Whether to ask the compilers."""
     json: Path | None = None
@@ -80,6 +85,19 @@ class DryRunConfig:
             completion_len=self.completion_len, reward_model=model(self.reward_model),
             cost_model=model(self.cost_model), critic=model(self.critic), density=self.density,
         )  # fmt: skip
+
+
+SUITE: tuple[Mapping[str, Any], ...] = (
+    {"model": "llama3-8b", "cluster": "v5e:8x16"},
+    {"model": "llama3-8b", "cluster": "v5p:4x4x4"},
+    {"model": "llama3-8b", "cluster": "h100:8x8"},
+    {"model": "llama3-70b", "cluster": "v5p:8x8x8"},
+    {"model": "llama3-70b", "cluster": "h100:32x8"},
+    {"model": "qwen3-30b-a3b", "cluster": "v6e:16x16"},
+    {"model": "llama3-8b", "cluster": "v5e:8x16x2slices"},  # learner and actors on slices
+    {"model": "llama3-8b", "cluster": "v5p:4x4x4", "actors": "v6e:8x8"},  # unequal chips
+)
+"""Configurations that `--suite` plans."""
 
 
 def table(run: DryRun) -> Table:
@@ -140,6 +158,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         DryRunConfig, argv=argv, prog="python -m experiments.dry_run", description=__doc__
     )
     console = Console(width=150 if not sys.stdout.isatty() else None)
+    if config.suite:
+        runs = [_planned(dataclasses.replace(config, **changes), console) for changes in SUITE]
+        console.print(overview([run for run in runs if run is not None]))
+    else:
+        runs = [_planned(config, console)]
+    if config.json is not None:
+        found = [json.loads(run.to_json()) for run in runs if run is not None]
+        write_json(config.json, found if config.suite else found[0] if found else None)
+    if not all(run is not None and run.fits for run in runs):
+        raise SystemExit(1)
+
+
+def _planned(config: DryRunConfig, console: Console) -> DryRun | None:
+    """One dry run, printed; None where nothing fits."""
     try:
         workload = config.workload()
         cluster = Cluster.from_name(config.cluster)
@@ -155,14 +187,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     except NothingFits as error:
         console.print(f"does not fit: {error}", highlight=False)
-        raise SystemExit(1) from None
+        return None
     console.print(table(run))
     for line in verdict(run):
         console.print(line, highlight=False)
-    if config.json is not None:
-        write_atomically(config.json, run.to_json() + "\n")
-    if not run.fits:
-        raise SystemExit(1)
+    return run
+
+
+def overview(runs: Sequence[DryRun]) -> Table:
+    """All configurations, one line each."""
+    found = Table(title="dry runs", title_justify="left")
+    for name in ("policy", "machines", "learner", "actors"):
+        found.add_column(name)
+    for name in ("step s", "stale", "trained tokens/s", "× half and half", "least room GB"):
+        found.add_column(name, justify="right")
+    found.add_column("limit")
+    for run in runs:
+        best, half = run.best, run.half
+        gain = "" if half is None else f"{best.tokens_per_s / half.tokens_per_s:.2f}"
+        found.add_row(
+            f"{run.workload.policy.num_params / 1e9:.1f}B", run.cluster, best.learner.name,
+            f"{best.actors} × {best.actor.name}, {best.prompts} prompts, {best.codec}",
+            f"{best.step_s:.2f}", str(best.staleness), f"{best.tokens_per_s:,.0f}", gain,
+            _gb(-run.shortfall_bytes), best.limit,
+        )  # fmt: skip
+    return found
 
 
 def hand_over(argv: Sequence[str] | None, **changes: object) -> bool:
