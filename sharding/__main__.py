@@ -210,15 +210,23 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("calibrate", help="fit the constants to tables of runs")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="CSV files of runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--without", action="append", default=[], metavar="TEXT",
+                        help="leave out rows whose source starts so")  # fmt: skip
     parser.set_defaults(run=_calibrate)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    runs = [run for path in options.runs for run in read_runs(path)[0]]
+    runs = [
+        run
+        for path in options.runs
+        for run in read_runs(path)[0]
+        if not run.source.startswith(tuple(options.without))
+    ]
     if not any(run.measured_s for run in runs):
         raise ValueError(f"no row of {options.runs} has a measured quantity that could be read")
     about = {
         "runs": ", ".join(path.name for path in options.runs),
+        "without": ", ".join(options.without) or "nothing",
         "rows": str(sum(run.measured_s is not None for run in runs)),
         "fit": "sharding.calibrate: soft_l1 on log predicted/measured, priors at the defaults",
     }

@@ -111,6 +111,11 @@ def _within_reach(
                 "several stretches of layers a stage were out of reach: layers that are stacked in "
                 "their order would move between stages in every step"
             )
+        if "projections" not in remat:
+            notes.append(
+                "rematerialisation that keeps projections was out of reach: the layers call none "
+                "query, key, value or out; jax.ad_checkpoint.checkpoint_name does"
+            )
         offload = ("none", "optimizer", "activations")
     else:
         reach |= {"stage": 1, "microbatches": 1}

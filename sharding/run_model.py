@@ -14,11 +14,15 @@ _GPT2_VOCAB = 50257
 _VOCAB_MULTIPLE = 128
 # Widths of heads where d_model / heads gives too few parameters.
 _HEAD_DIMS = (128, 256)
+# Models that are no decoders: they are read as one of their size, and no constant is fitted to it.
+_NO_DECODER = re.compile(r"gan\b|diffusion|\bdit\b|unet|\bvit\b", re.IGNORECASE)
 _UNGATED = re.compile(r"gpt-?\d|^gpt|mpt|opt-|pythia|nemotron|bert|bloom|falcon", re.IGNORECASE)
 
 
 def read_config(row: Row, cluster: Cluster) -> TransformerConfig:
     name = row.text("model")
+    if _NO_DECODER.search(name):
+        row.fill("sizes: no decoder, read as one of its size", None)
     # What stands in brackets is how it was run: "DeepSeekV3 (w/o MTP)".
     published = find_model(name) or find_model(name.split("(")[0]) if name else None
     names = {"layers": "n_layers", "d_model": "d_model", "heads": "n_heads", "d_ff": "d_ff",

@@ -12,13 +12,15 @@ from sharding.cost import estimate
 from sharding.local import View
 from sharding.machine import machine
 from sharding.memory import kept_bytes, memory
+from sharding.roofline import op_time
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
 from sharding.transformer import find_model, models, named_model, transformer
 
 TINY = {"layers": 4, "d_model": 1024, "heads": 8, "d_ff": 4096, "vocab": 8192, "gated": False}
 PERFECT = Constants(
-    matmul=1.0, grouped=1.0, attention=1.0, hbm=1.0, scatter=1.0, link=1.0, network=1.0,
+    matmul=1.0, fill=0.0, skew=0.0, grouped=1.0,
+    attention=1.0, hbm=1.0, scatter=1.0, link=1.0, network=1.0,
     kernel_s=0.0, launch_s=0.0, link_s=0.0, network_s=0.0, overlap_fsdp=0.0, overlap_data=0.0,
     overlap_tensor=0.0, dead=0.0, step_s=0.0, microbatch_s=0.0, jitter=0.0,
 )  # fmt: skip
@@ -54,6 +56,51 @@ def test_a_perfect_machine_is_bound_by_its_peak_alone():
     busy = one.terms["forward"] + one.terms["backward"]
     # Passes over memory and whole blocks of attention are above it.
     assert ideal < busy[0] < 3 * ideal
+
+
+def test_filling_a_tile_costs_as_much_as_more_to_sum():
+    # A product over 1,024 with a fill of 512 takes half as long again; one over 4,096 an eighth.
+    program = tiny(flash=True, global_batch=64)
+    filled = replace(PERFECT, fill=512.0)
+    table = Strategies.stack([Strategy(fsdp=8)])
+    where = Cluster.from_name("h100:1x8")
+    ratios = {}
+    for op in program.blocks[1].ops:
+        if op.name in ("mlp_up", "mlp_down"):
+            view = View(program, table, None)
+            times = [op_time(view, op, machine(where, table, c))[0] for c in (PERFECT, filled)]
+            ratios[op.name] = times[1] / times[0]
+    # Both are bound by the matrix unit but for a little of the roofline's bend.
+    assert ratios["mlp_up"] == pytest.approx(1.5, rel=0.02)
+    assert ratios["mlp_down"] == pytest.approx(1.125, rel=0.02)
+
+
+def test_heads_of_an_odd_vocabulary_run_slower():
+    constants = replace(PERFECT, unaligned=0.25)
+    odd, even = (
+        cost(tiny(vocab=v, global_batch=64), Strategy(fsdp=8), constants=constants).blocks[-1]
+        for v in (50257, 50264)
+    )
+    assert 3 < odd.forward[0] / even.forward[0] < 4
+    whole = cost(tiny(vocab=50257, global_batch=64), Strategy(fsdp=8)).blocks[-1]
+    assert whole.forward[0] == pytest.approx(even.forward[0], rel=0.01)
+
+
+def test_collectives_wait_and_hosts_keep_each_other_waiting():
+    program = tiny()
+    divided, whole = Strategy(tensor=8), Strategy(fsdp=8)
+    wait = replace(PERFECT, sync_s=1e-3)
+    # Two reductions forward and two backward, and as many launches that the host makes.
+    extra = [cost(program, divided, constants=c).blocks[1].layer_comm[0] for c in (wait, PERFECT)]
+    assert extra[0] - extra[1] == pytest.approx(4e-3)
+    # Far beyond what the device takes, a layer takes what the host does, 0.1 more a doubling.
+    slow = replace(PERFECT, launch_s=1.0)
+    skewed = replace(slow, skew=0.1)
+    layer = [cost(program, divided, constants=c).blocks[1].total[0] for c in (slow, skewed)]
+    assert layer[1] / layer[0] == pytest.approx(1.3, rel=1e-6)
+    alone = [cost(program, whole, constants=c).blocks[1].total[0] for c in (slow, skewed)]
+    assert alone[0] == alone[1]
+    assert layer[0] - alone[0] == pytest.approx(4 * 2.0, rel=1e-6)
 
 
 def test_recomputation_repeats_forward_but_the_last_product():

@@ -91,3 +91,13 @@ def test_an_atom_enumerates_the_same_elements_on_both_sides_of_a_reshape(data, s
         one, other = coordinate(left, a, atom), coordinate(right, b, atom)
         if one is not None and other is not None:
             np.testing.assert_array_equal(one, other)
+
+
+def test_the_same_slice_of_the_same_dimension_is_one_dimension():
+    graph = DimensionGraph()
+    tokens, other, later = graph.new(17), graph.new(17), graph.new(17)
+    graph.union(tokens, later)
+    inputs = graph.derived(tokens, 16, "[:-1]")
+    assert graph.derived(later, 16, "[:-1]") == inputs
+    assert graph.derived(tokens, 16, "[1:]") != inputs
+    assert graph.derived(other, 16, "[:-1]") != inputs

@@ -95,3 +95,15 @@ def test_memory_holds_microbatches_in_flight():
 def test_a_plan_takes_the_whole_cluster():
     with pytest.raises(ValueError, match="other than the cluster's 3 chips"):
         step_time(profile(), plan(), cluster("v100", "v100", "v100"), FREE)
+
+
+def test_the_hosts_share_of_a_divided_layer_is_that_of_its_own_profile():
+    half = ProfiledConstants(
+        host={"v100": 0.5}, device={"v100": 0.5}, link=1.0, network_bytes_per_s=1e30,
+        handover_s=0.0,
+    )  # fmt: skip
+    slower = {("v100", 2): np.asarray([1.5, 1.5, 3.0])}
+    layers = profile(divided_s=slower, reduced=np.zeros(3, bool))
+    one = plan(cuts=(0, 3), tensor=2, microbatches=1)
+    # Three passes: half of 6 s on the host, half of 4 s on two devices.
+    assert step_time(layers, one, cluster("v100", count=2), half) == 3 * (3 + 1)

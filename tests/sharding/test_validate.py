@@ -144,3 +144,26 @@ def test_errors_ranks_and_regret():
     assert errors.within_15 == 0.5
     assert spearman(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == -1
     assert regret(np.array([3.0, 1.0]), np.array([2.0, 3.0])) == 0.5
+
+
+def test_parameters_tell_the_width_of_heads_and_brackets_are_no_name():
+    assert run_of().config.head_dim == 128
+    assert run_of(params_b="13.7").config.head_dim is None
+    run = run_of(model="DeepSeekV3 (w/o MTP)", params_b="", n_layers="61", d_model="7168",
+                 n_heads="128", d_ff="18432", vocab="129280")  # fmt: skip
+    assert run.config.experts == 256
+
+
+def test_megatron_pads_vocabularies_to_even_shards():
+    gpu = {"hardware": "A100 SXM 80GB", "n_chips": "8", "chips_per_node": "8", "fsdp": "",
+           "dtype": "fp16", "vocab": "50257", "optimizer_sharding": "", "remat": ""}  # fmt: skip
+    whole = run_of(**gpu, source="Megatron-LM README Jan-2021", dp="8")
+    assert whole.config.vocab == 50304  # a multiple of 128
+    divided = run_of(**gpu, source="Megatron-LM README Jan-2021", dp="1", tp="8")
+    assert divided.config.vocab == 51200  # of 128 x 8
+
+
+def test_no_constant_is_fitted_to_what_is_no_decoder():
+    assert run_of().is_complete
+    for model in ("TransGAN generator", "wan2.1-14b (video DiT)"):
+        assert not run_of(model=model).is_complete
