@@ -10,10 +10,11 @@ and entropy-coded values (which that paper models), and by `jaxrl.sync` (ours). 
 emulated by waiting, and over TCP to another process on this machine. Every version is compared bit
 for bit. SparseRL-Sync's cost model stands beside the measured points.
 
-Two to three minutes on 2 CPU cores, most of which is training. To expect at a learning rate of
-1e-6: 150 to 250 times fewer bytes than dense, 3 to 5 times fewer than COO; a pause of some
-microseconds, since the next weights are built beside those that serve; on links of 1 Gbit/s and
-less the latency of a few round trips is most of what is left.
+Two to three minutes on 2 quiet CPU cores, most of which is training. To expect at a learning rate
+of 1e-6: about 180 times fewer bytes than dense and 7 times fewer than COO; a pause of a few
+microseconds, since the next weights are built beside those that serve. Models of this size travel
+in little more than the latency by any of the sparse ways, and ours takes the most CPU time, for
+smaller payloads and for verifying every bit; bytes decide where models are large or links slow.
 """
 
 import os

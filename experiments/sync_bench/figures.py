@@ -58,7 +58,8 @@ def seconds_by_link(summary: Mapping[str, Any]) -> "Figure":
                 left += width
             if link in summary["emulated"]:
                 model = [
-                    1e3
+                    1e3 * found[name]["send_s"]
+                    + 1e3
                     * cost_model.seconds(
                         Link.parse(link),
                         found[name]["size_bytes"],
@@ -68,7 +69,7 @@ def seconds_by_link(summary: Mapping[str, Any]) -> "Figure":
                 ]
                 axis.plot(
                     model, names, ls="none", marker="D", ms=5, color=plots.INK,
-                    label="cost model: latency + bytes / bandwidth",
+                    label="end of the fetch by the cost model",
                 )  # fmt: skip
             axis.set(title=link, xlabel="ms a version")
 
