@@ -16,132 +16,23 @@ layers. Arrays are over stages, then layers; "layers" here are all repetitions o
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from sharding.candidate import Candidate, Solution, candidate
 from sharding.constants import Calibration
-from sharding.cost import Estimate, estimate
-from sharding.local import View
-from sharding.machine import machine
-from sharding.memory import kept_bytes
+from sharding.mixed_costs import Bytes, Costs
 from sharding.pipeline import Cuts, cut_layers
-from sharding.program import Block, Program, dtype_bytes
+from sharding.program import Program
 from sharding.space import Constraints, candidates
 from sharding.strategies import Strategies, Strategy
-from sharding.topology import Chip, Cluster
+from sharding.topology import Cluster
 
 # Strategies whose stages are cut exactly before the search ends with the gap that is left.
 _BUDGET = 400
 # Divisions of a batch that are tried for a strategy: the even one, and those nearest to balance.
 _SHARES = 64
-
-
-@dataclass(frozen=True)
-class _Kinds:
-    """A cluster's chips that differ, and the kind of every device, node by node."""
-
-    chips: tuple[Chip, ...]
-    of_device: np.ndarray
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "_Kinds":
-        chips = tuple({repr(n.chip): n.chip for n in cluster.nodes}.values())
-        names = [repr(chip) for chip in chips]
-        kinds = [names.index(repr(n.chip)) for n in cluster.nodes for _ in range(n.count)]
-        return cls(chips, np.asarray(kinds))
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """Strategies costed on every kind of chip.
-
-    Attributes:
-      program: what is run.
-      strategies: N of them.
-      kinds: the chips.
-      results: of every kind.
-      layers: block of each layer.
-      compute: (kinds, blocks, N) seconds that grow with a replica's samples.
-      rest: (kinds, blocks, N) seconds that do not.
-    """
-
-    program: Program
-    strategies: Strategies
-    kinds: _Kinds
-    results: tuple[Estimate, ...]
-    layers: tuple[int, ...]
-    compute: np.ndarray
-    rest: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        program: Program,
-        strategies: Strategies,
-        cluster: Cluster,
-        calibration: Calibration,
-        stack: str,
-    ) -> "_Costs":
-        kinds = _Kinds.of(cluster)
-        base = machine(cluster, strategies, None)
-        results = []
-        for chip in kinds.chips:
-            constants = calibration.constants(chip.name, stack, cluster.measured)
-            own = replace(
-                base,
-                peak=chip.peak_flops,
-                hbm=chip.hbm_bytes_per_s,
-                pcie=chip.pcie_bytes_per_s,
-                tile=float(chip.matrix_tile),
-                constants=constants,
-            )
-            results.append(estimate(program, strategies, own))
-        layers = tuple(i for i, b in enumerate(program.blocks) for _ in range(b.repeat))
-        one = np.ones(len(strategies))
-        compute = np.asarray(
-            [[(b.forward + b.backward + b.recompute) * one for b in r.blocks] for r in results]
-        )
-        total = np.asarray([[b.total * one for b in r.blocks] for r in results])
-        return cls(program, strategies, kinds, tuple(results), layers, compute, total - compute)
-
-    def of_replicas(self, row: int) -> np.ndarray:
-        """(stages, replicas, devices of a replica): kinds."""
-        strategies = self.strategies
-        ways = int(strategies.tensor[row] * strategies.context[row])
-        stages = int(strategies.stage[row])
-        return self.kinds.of_device.reshape(stages, -1, ways)
-
-    def outside_s(self, row: int) -> float:
-        """What the step adds to its micro-batches, on the slowest chip."""
-        return max(float(r.outside_s[row]) for r in self.results)
-
-    def slowest(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """(stages, replicas, blocks) compute and rest, each of a replica's slowest chip."""
-        of = self.of_replicas(row)
-        return (
-            self.compute[:, :, row][of].max(axis=2),
-            self.rest[:, :, row][of].max(axis=2),
-        )
-
-    def bound_s(self, row: int) -> float:
-        """Seconds that no cuts and shares of a strategy are faster than.
-
-        With shares that need not be whole a stage's replicas end together, after the harmonic
-        mean of their times. With layers that need not be whole every stage is as slow as any:
-        max t_i ≥ W / Σ 1/ρ_i, where a stage takes at least ρ_i of a reference's time, whatever
-        layers it has, and W is the reference's time of all.
-        """
-        compute, rest = self.slowest(row)
-        mean = compute.shape[1] / (1 / np.maximum(compute, 1e-30)).sum(axis=1)
-        least = np.maximum(mean + rest.min(axis=1), 1e-30)  # (stages, blocks)
-        reference = least.min(axis=0)
-        slowness = (least / reference).min(axis=1)
-        count = int(self.strategies.microbatches[row])
-        work = sum(r * b.repeat for r, b in zip(reference, self.program.blocks, strict=True))
-        slowest = work / (1 / slowness).sum()
-        return (count - 1) * slowest + work + self.outside_s(row)
 
 
 def solve(
@@ -161,7 +52,7 @@ def solve(
     """
     began = time.perf_counter()
     space = candidates(program, cluster, constraints)
-    costs = _Costs.of(program, space, cluster, calibration, stack)
+    costs = Costs.of(program, space, cluster, calibration, stack)
     bounds = np.asarray([costs.bound_s(row) for row in range(len(space))])
     order = np.argsort(bounds, kind="stable")
     limit = budget or _BUDGET
@@ -208,7 +99,7 @@ def evaluate(
     Raises:
       ValueError: cuts that do not make the layers, or more stages than layers.
     """
-    costs = _Costs.of(program, Strategies.stack(strategies), cluster, calibration, stack)
+    costs = Costs.of(program, Strategies.stack(strategies), cluster, calibration, stack)
     found = []
     for row, strategy in enumerate(strategies):
         if strategy.cuts and sum(strategy.cuts) != len(costs.layers):
@@ -224,7 +115,7 @@ def evaluate(
 
 
 def _best_of(
-    costs: _Costs, row: int, constraints: Constraints | None, *, given: Strategy | None = None
+    costs: Costs, row: int, constraints: Constraints | None, *, given: Strategy | None = None
 ) -> Candidate | None:
     """The best cuts and shares of one strategy; None if no cuts fit into memory.
 
@@ -235,7 +126,7 @@ def _best_of(
     program = costs.program
     replicas = compute.shape[1]
     samples = program.dims.get(program.batch_dim, 1) / (replicas * strategy.microbatches)
-    need = _Bytes.of(costs, row)
+    need = Bytes.of(costs, row)
     limits = np.full(strategy.stage, np.inf)
     if constraints:
         if need.host > min(chip.host_memory_bytes for chip in costs.kinds.chips):
@@ -334,78 +225,6 @@ def _divisions(sizes: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
     for share in range(1, (total - least) // first + 1):
         for others in _divisions(rest, total - first * share):
             yield (share, *others)
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    """Bytes of a strategy's blocks on a device.
-
-    Attributes:
-      state: (blocks,) parameters, gradients and optimiser of a repetition.
-      parts: share of `state` that each of the three is.
-      kept: (blocks,) activations of a repetition that a micro-batch keeps.
-      transient: the largest working set.
-      host: of the whole strategy, in the host's memory.
-    """
-
-    state: np.ndarray
-    parts: dict[str, float]
-    kept: np.ndarray
-    transient: float
-    host: float
-
-    @classmethod
-    def of(cls, costs: _Costs, row: int) -> "_Bytes":
-        program, strategy = costs.program, costs.strategies[[row]]
-        view = View(program, strategy, None)
-        fsdp, zero = float(strategy.fsdp[0]), int(strategy.zero[0])
-        widths = [dtype_bytes(t.dtype) for t in program.tensors.values() if t.role == "param"]
-        away = strategy.offload[0]
-        parts = {
-            "parameters": max(widths, default=4.0) / (fsdp if zero == 3 else 1),
-            "gradients": program.gradient_bytes / (fsdp if zero >= 2 else 1),
-            "optimizer": program.state_bytes * (away != "optimizer") / (fsdp if zero >= 1 else 1),
-        }
-        each = sum(parts.values())
-        kept = [
-            float(kept_bytes(view, b)[0])
-            if b.checkpointed and program.training and away != "activations"
-            else 0.0
-            for b in program.blocks
-        ]
-        memory = costs.results[0].memory
-        transient, host = (
-            float(np.broadcast_to(sizes, (len(costs.strategies),))[row])
-            for sizes in (memory.transient, memory.host)
-        )
-        return cls(
-            state=each * np.asarray([_count(view, b) for b in program.blocks]),
-            parts={name: part / each for name, part in parts.items()},
-            kept=np.asarray(kept),
-            transient=transient,
-            host=host,
-        )
-
-    def fullest(
-        self, cuts: Cuts, microbatches: int, load: float, layers: Sequence[int]
-    ) -> dict[str, float]:
-        """By use, of the stage that needs most; stage i of p holds p - i micro-batches (1F1B)."""
-        stages = []
-        for stage, (a, b) in enumerate(itertools.pairwise(cuts.boundaries)):
-            mine = list(layers[a:b])
-            in_flight = min(len(cuts.sizes) - stage, microbatches)
-            stages.append((self.state[mine].sum(), in_flight * load * self.kept[mine].sum()))
-        state, kept = max(stages, key=sum)
-        return {
-            **{name: float(part * state) for name, part in self.parts.items()},
-            "activations": float(kept),
-            "transient": self.transient,
-        }
-
-
-def _count(view: View, block: Block) -> float:
-    outside, experts = view.params(block)
-    return float(outside[0] + experts[0])
 
 
 def _distinct(found: Sequence[Candidate], top: int) -> list[Candidate]:
