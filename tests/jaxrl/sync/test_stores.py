@@ -95,6 +95,12 @@ def test_a_write_that_dies_leaves_the_old_blob_and_no_litter(tmp_path, monkeypat
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    sync.FsspecStore(tmp_path).put("a", b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_what_a_killed_writer_leaves_is_no_blob(tmp_path):
     store = sync.FsspecStore(tmp_path)
     store.put("a/b", b"old")
