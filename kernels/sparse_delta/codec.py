@@ -9,14 +9,16 @@ import enum
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+import struct
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from kernels.sparse_delta import loops
+from kernels.sparse_delta import frames, loops
 from kernels.sparse_delta.elements import ElementFormat
 
 SUB_BLOCK = loops.SUB_BLOCK
@@ -26,11 +28,14 @@ MAX_TILE_ELEMENTS = 1 << 20
 # Output is made in chunks of this many bytes, so that little memory is held beside the result.
 _CHUNK_BYTES = 4 << 20
 
-_PROBABILITIES = 1 << loops.PROBABILITY_BITS
-# A survey of this many elements leaves the tables within .01 bits of the best at 1 % of changes.
+_PLANE_SIZE = struct.Struct("<I")
+_ZSTD_LEVEL = 1  # finds the weights of bytes in a plane as well as higher ones
+
+# A survey of this many elements, or of this many changes, is enough for the tables.
 _SURVEY_ELEMENTS = 4 << 20
-# One set of frequencies takes fewer; at 1 % of changes twice as many would save .02 bits a change.
-_LONE_SURVEY_ELEMENTS = 1 << 19
+_SURVEY_CHANGES = 1 << 14
+# Of a large survey every so many-th element is counted as a member of its class.
+_SAMPLED_FROM, _SAMPLED_EVERY = 1 << 18, 8
 
 Tile = tuple[int, int]
 
@@ -43,6 +48,7 @@ class Mode(enum.IntEnum):
     BITMAP = loops.BITMAP
     ENTROPY = loops.ENTROPY
     DENSE = loops.DENSE
+    PLANES = loops.PLANES
 
 
 REASONS = {
@@ -53,7 +59,8 @@ REASONS = {
     loops.STATE: "the coder's final state is wrong",
     loops.PADDING: "unused bits are set",
     loops.BASE: "it needs old weights and there are none",
-    loops.MODE: "its mode is unknown",
+    loops.MODE: "its mode is unknown, or not for this payload",
+    loops.FRAME: "a plane of bytes is no frame of its size",
 }
 
 
@@ -91,50 +98,56 @@ class Tables:
       fmt: the element format they are for.
       thresholds: u8[7], t_1 ≤ … ≤ t_7: an element's class is the number of thresholds that its old
         exponent is not below.
-      weights: u16[8], what share of each class's elements is expected to change; only ratios count.
-      frequencies: u16[8, 256], of the symbols of changes in each class, each row of sum 4096 with
-        that of the escape at least 1; of no rows where entropy mode is not used.
+      shares: u16[8], what share of all changes each class is expected to have; only ratios count.
+      steps: u8[8], expected steps of the Rice codes of each class's gaps.
+      lengths: u8[8, 256], bits of the prefix code of each symbol of changes in each class, 0 of
+        those without one; of no rows where entropy mode is not used.
     """
 
     fmt: ElementFormat
     thresholds: np.ndarray
-    weights: np.ndarray
-    frequencies: np.ndarray
+    shares: np.ndarray
+    steps: np.ndarray
+    lengths: np.ndarray
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """Frequencies and their sums of values and gaps, weights, symbols by slot of both."""
-        values, value_symbols = _slots(self.frequencies)
-        gaps, gap_symbols = _gap_slots()
-        return values, gaps, self.weights.astype(np.int64), value_symbols, gap_symbols
+        """What the loops want: codes, symbols by the next bits, shares and steps.
+
+        u32[8, 257], a code, lowest bit first, and from bit 16 on its length, at the end that of any
+        symbol; u16[8, 2048], the symbol whose code the next bits begin with, and from bit 8 on the
+        length of code and raw bits; int64[8] each of the others.
+        """
+        codes = np.zeros((len(self.lengths), 257), np.uint32)
+        symbols = np.zeros((len(self.lengths), 1 << loops.CODE_BITS), np.uint16)
+        loops.prefix_codes(self.lengths, codes, symbols)
+        return codes, symbols, self.shares.astype(np.int64), self.steps.astype(np.int64)
 
     @functools.cached_property
     def numbers(self) -> tuple:
         """What the loops know of the format and its classes; see `loops.scan`."""
-        return _numbers(self.fmt, self.thresholds)
+        classes = np.searchsorted(self.thresholds, np.arange(256), side="right").astype(np.uint8)
+        fmt, bits = self.fmt, self.fmt.bits_dtype.type
+        return (
+            fmt.width_bits, fmt.kind == "float", fmt.mantissa_bits, bits(fmt.magnitude_mask),
+            self.thresholds, classes,
+        )  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """The tables as FORMAT.md lays them out."""
-        if not self.frequencies.size:
+        if not self.lengths.size:
             return bytes([0])
         out = bytearray([1])
-        out += self.thresholds.tobytes() + self.weights.astype("<u2").tobytes()
+        out += self.thresholds.tobytes() + self.shares.astype("<u2").tobytes()
+        out += self.steps.tobytes()
         before = None
-        for row in self.frequencies:
-            same = before is not None and np.array_equal(row, before)
-            listed = (
-                [] if same else row[: int(np.flatnonzero(row[: loops.ESCAPE])[-1]) + 1].tolist()
-            )
+        for row in self.lengths:
+            if before is not None and np.array_equal(row, before):
+                out.append(0)
+                continue
             before = row
-            out.append(len(listed))
-            k = 0
-            while k < len(listed):
-                out += _varint(listed[k])
-                k += 1
-                if listed[k - 1] == 0:
-                    run = next(n for n, f in enumerate(listed[k:]) if f)
-                    out.append(run)
-                    k += run
+            listed = int(np.flatnonzero(row)[-1]) + 1
+            out += bytes([listed, *row[:listed].tolist()])
         return bytes(out)
 
     @staticmethod
@@ -156,25 +169,23 @@ class Tables:
         thresholds = np.frombuffer(reader.bytes(CLASSES - 1), np.uint8)
         if np.any(thresholds[1:] < thresholds[:-1]):
             raise Malformed(f"thresholds must not decrease, got {thresholds.tolist()}")
-        weights = np.frombuffer(reader.bytes(2 * CLASSES), "<u2").astype(np.uint16)
-        frequencies = np.zeros((CLASSES, 256), np.uint16)
+        shares = np.frombuffer(reader.bytes(2 * CLASSES), "<u2").astype(np.uint16)
+        steps = np.frombuffer(reader.bytes(CLASSES), np.uint8)
+        if np.any((steps > loops.MAX_STEP) & (steps != loops.ALL)):
+            raise Malformed(f"steps must be 0 … {loops.MAX_STEP} or {loops.ALL}: {steps.tolist()}")
+        lengths = np.zeros((CLASSES, 256), np.uint8)
         for c in range(CLASSES):
             listed = reader.byte()
             if not listed and c:
-                frequencies[c] = frequencies[c - 1]
+                lengths[c] = lengths[c - 1]
                 continue
-            k = 0
-            while k < listed:
-                value = reader.varint()
-                if value >= _PROBABILITIES:
-                    raise Malformed(f"a frequency must be below {_PROBABILITIES}, got {value}")
-                frequencies[c, k] = value
-                k += 1 if value else 1 + reader.byte()
-            total = int(frequencies[c].sum())
-            if k != listed or listed > loops.ESCAPE or not 0 < total < _PROBABILITIES:
-                raise Malformed(f"frequencies of class {c} are no table: {total=}, {listed=}")
-            frequencies[c, loops.ESCAPE] = _PROBABILITIES - total
-        return Tables(fmt, thresholds, weights, frequencies), reader.at
+            row = np.frombuffer(reader.bytes(listed), np.uint8)
+            lengths[c, :listed] = row
+            own = row[row > 0].astype(np.int64)
+            shares_of_code = (1 << loops.CODE_BITS) >> own
+            if np.any(own > loops.CODE_BITS) or shares_of_code.sum() != 1 << loops.CODE_BITS:
+                raise Malformed(f"lengths of class {c} are no prefix code: {row.tolist()}")
+        return Tables(fmt, thresholds, shares, steps, lengths), reader.at
 
 
 class _Reader:
@@ -193,83 +204,15 @@ class _Reader:
     def byte(self) -> int:
         return self.bytes(1)[0]
 
-    def varint(self) -> int:
-        low = self.byte()
-        return low if low < 128 else low - 128 + 128 * self.byte()
-
-
-def _varint(value: int) -> bytes:
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
-
 
 def _no_tables(fmt: ElementFormat) -> Tables:
     return Tables(
         fmt,
         np.full(CLASSES - 1, 255, np.uint8),
         np.zeros(CLASSES, np.uint16),
-        np.zeros((0, 256), np.uint16),
+        np.zeros(CLASSES, np.uint8),
+        np.zeros((0, 256), np.uint8),
     )
-
-
-def _slots(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries of symbols, u32[n, 256], and the symbol of each slot, u8[n, 4096].
-
-    An entry is the symbol's frequency, and in the upper half the sum of those before.
-    """
-    counts = frequencies.astype(np.uint32)
-    sums = np.cumsum(counts, axis=1, dtype=np.uint32) - counts
-    symbols = np.zeros((len(counts), _PROBABILITIES), np.uint8)
-    for row, own in zip(symbols, counts, strict=True):
-        row[:] = np.repeat(np.arange(256), own)
-    return counts | sums << np.uint32(16), symbols
-
-
-@functools.cache
-def _gap_slots() -> tuple[np.ndarray, np.ndarray]:
-    return _slots(gap_frequencies())
-
-
-@functools.cache
-def gap_frequencies() -> np.ndarray:
-    """Frequencies of the symbols of gaps, u16[57, 256], fixed by the format.
-
-    Row ℓ is for gaps that are geometrically distributed with mean μ = 2^((ℓ − 16)/2 + 1/4), the
-    middle of those that `loops.gap_level` puts there: P(gap ≥ g) = q^g, q = μ/(1 + μ).
-
-    Computed in integers, in units of 2^−64, so that every machine gets the same.
-    """
-    one = 1 << 64
-    rows = np.zeros((loops.GAP_LEVELS, 256), np.uint16)
-    starts = [_token_start(t) for t in range(4 * (loops.GAP_BITS - 1) + 1)]
-    for level, row in enumerate(rows):
-        exponent, half = divmod(level - 16, 2)
-        # 2^(1/4) and 2^(3/4) in units of 2^-32; then μ in units of 2^-40, exact for μ ≥ 2^-8.
-        mean = (7223245206 if half else 5107605667) << (exponent + 8)
-        ratio = mean * one // ((1 << 40) + mean)
-        tail = [_power(ratio, start) for start in starts]
-        shares = [a - b for a, b in itertools.pairwise(tail)]
-        counts = [(share * _PROBABILITIES + one // 2) >> 64 for share in shares]
-        missed = tail[-1] + sum(s for s, n in zip(shares, counts, strict=True) if n == 0)
-        escape = 1 + (missed * _PROBABILITIES >> 64)
-        counts[counts.index(max(counts))] += _PROBABILITIES - escape - sum(counts)
-        row[: len(counts)] = counts
-        row[loops.ESCAPE] = escape
-    return rows
-
-
-def _power(base: int, exponent: int) -> int:
-    """base^exponent in units of 2^−64, rounded down at each step, lowest bits first."""
-    result = 1 << 64
-    while exponent:
-        if exponent & 1:
-            result = result * base >> 64
-        base = base * base >> 64
-        exponent >>= 1
-    return result
-
-
-def _token_start(token: int) -> int:
-    return token if token < 4 else (4 + token % 4) << (token // 4 - 1)
 
 
 @dataclass(frozen=True)
@@ -315,24 +258,23 @@ def make_tables(
       conditional: on the old exponent; if not, all elements are of one class, which takes more
         bits and less time.
     """
-    at_most = _SURVEY_ELEMENTS if conditional else _LONE_SURVEY_ELEMENTS
-    members, changes, symbols = _survey(fmt, boxes, tile, at_most)
+    members, changes, symbols = _survey(fmt, boxes, tile)
     if not changes.any():
         return _no_tables(fmt)
     if not conditional:
         # No exponent is below a threshold of 0, so all elements are of the last class.
         lone = np.zeros(CLASSES, np.int64)
         lone[-1] = members.sum()
-        pooled = np.broadcast_to(symbols.sum(axis=0), (CLASSES, 256))
+        pooled = np.zeros((CLASSES, 256), np.int64)
+        pooled[-1] = symbols.sum(axis=0)
         return tables_of_counts(fmt, np.zeros(CLASSES - 1, np.uint8), lone, pooled)
     firsts = _best_classes(members, changes, symbols)
     thresholds = np.full(CLASSES - 1, 255, np.uint8)
     thresholds[: len(firsts) - 1] = firsts[1:]
-    # Unused classes begin at exponent 255, infinities and NaN of bf16 and f32, with the last one's
-    # statistics.
     parts = [np.add.reduceat(counts, firsts) for counts in (members, symbols)]
+    # Unused classes begin at exponent 255, infinities and NaN of bf16 and f32.
     pad = CLASSES - len(firsts)
-    members, symbols = (np.concatenate([p, np.repeat(p[-1:], pad, 0)]) for p in parts)
+    members, symbols = (np.concatenate([p, np.zeros((pad, *p.shape[1:]), int)]) for p in parts)
     return tables_of_counts(fmt, thresholds, members, symbols)
 
 
@@ -345,38 +287,68 @@ def tables_of_counts(
       fmt: of the elements.
       thresholds: u8[7], see `Tables`.
       members: int64[8], elements of each class, changed or not.
-      symbols: int64[8, 256], how often each symbol of changes occurs in each class.
+      symbols: int64[8, 256], how often each symbol of changes occurs in each class; not at all in
+        a class that is not expected to have any, which then has the codes of another.
     """
     changes = symbols.sum(axis=1)
-    weights = np.clip(changes * 65535.0 / np.maximum(members, 1), 1, 65535).astype(np.uint16)
-    return Tables(fmt, thresholds, weights, _quantise(symbols))
+    shares = np.ceil(changes * (65535.0 / changes.sum())).astype(np.uint16)
+    mean = np.maximum(members - changes, 0) / np.maximum(changes, 1)
+    steps = np.clip(np.floor(np.log2(0.9624 * mean + 0.4812)), 0, loops.MAX_STEP).astype(np.uint8)
+    lengths = np.zeros((CLASSES, 256), np.uint8)
+    pooled = symbols.sum(axis=0)
+    for c in range(CLASSES):
+        if c and not changes[c]:
+            lengths[c] = lengths[c - 1]
+            continue
+        counts = (symbols[c] if changes[c] else pooled).copy()
+        if np.count_nonzero(counts) < 2:  # a code has two symbols at least
+            counts[:2] = np.maximum(counts[:2], 1)
+        loops.code_lengths(counts, lengths[c])
+    return Tables(fmt, thresholds, shares, steps, lengths)
 
 
-def _survey(fmt, boxes, tile, at_most):
+def _survey(
+    fmt: ElementFormat, boxes: Sequence[tuple[np.ndarray, np.ndarray]], tile: Tile
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Elements, changes and symbols of changes by exponent, of as many tiles as are enough."""
     members, changes = np.zeros((2, 256), np.int64)
     symbols = np.zeros((256, 256), np.int64)
-    # Every `stride`-th tile of all boxes, so that each tensor has its share.
-    total = sum(old.size for old, _ in boxes)
-    stride = max(1, total // at_most)
-    seen = 0
+    tiles = [n_tiles(old.shape, tile) if old.size else 0 for old, _ in boxes]
     for old, new in boxes:
         _check(old, fmt, tile)
         _check(new, fmt, tile)
-        if not old.size:
-            continue
-        lead, rows, cols = old.shape
+    elements = sum(old.size for old, _ in boxes)
+    every = _SAMPLED_EVERY if elements >= _SAMPLED_FROM else 1
+    owners = np.repeat(np.arange(len(tiles)), tiles)
+    within = np.arange(len(owners)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    numbers = _no_tables(fmt).numbers
+    seen = 0
+    # Tiles in an order in which any beginning is spread over all of them.
+    for t in _spread(len(owners)):
+        old, new = boxes[owners[t]]
+        own = int(within[t])
+        _, rows, cols = old.shape
         down, across = -(-rows // tile[0]), -(-cols // tile[1])
-        a, b = _flat(old), _flat(new)
-        for t in range(-seen % stride, lead * down * across, stride):
-            row, col = t // across % down * tile[0], t % across * tile[1]
-            height, width = min(tile[0], rows - row), min(tile[1], cols - col)
-            start = (t // across // down * rows + row) * cols + col
-            loops.survey(
-                a, b, start, width, cols, height * width, _numbers(fmt, _no_tables(fmt).thresholds),
-                members, changes, symbols,
-            )  # fmt: skip
-        seen += lead * down * across
+        row, col = own // across % down * tile[0], own % across * tile[1]
+        height, width = min(tile[0], rows - row), min(tile[1], cols - col)
+        start = (own // across // down * rows + row) * cols + col
+        loops.survey(
+            _flat(old), _flat(new), start, width, cols, height * width, numbers, every,
+            members, changes, symbols,
+        )  # fmt: skip
+        seen += height * width
+        if seen >= _SURVEY_ELEMENTS or changes.sum() >= _SURVEY_CHANGES:
+            break
     return members, changes, symbols
+
+
+def _spread(n: int) -> Iterator[int]:
+    """0 … n − 1, each next one far from those before: the bits of a counter reversed."""
+    bits = max(n - 1, 0).bit_length()
+    for k in range(1 << bits if n else 0):
+        place = int(f"{k:0{bits}b}"[::-1], 2) if bits else 0
+        if place < n:
+            yield place
 
 
 def _best_classes(members, changes, symbols) -> list[int]:
@@ -387,16 +359,9 @@ def _best_classes(members, changes, symbols) -> list[int]:
     """
     bins = _bins(members)
     edges = np.array([*bins, 256])
-    sums = [
-        np.concatenate([np.zeros_like(c[:1]), np.cumsum(c, axis=0)])[edges]
-        for c in (members, changes, symbols)
-    ]
     n = len(bins)
     cost = np.full((n, n + 1), np.inf)
-    for i in range(n):
-        m, k, s = (c[i + 1 :] - c[i] for c in sums)
-        listed = np.count_nonzero(s, axis=1)
-        cost[i, i + 1 :] = _entropy(k, m - k) + _entropy(*s.T) + 8.0 * listed
+    loops.class_costs(edges, members, changes, symbols, cost)
     best = cost[0].copy()
     came = [np.zeros(n + 1, np.int64)]
     for _ in range(CLASSES - 1):
@@ -429,32 +394,6 @@ def _bins(members: np.ndarray) -> list[int]:
     return bins
 
 
-def _entropy(*counts: np.ndarray) -> np.ndarray:
-    """Bits that code a sequence with these counts of each symbol, Σ n log2(N / n)."""
-    stacked = np.stack(counts).astype(np.float64)
-    total = stacked.sum(axis=0)
-    return xlogy(total) - xlogy(stacked).sum(axis=0)
-
-
-def xlogy(x: np.ndarray) -> np.ndarray:
-    return x * np.log2(np.maximum(x, 1))
-
-
-def _quantise(symbols: np.ndarray) -> np.ndarray:
-    """Frequencies of sum 4096 for each class; symbols too rare for one share the escape."""
-    frequencies = np.zeros((CLASSES, 256), np.uint16)
-    pooled = symbols.sum(axis=0)
-    for c, own in enumerate(symbols):
-        # What a class has not shown it may still do: a little of what all of them did.
-        counts = own + pooled / pooled.sum()
-        share = counts / counts.sum() * (_PROBABILITIES - 1)
-        row = np.floor(share + 0.5).astype(np.int64)
-        row[loops.ESCAPE] = 1 + int(share[row == 0].sum())
-        row[np.argmax(row[: loops.ESCAPE])] += _PROBABILITIES - row.sum()
-        frequencies[c] = row
-    return frequencies
-
-
 def encode_box(
     old: np.ndarray | None,
     new: np.ndarray,
@@ -467,7 +406,8 @@ def encode_box(
     """Code every tile of a box in its smallest mode.
 
     Args:
-      old: (lead, rows, cols) of `fmt.bits_dtype`, C-contiguous; None: all tiles are dense.
+      old: (lead, rows, cols) of `fmt.bits_dtype`, C-contiguous; None: all tiles are dense, or in
+        planes of bytes.
       new: the same shape.
       fmt: of the elements.
       tile: R and C, at most 2^20 elements.
@@ -491,20 +431,18 @@ def encode_box(
         sums = np.zeros(2, np.int64)
         assert base is not None
         chunks = []
-        work = _workspace(tile, fmt)
+        work = _KEPT.workspace(tile, fmt)
+        out = _KEPT.chunk(_CHUNK_BYTES + tile[0] * tile[1] * fmt.width_bits // 8 + loops.SLACK)
         while first < last:
-            out = np.empty(
-                _CHUNK_BYTES + tile[0] * tile[1] * fmt.width_bits // 8 + loops.SLACK, np.uint8
-            )
             first, used = loops.encode_tiles(
-                base, flat, new.shape, tile, first, last, _numbers(fmt, tables.thresholds),
+                base, flat, new.shape, tile, first, last, tables.numbers,
                 tables.arrays, _frame(frame), work, out, modes, changed, sizes, sums,
             )  # fmt: skip
-            chunks.append(out[:used])
+            chunks.append(out[:used].copy())
         return chunks, sums
 
     if old is None:
-        return _encode_dense(flat, new.shape, fmt, tile)
+        return _encode_dense(flat, new.shape, fmt, tile, threads)
     done = _in_threads(encode, count, threads)
     chunks = [chunk for part, _ in done for chunk in part]
     data = chunks[0] if len(chunks) == 1 else np.concatenate([*chunks, np.empty(0, np.uint8)])
@@ -512,18 +450,71 @@ def encode_box(
     return CodedTiles(modes, changed, sizes, data, _offsets(sizes), (int(sums[0]), int(sums[1])))
 
 
-def _encode_dense(flat: np.ndarray, shape: tuple[int, ...], fmt: ElementFormat, tile: Tile):
-    """Every tile of a box as it is."""
+def _encode_dense(
+    flat: np.ndarray, shape: tuple[int, ...], fmt: ElementFormat, tile: Tile, threads: int
+) -> CodedTiles:
+    """Every tile of a box without what was before: by planes of bytes where that is smaller."""
+    elements = _elements(shape, tile)
+    item = fmt.width_bits // 8
+
+    def encode(first: int, last: int) -> list[tuple[Mode, bytes]]:
+        coded = []
+        for t in range(first, last):
+            dense = np.empty(int(elements[t]) * item, np.uint8)
+            loops.encode_dense(flat, shape, tile, t, t + 1, item, dense)
+            planes = _planes(dense.reshape(-1, item))
+            smaller = len(planes) < dense.size
+            coded.append((Mode.PLANES, planes) if smaller else (Mode.DENSE, dense.tobytes()))
+        return coded
+
+    coded = [tile for part in _in_threads(encode, elements.size, threads) for tile in part]
+    modes = np.array([mode for mode, _ in coded], np.uint8)
+    sizes = np.array([len(data) for _, data in coded], np.uint32)
+    data = np.frombuffer(b"".join(data for _, data in coded), np.uint8)
+    return CodedTiles(modes, elements.astype(np.uint32), sizes, data, _offsets(sizes))
+
+
+def _planes(elements: np.ndarray) -> bytes:
+    """Elements, u8[n, w/8], by planes: exponents are few and together, mantissas are noise."""
+    out = []
+    for plane in elements.T:
+        raw = plane.tobytes()
+        packed = frames.pack(raw, _ZSTD_LEVEL)
+        out.append(min(packed, raw, key=len))
+    return b"".join(part for plane in out for part in (_PLANE_SIZE.pack(len(plane)), plane))
+
+
+def _from_planes(stream: memoryview, elements: int, item: int) -> np.ndarray:
+    """Inverse of `_planes`.
+
+    Raises:
+      frames.BadFrame: it is not.
+    """
+    out = np.empty((elements, item), np.uint8)
+    at = 0
+    for plane in out.T:
+        if at + _PLANE_SIZE.size > len(stream):
+            raise frames.BadFrame("end early")
+        (size,) = _PLANE_SIZE.unpack_from(stream, at)
+        at += _PLANE_SIZE.size
+        stored = stream[at : at + size]
+        at += size
+        raw = stored if size == elements else frames.unpack(stored, elements)
+        if len(raw) != elements:
+            raise frames.BadFrame("end early")
+        plane[:] = np.frombuffer(raw, np.uint8)
+    if at != len(stream):
+        raise frames.BadFrame("have bytes left over")
+    return out.reshape(-1)
+
+
+def _elements(shape: Sequence[int], tile: Tile) -> np.ndarray:
+    """Elements of every tile of a box, int64."""
     _, rows, cols = shape
-    t = np.arange(n_tiles(shape, tile) if flat.size else 0)
+    t = np.arange(n_tiles(shape, tile) if all(shape) else 0)
     down, across = -(-rows // tile[0]), -(-cols // tile[1])
-    height = np.minimum(tile[0], rows - t // across % down * tile[0])
-    elements = (height * np.minimum(tile[1], cols - t % across * tile[1])).astype(np.uint32)
-    sizes = elements * np.uint32(fmt.width_bits // 8)
-    out = np.empty(flat.nbytes, np.uint8)
-    loops.encode_dense(flat, shape, tile, 0, t.size, fmt.width_bits // 8, out)
-    modes = np.full(t.size, Mode.DENSE, np.uint8)
-    return CodedTiles(modes, elements, sizes, out, _offsets(sizes))
+    height = np.minimum(tile[0], rows - t // max(across, 1) % max(down, 1) * tile[0])
+    return height * np.minimum(tile[1], cols - t % max(across, 1) * tile[1])
 
 
 def _offsets(sizes: np.ndarray) -> np.ndarray:
@@ -544,7 +535,8 @@ def decode_box(
     """Decode tiles of a box.
 
     Args:
-      old: what the tiles were coded against, C-contiguous; None: all tiles have to be dense.
+      old: what the tiles were coded against, C-contiguous; None: all tiles have to be dense or in
+        planes of bytes.
       out: the same shape, C-contiguous; every listed tile is written whole, empty ones too, and
         nothing else. May be `old` itself.
       coded: the tiles; `mode`, `nnz`, `size`, `offset` and `data` may be anything.
@@ -581,6 +573,9 @@ def decode_box(
     in_place = old is not None and old.ctypes.data == out.ctypes.data
     if not in_place and old is not None and np.may_share_memory(old, out):
         raise ValueError("out must be old itself or share no memory with it")
+    if np.any(coded.mode == Mode.PLANES):
+        coded = _dense(coded, ids, _elements(out.shape, tile)[ids], fmt.width_bits // 8, threads)
+        offsets = coded.offset
     data = coded.data.view()
     data.flags.writeable = False
 
@@ -588,8 +583,8 @@ def decode_box(
         sums = np.zeros(2, np.int64)
         bad, reason = loops.decode_tiles(
             base, out.reshape(-1), in_place, out.shape, tile, ids, first, last,
-            _numbers(fmt, tables.thresholds), tables.arrays, _frame(frame),
-            _workspace(tile, fmt), data,
+            tables.numbers, tables.arrays, _frame(frame),
+            _KEPT.workspace(tile, fmt), data,
             coded.mode, coded.nnz, offsets, coded.size, sums,
         )  # fmt: skip
         if reason != loops.OK:
@@ -599,6 +594,36 @@ def decode_box(
     done = _in_threads(decode, ids.size, threads)
     sums = sum(done, np.zeros(2, np.int64)) & 0xFFFFFFFF
     return int(sums[0]), int(sums[1])
+
+
+def _dense(
+    coded: CodedTiles, ids: np.ndarray, elements: np.ndarray, item: int, threads: int
+) -> CodedTiles:
+    """The same tiles, those in planes as dense ones.
+
+    Raises:
+      Malformed: planes are not of the tile's size.
+    """
+    split = coded.mode == Mode.PLANES
+    size = np.where(split, elements * item, coded.size).astype(np.uint32)
+    offset = _offsets(size)
+    data = np.empty(int(size.sum(dtype=np.int64)), np.uint8)
+
+    def unpack(first: int, last: int) -> None:
+        for k in range(first, last):
+            start = int(coded.offset[k])
+            dense = coded.data[start : start + int(coded.size[k])]
+            if split[k]:
+                try:
+                    dense = _from_planes(dense.data, int(elements[k]), item)
+                except frames.BadFrame as error:
+                    tile, reason = int(ids[k]), REASONS[loops.FRAME]
+                    raise Malformed(f"tile {tile}: {reason}: they {error}", tile) from error
+            data[offset[k] : offset[k] + dense.size] = dense
+
+    _in_threads(unpack, ids.size, threads)
+    mode = np.where(split, np.uint8(Mode.DENSE), coded.mode)
+    return CodedTiles(mode, coded.nnz, size, data, offset)
 
 
 def _check(box: np.ndarray, fmt: ElementFormat, tile: Tile) -> None:
@@ -618,18 +643,6 @@ def _flat(box: np.ndarray) -> np.ndarray:
     return flat
 
 
-def _numbers(fmt: ElementFormat, thresholds: np.ndarray) -> tuple:
-    """What the loops know of a format and its classes; see `loops.scan`."""
-    bits = fmt.bits_dtype.type
-    shifted = thresholds.astype(np.int64) << fmt.mantissa_bits
-    limits = np.concatenate([[0], np.minimum(shifted, fmt.sign_bit)]).astype(bits)
-    classes = np.searchsorted(thresholds, np.arange(256), side="right").astype(np.uint8)
-    return (
-        fmt.width_bits, fmt.kind == "float", fmt.mantissa_bits, bits(fmt.magnitude_mask), limits,
-        classes,
-    )  # fmt: skip
-
-
 def _frame(frame: DigestFrame | None) -> tuple[bool, int, int, int]:
     if frame is None:
         return False, 0, 0, 0
@@ -639,22 +652,54 @@ def _frame(frame: DigestFrame | None) -> tuple[bool, int, int, int]:
 def _workspace(tile: Tile, fmt: ElementFormat) -> tuple:
     """Scratch of one thread.
 
-    Two tiles of elements; `reached` and `starts` of sub-blocks, totals of classes; records; symbols
-    and order of the changed; and a coded tile with what `loops.read_entropy` wants around it.
+    Two tiles of elements; what `loops.scan` and `loops.place_records` want; totals of classes;
+    records; gaps and codes by class; and a coded tile with what the loops want around it.
     """
-    blocks = -(-tile[0] * tile[1] // SUB_BLOCK)
-    size = blocks * SUB_BLOCK
+    size = -(-tile[0] * tile[1] // SUB_BLOCK) * SUB_BLOCK
     return (
         np.empty(size, fmt.bits_dtype),
         np.empty(size, fmt.bits_dtype),
-        np.empty((blocks + 1, CLASSES), np.uint32),
-        np.empty(blocks, np.int64),
+        (np.empty((64, CLASSES + 1), np.uint64), np.empty((64, CLASSES + 1), np.int64)),
+        (
+            np.empty(2 * CLASSES + 2, np.uint32),
+            np.empty(CLASSES, np.uint32),
+            np.empty(4 * CLASSES + 4, np.uint64),
+            *np.empty((3, CLASSES), np.int64),
+        ),
         np.empty(CLASSES, np.int64),
         np.empty((4, size + 8), np.uint32),
-        np.empty((2, size), np.uint8),
-        np.empty(size, np.uint32),
-        np.empty(tile[0] * tile[1] * fmt.width_bits // 8 + 24, np.uint8),
+        np.empty((2, size), np.uint32),
+        np.empty(tile[0] * tile[1] * fmt.width_bits // 8 + loops.SLACK, np.uint8),
     )
+
+
+class _Kept(threading.local):
+    """Scratch that each thread keeps from call to call: fresh memory costs a fault for each page.
+
+    Pages of it that no tile needed were never mapped.
+    """
+
+    def __init__(self) -> None:
+        self._chunk = np.empty(0, np.uint8)
+        self._workspaces: dict[int, tuple[int, tuple]] = {}
+
+    def chunk(self, size: int) -> np.ndarray:
+        """Bytes, at least `size`."""
+        if self._chunk.size < size:
+            self._chunk = np.empty(size, np.uint8)
+        return self._chunk
+
+    def workspace(self, tile: Tile, fmt: ElementFormat) -> tuple:
+        """`_workspace` of the tile's size; only the last size of a format is kept."""
+        size = tile[0] * tile[1]
+        kept = self._workspaces.get(fmt.width_bits)
+        if kept is None or kept[0] != size:
+            kept = size, _workspace(tile, fmt)
+            self._workspaces[fmt.width_bits] = kept
+        return kept[1]
+
+
+_KEPT = _Kept()
 
 
 def _in_threads(function, count: int, threads: int) -> list:

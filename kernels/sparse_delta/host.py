@@ -28,6 +28,7 @@ from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves
 
 # XLA's alignment of buffers: a NumPy array that has it becomes a jax.Array without a copy.
 _ALIGNMENT = 64
+_PIECE_BYTES = 32 << 20
 
 
 def default_threads() -> int:
@@ -184,12 +185,30 @@ def digest_of(box: np.ndarray, frame: DigestFrame) -> np.ndarray:
     return sums
 
 
-def empty_bits(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory for the bits of an array, so aligned that JAX takes it over."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+class Arena:
+    """Memory for the bits of many arrays, so aligned that JAX takes it over.
+
+    Small arrays lie together in pieces large enough for huge pages: mapping 4 KiB at a time takes
+    longer than filling them. A piece is given back when its last array is.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        """Makes none yet; `size_bytes` is what all arrays together take."""
+        self._left = size_bytes
+        self._piece = np.empty(0, np.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with anything in it."""
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        padded = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if padded > self._piece.size:
+            piece = max(padded, min(self._left, _PIECE_BYTES))
+            memory = np.empty(piece + _ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % _ALIGNMENT
+            self._piece = memory[start : start + piece]
+        taken, self._piece = self._piece[:size], self._piece[padded:]
+        self._left -= padded
+        return taken.view(dtype).reshape(shape)
 
 
 def place(leaves: Sequence[Leaf], contents: Sequence[Sequence[np.ndarray]]) -> list[Any]:

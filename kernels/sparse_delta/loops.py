@@ -26,18 +26,21 @@ from numba.extending import intrinsic
 SUB_BLOCK = 256
 CLASSES = 8
 
-# rANS: states of 32 bits that keep within [2^16, 2^32) by words of 16 bits.
-PROBABILITY_BITS = 12
-RANS_LOW = 1 << 16
-ONE_STATE_CHANGES = 1024  # fewer in a tile, and one state serves gaps and changes
-ESCAPE = 255  # symbol: the number follows in raw bits
-GAP_BITS = 20  # raw bits of an escaped gap; no tile is larger
-GAP_LEVELS = 57
+# Rice codes: a number whose quotient is this or more follows as raw bits instead.
+RICE_ESCAPE = 24
+NUMBER_BITS = 24
+MAX_STEP = 20  # largest divisor 2^step of a gap; no tile is larger
+ALL = 31  # step of a class whose gaps are all 0 and take no bits
+# Prefix codes of the symbols of changes.
+CODE_BITS = 11
+MAX_CODE_BITS = 39  # with the raw bits of a change of 32 bits
+INDEX_BITS = 20  # of an exception's place among a tile's changes
 
-# Sub-blocks that are scanned before their changes are looked up, and that are asked for ahead.
-_CHUNK_BLOCKS = 16
+# Words of 64 elements that are scanned before their changes are looked up.
+_CHUNK_WORDS = 64
 _BLOCKS_AHEAD = 8
 _ROWS_AHEAD = 4
+_NO_RANK = 0xFFFFFFFF
 
 # Bytes by which one step of an encoder may pass the end it was given before it looks.
 SLACK = 64
@@ -47,6 +50,7 @@ BLOCK_OFFSET = 1
 BITMAP = 2
 ENTROPY = 3
 DENSE = 4
+PLANES = 5
 
 # What is wrong with a stream; index into `codec.REASONS`.
 OK = 0
@@ -58,6 +62,7 @@ STATE = 5
 PADDING = 6
 BASE = 7
 MODE = 8
+FRAME = 9
 
 
 # No division here has a divisor of zero, so none needs Python's check for it.
@@ -147,6 +152,19 @@ def _load_64(typing: Any, data: Any, at: Any) -> Any:
 
 
 @_instruction
+def _load_64_before(typing: Any, data: Any, end: Any) -> Any:
+    """Eight bytes before `end` as an int64, the last one lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.sub(args[1], ir.Constant(ir.IntType(64), 8))
+        pointer = _element_pointer(context, builder, data, args[0], at)
+        word = builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()), align=1)
+        return builder.bswap(word)
+
+    return types.int64(data, types.intp), generate
+
+
+@_instruction
 def _store_64(typing: Any, data: Any, at: Any, value: Any) -> Any:
     """Write an int64 as eight bytes from `at`, little-endian."""
 
@@ -173,26 +191,37 @@ def _changed_64(typing: Any, old: Any, i: Any, new: Any, j: Any) -> Any:
     return types.uint64(old, types.intp, new, types.intp), generate
 
 
-@_instruction
-def _in_range_64(typing: Any, array: Any, i: Any, mask: Any, low: Any, span: Any) -> Any:
-    """Set of 64 bits: bit k is low <= (array[i + k] & mask) < low + span; all of them if span = 0.
+def _exponents(context: Any, builder: Any, kind: Any, args: Any) -> Any:
+    """<64 x i8>: exponents of the 64 elements of args = array, index, mask, shift."""
+    width = kind.dtype.bitwidth
+    pointer = _element_pointer(context, builder, kind, args[0], args[1])
+    values = _load_vector(builder, pointer, width, 64)
+    shift = builder.trunc(args[3], ir.IntType(width)) if width < 64 else args[3]
+    values = builder.and_(values, _splat(builder, args[2], 64))
+    values = builder.lshr(values, _splat(builder, shift, 64))
+    bytes_ = ir.VectorType(ir.IntType(8), 64)
+    return values if width == 8 else builder.trunc(values, bytes_)
 
-    The subtraction wraps, so one comparison tests both ends; `span - 1` makes a span of all values
-    expressible.
+
+@_instruction
+def _reach_64(typing: Any, array: Any, i: Any, mask: Any, shift: Any, thresholds: Any) -> Any:
+    """Seven sets of 64 bits: bit k of set j is (array[i + k] & mask) >> shift >= thresholds[j].
+
+    Bits of an element beyond its exponent's 8 do not count, nor does a mask of 0 leave any.
     """
-    element = array.dtype
-    width = element.bitwidth
+    result = types.UniTuple(types.uint64, CLASSES - 1)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _element_pointer(context, builder, array, args[0], args[1])
-        values = _load_vector(builder, pointer, width, 64)
-        mask, low, span = (_splat(builder, arg, 64) for arg in args[2:])
-        one = ir.Constant(mask.type, [1] * 64)
-        shifted = builder.sub(builder.and_(values, mask), low)
-        inside = builder.icmp_unsigned("<=", shifted, builder.sub(span, one))
-        return builder.bitcast(inside, ir.IntType(64))
+        exponents = _exponents(context, builder, array, args)
+        limits = context.make_array(thresholds)(context, builder, args[4]).data
+        sets = []
+        for j in range(CLASSES - 1):
+            limit = builder.load(builder.gep(limits, [ir.Constant(ir.IntType(64), j)]))
+            above = builder.icmp_unsigned(">=", exponents, _splat(builder, limit, 64))
+            sets.append(builder.bitcast(above, ir.IntType(64)))
+        return context.make_tuple(builder, result, sets)
 
-    return types.uint64(array, types.intp, element, element, element), generate
+    return result(array, types.intp, array.dtype, types.int64, thresholds), generate
 
 
 @_instruction
@@ -233,55 +262,104 @@ def _prefetch(typing: Any, array: Any, i: Any) -> Any:
 
 
 @_instruction
-def _count_above(
-    typing: Any, array: Any, i: Any, mask: Any, limits: Any, reached: Any, block: Any
+def _count_reached(
+    typing: Any, array: Any, i: Any, mask: Any, shift: Any, thresholds: Any, reached: Any, sets: Any
 ) -> Any:
-    """Add to row `block` of `reached` what the 256 elements from `i` reach, into the next row.
+    """Find which of the 256 elements from `i` on reach each threshold, and count them.
 
-    reached[block + 1, k] = reached[block, k] + number of elements with
-    (array[.] & mask) >= limits[k], k = 0 … 7.
-
-    Comparisons are summed in lanes of the elements' own width; a lane of 8 bits takes 4 of them.
+    reached[0:8] = reached[9:17]; then reached[9 + k] += number of elements with (array[.] & mask)
+    >> shift >= thresholds[k − 1], all of them for k = 0. sets[4k : 4k + 4], k = 1 … 7, are these
+    elements, as sets of 64.
     """
-    width = array.dtype.bitwidth
-    lanes = 512 // width
+    signature = types.void(array, types.intp, array.dtype, types.int64, thresholds, reached, sets)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _element_pointer(context, builder, array, args[0], args[1])
-        mask = _splat(builder, args[2], lanes)
-        limit_data = context.make_array(limits)(context, builder, args[3]).data
-        row = builder.mul(args[5], ir.Constant(ir.IntType(64), CLASSES))
-        before = _element_pointer(context, builder, reached, args[4], row)
-        vector = ir.VectorType(ir.IntType(width), lanes)
-        at = [ir.Constant(ir.IntType(64), k) for k in range(CLASSES)]
-        bounds = [_splat(builder, builder.load(builder.gep(limit_data, [k])), lanes) for k in at]
-        sums = [ir.Constant(vector, None)] * CLASSES
-        for start in range(0, SUB_BLOCK, lanes):
-            offset = builder.gep(pointer, [ir.Constant(ir.IntType(64), start)])
-            values = builder.and_(_load_vector(builder, offset, width, lanes), mask)
-            for k in range(1, CLASSES):
-                above = builder.sext(builder.icmp_unsigned(">=", values, bounds[k]), vector)
-                sums[k] = builder.sub(sums[k], above)
-        wide = ir.VectorType(ir.IntType(max(width, 16)), lanes)
-        reduce = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(wide.element, [wide]),
-            f"llvm.vector.reduce.add.v{lanes}i{wide.element.width}",
-        )
-        word = ir.IntType(32)
+        index, word = ir.IntType(64), ir.IntType(32)
+        limits = context.make_array(thresholds)(context, builder, args[4]).data
+        found = context.make_array(sets)(context, builder, args[6]).data
+        bounds = [
+            _splat(builder, builder.load(builder.gep(limits, [ir.Constant(index, j)])), 64)
+            for j in range(CLASSES - 1)
+        ]
+        totals = [ir.Constant(index, 0)] * (CLASSES - 1)
+        for line in range(SUB_BLOCK // 64):
+            at = builder.add(args[1], ir.Constant(index, 64 * line))
+            exponents = _exponents(context, builder, array, [args[0], at, *args[2:]])
+            for j, bound in enumerate(bounds):
+                above = builder.bitcast(builder.icmp_unsigned(">=", exponents, bound), index)
+                place = builder.gep(found, [ir.Constant(index, 4 * (1 + j) + line)])
+                builder.store(above, place)
+                totals[j] = builder.add(totals[j], builder.ctpop(above))
         counts = ir.Constant(ir.VectorType(word, CLASSES), [SUB_BLOCK] + [0] * (CLASSES - 1))
-        for k in range(1, CLASSES):
-            total = builder.zext(sums[k], wide) if width < 16 else sums[k]
-            total = builder.call(reduce, [total])
-            total = builder.zext(total, word) if width < 32 else total
-            counts = builder.insert_element(counts, total, ir.Constant(word, k))
-        counts = builder.add(counts, _load_vector(builder, before, 32, CLASSES))
-        after = builder.gep(before, [ir.Constant(ir.IntType(64), CLASSES)])
-        builder.store(counts, builder.bitcast(after, counts.type.as_pointer()), align=4)
+        for j, total in enumerate(totals):
+            total = builder.trunc(total, word)
+            counts = builder.insert_element(counts, total, ir.Constant(word, j + 1))
+        rows = context.make_array(reached)(context, builder, args[5]).data
+        before, now = (
+            builder.bitcast(builder.gep(rows, [ir.Constant(index, k)]), counts.type.as_pointer())
+            for k in (0, CLASSES + 1)
+        )
+        held = builder.load(now, align=4)
+        builder.store(held, before, align=4)
+        builder.store(builder.add(held, counts), now, align=4)
         return context.get_dummy_value()
 
-    signature = types.void(array, types.intp, array.dtype, limits, reached, types.intp)
     return signature, generate
+
+
+@_instruction
+def _below(typing: Any, ranks: Any, row: Any) -> Any:
+    """Set of the classes c with ranks[c] < row[9 + c] − row[10 + c], unsigned; a u64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = [ir.Constant(ir.IntType(64), k) for k in (CLASSES + 1, CLASSES + 2)]
+        own = _element_pointer(context, builder, ranks, args[0], ir.Constant(ir.IntType(64), 0))
+        ends = [
+            _load_vector(builder, _element_pointer(context, builder, row, args[1], k), 32, CLASSES)
+            for k in at
+        ]
+        less = builder.icmp_unsigned(
+            "<", _load_vector(builder, own, 32, CLASSES), builder.sub(*ends)
+        )
+        return builder.zext(builder.bitcast(less, ir.IntType(CLASSES)), ir.IntType(64))
+
+    return types.uint64(ranks, row), generate
+
+
+@_instruction
+def _select_64(typing: Any, members: Any, rank: Any) -> Any:
+    """Index of the set bit of a u64 that has `rank` set ones before it; there is one."""
+    signature = types.int64(types.uint64, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, _, features = context.codegen().magic_tuple()
+        if "+bmi2" not in features.split(","):
+            return context.compile_internal(builder, _select_by_halves, signature, args)
+        word = ir.IntType(64)
+        deposit = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(word, [word, word]), "llvm.x86.bmi.pdep.64"
+        )
+        one = builder.shl(ir.Constant(word, 1), args[1])
+        return builder.cttz(builder.call(deposit, [one, args[0]]), ir.Constant(ir.IntType(1), 0))
+
+    return signature, generate
+
+
+def _select_by_halves(members: Any, rank: Any) -> Any:
+    """`_select_64` where the processor has no instruction for it.
+
+    Which way to go nobody can predict, so all choices are arithmetic: `past` is −1 or 0.
+    """
+    position = np.int64(0)
+    step = np.int64(32)
+    while step:
+        below = _popcount(members & np.uint64((1 << step) - 1))
+        past = ~((rank - below) >> 63)
+        rank -= below & past
+        members >>= np.uint64(step & past)
+        position += step & past
+        step >>= 1
+    return position
 
 
 # ------------------------------------------------------------------------------------ one element
@@ -346,177 +424,110 @@ def _gather(flat, start, width, stride, size, scratch):
 
 
 @_compiled
-def _class_set(flat, i, mask, low, span):
-    """Elements from `i` on whose masked bits are in a class's range, as four sets of 64."""
-    return (
-        _in_range_64(flat, i, mask, low, span),
-        _in_range_64(flat, i + 64, mask, low, span),
-        _in_range_64(flat, i + 128, mask, low, span),
-        _in_range_64(flat, i + 192, mask, low, span),
-    )
+def _collect(changed, position, n, records):
+    """Append to the `n` records the positions of a word's changes, a set that is not empty."""
+    end = n + _popcount(changed)
+    # Four at a time whether there are so many or not: a branch that goes either way costs more
+    # than writes that the next word's overwrite.
+    while True:
+        for k in range(4):
+            records[0, n + k] = position + _lowest_bit(changed)
+            changed &= changed - np.uint64(1)
+        n += 4
+        if changed == np.uint64(0):
+            return end
 
 
 @_compiled
-def _first_bits(n):
-    """Set of the lowest min(max(n, 0), 64) bits."""
-    n = min(max(n, 0), 64)
-    # A shift by 64 is undefined, so it is done in two.
-    half = np.uint64(n >> 1)
-    return ~((~np.uint64(0) << half) << np.uint64(n - (n >> 1)))
-
-
-@_compiled
-def _rank(members, at):
-    """Number of members of a sub-block's set before element `at` of it."""
-    return (
-        _popcount(members[0] & _first_bits(at))
-        + _popcount(members[1] & _first_bits(at - 64))
-        + _popcount(members[2] & _first_bits(at - 128))
-        + _popcount(members[3] & _first_bits(at - 192))
-    )
-
-
-@_compiled
-def _select(members, rank):
-    """Element of a sub-block that is a member and has `rank` members before it.
-
-    Which way to go nobody can predict, so all choices are arithmetic: `past` is −1 or 0.
-    """
-    one = _popcount(members[0])
-    two = one + _popcount(members[1])
-    three = two + _popcount(members[2])
-    bits = members[0]
-    past = ~((rank - one) >> 63)
-    bits ^= (members[0] ^ members[1]) & np.uint64(past)
-    before = one & past
-    position = 64 & past
-    past = ~((rank - two) >> 63)
-    bits ^= (members[1] ^ members[2]) & np.uint64(past)
-    before += (two - one) & past
-    position += 64 & past
-    past = ~((rank - three) >> 63)
-    bits ^= (members[2] ^ members[3]) & np.uint64(past)
-    before += (three - two) & past
-    position += 64 & past
-    rank -= before
-    rank, bits, position = _halve(rank, bits, position, 32)
-    rank, bits, position = _halve(rank, bits, position, 16)
-    rank, bits, position = _halve(rank, bits, position, 8)
-    rank, bits, position = _halve(rank, bits, position, 4)
-    rank, bits, position = _halve(rank, bits, position, 2)
-    rank, bits, position = _halve(rank, bits, position, 1)
-    return position
-
-
-@_compiled
-def _halve(rank, bits, position, step):
-    """Go on in the half of `2 · step` bits that has the set bit with `rank` set ones before it."""
-    below = _popcount(bits & np.uint64((1 << step) - 1))
-    past = ~((rank - below) >> 63)
-    return rank - (below & past), bits >> np.uint64(step & past), position + (step & past)
-
-
-@_compiled
-def _drop_filling(size, limits, reached):
-    """Take out of the last row what the zeros that fill the last sub-block reached."""
-    blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
-    filling = blocks * SUB_BLOCK - size
-    for k in range(CLASSES):
-        if limits[k] == 0:
-            reached[blocks, k] -= np.uint32(filling)
-
-
-@_compiled
-def count_classes(flat, i, size, mask, limits, reached, starts):
-    """Count the classes of a tile that is in one piece: the receiver's half of `scan`."""
-    for k in range(CLASSES):
-        reached[0, k] = 0
-    for block in range((size + SUB_BLOCK - 1) // SUB_BLOCK):
-        starts[block] = i + block * SUB_BLOCK
-        _count_above(flat, i + block * SUB_BLOCK, mask, limits, reached, block)
-    _drop_filling(size, limits, reached)
-
-
-@_compiled
-def _find_changes(old, new, i, block, n, records):
-    """Append to the `n` records the positions of a sub-block's changes; returns how many are."""
-    for word in range(0, SUB_BLOCK, 64):
-        changed = _changed_64(old, i + word, new, i + word)
-        end = n + _popcount(changed)
-        # Four at a time whether there are so many or not: a branch that goes either way costs more
-        # than writes that the next word's overwrite.
-        while True:
-            for k in range(4):
-                records[0, n + k] = block * SUB_BLOCK + word + _lowest_bit(changed)
-                changed &= changed - np.uint64(1)
-            n += 4
-            if changed == np.uint64(0):
-                break
-        n = end
-    return n
-
-
-@_compiled
-def scan(
-    old, i, new, width, stride, size, mask, limits, shift, classes, sign, is_float,
-    reached, starts, records,
-):  # fmt: skip
-    """Find the changed elements of a tile and count the classes of its old values.
+def scan(old, i, new, width, stride, size, fmt, work, totals, records):
+    """Find the changed elements of a tile, and the classes and ranks of their old values.
 
     Takes:
       old, new: flat arrays of elements, the tile's first at `i` in both.
       width, stride: elements of a row of the tile, a multiple of 256, and between its rows.
-      size: elements; those of the last sub-block beyond it are zero in both arrays.
-      mask: of the elements' type; the exponent is (bits & mask) >> shift.
-      limits[8]: of the elements' type: 0 and the thresholds, shifted like an exponent.
-      shift: mantissa bits.
-      classes[256]: class of each exponent, u8.
-      sign, is_float: of the element format.
-      reached[sub-blocks + 1, 8]: u32, filled with the number of elements of the sub-blocks before
-        that are not below each limit.
-      starts[sub-blocks]: int64, filled with the index of each sub-block's first element.
+      size: elements; those up to a multiple of 256 beyond it are zero in both arrays.
+      fmt: width in bits, is a float, mantissa bits, magnitude mask, of the elements' type,
+        thresholds u8[7], and class of each exponent, u8[256].
+      work: scratch, u64 and int64 [64, 9].
+      totals[8]: int64, filled with the number of elements of each class.
       records[4, ≥ size + 8]: u32, filled with position, class, rank within the class, and code.
 
     Returns:
       The number of changed elements.
     """
-    blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
-    per_line = width // SUB_BLOCK
-    for block in range(blocks):
-        line = np.int64(np.uint64(block) // np.uint64(per_line))
-        starts[block] = i + line * (stride - width) + block * SUB_BLOCK
-    for k in range(CLASSES):
-        reached[0, k] = 0
-    n_changed = 0
-    # Chunks that stay in the first-level cache until their changes have been looked up.
-    for first in range(0, blocks, _CHUNK_BLOCKS):
-        end = min(first + _CHUNK_BLOCKS, blocks)
-        n_before = n_changed
-        for block in range(first, end):
-            # The rows of a tile may be too short for the processor to see where they go on.
-            ahead = starts[min(block + _BLOCKS_AHEAD, blocks - 1)]
-            _prefetch(old, ahead)
-            _prefetch(new, ahead)
-            _count_above(old, starts[block], mask, limits, reached, block)
-            n_changed = _find_changes(old, new, starts[block], block, n_changed, records)
-        if end == blocks:
-            _drop_filling(size, limits, reached)
-        for r in range(n_before, n_changed):
-            position = np.int64(records[0, r])
-            start = starts[position >> 8]
-            at = position & 255
-            bits = np.int64(old[start + at])
+    width_bits, is_float, shift, mask, thresholds, classes = fmt
+    sign = 1 << (width_bits - 1)
+    sets, before = work
+    sets[:, 0] = ~np.uint64(0)
+    sets[:, CLASSES] = 0
+    before[:, CLASSES] = 0
+    padded = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
+    reach = (0, 0, 0, 0, 0, 0, 0)  # elements so far that are not below each threshold
+    n = 0
+    position = 0
+    column = 0
+    at = i
+    while position < padded:
+        # Chunks that stay in the first-level cache until their changes have been looked up.
+        first = position
+        start = at
+        start_column = column
+        n_before = n
+        end = min(position + 64 * _CHUNK_WORDS, padded)
+        while position < end:
+            if stride != width and position & (SUB_BLOCK - 1) == 0:
+                # The rows of a tile may be too short for the processor to see where they go on.
+                ahead = column + _BLOCKS_AHEAD * SUB_BLOCK
+                lines = np.int64(np.uint64(ahead) // np.uint64(width)) if ahead >= width else 0
+                ahead = at + _BLOCKS_AHEAD * SUB_BLOCK + lines * (stride - width)
+                _prefetch(old, ahead)
+                _prefetch(new, ahead)
+            found = _reach_64(old, at, mask, shift, thresholds)
+            changed = _changed_64(old, at, new, at)
+            if changed != np.uint64(0):
+                word = (position - first) >> 6
+                n = _collect(changed, position, n, records)
+                before[word, 0] = position
+                for k in range(CLASSES - 1):
+                    sets[word, 1 + k] = found[k]
+                    before[word, 1 + k] = reach[k]
+            reach = (
+                reach[0] + _popcount(found[0]),
+                reach[1] + _popcount(found[1]),
+                reach[2] + _popcount(found[2]),
+                reach[3] + _popcount(found[3]),
+                reach[4] + _popcount(found[4]),
+                reach[5] + _popcount(found[5]),
+                reach[6] + _popcount(found[6]),
+            )
+            position += 64
+            at += 64
+            column += 64
+            if column == width:
+                column = 0
+                at += stride - width
+        inverse = 1 / width
+        for r in range(n_before, n):
+            here = np.int64(records[0, r])
+            word = (here - first) >> 6
+            place = start + (here - first)
+            if stride != width:
+                place += _row_of(start_column + here - first, inverse) * (stride - width)
+            bits = np.int64(old[place])
             c = np.int64(classes[(bits & np.int64(mask)) >> shift])
-            low = np.int64(limits[c])
-            rank = np.int64(reached[position >> 8, c])
-            span = -low
-            if c < CLASSES - 1:
-                rank -= np.int64(reached[position >> 8, c + 1])
-                span += np.int64(limits[c + 1])
+            earlier = (np.uint64(1) << np.uint64(here & 63)) - np.uint64(1)
+            own = sets[word, c] & ~sets[word, c + 1] & earlier
             records[1, r] = c
-            records[2, r] = rank + _rank(_class_set(old, start, mask, low, span), at)
-            records[3, r] = change_code(bits, np.int64(new[start + at]), sign, is_float)
-    return n_changed
+            records[2, r] = before[word, c] - before[word, c + 1] + _popcount(own)
+            records[3, r] = change_code(bits, np.int64(new[place]), sign, is_float)
+    last = size
+    filling = padded - size
+    for k in range(CLASSES - 1):
+        above = reach[k] - (filling if thresholds[k] == 0 else 0)
+        totals[k] = last - above
+        last = above
+    totals[CLASSES - 1] = last
+    return n
 
 
 @_compiled
@@ -532,25 +543,26 @@ def scan_lone(old, i, new, width, stride, size, sign, is_float, own, records):
 
     Nothing is counted, so this reads the two versions about as fast as memory gives them.
     """
-    per_line = width // SUB_BLOCK
     lines = (size + width - 1) // width
     n = 0
     for line in range(lines):
         start = i + line * stride
         ahead = start + min(_ROWS_AHEAD, lines - 1 - line) * stride
-        n_before = n
-        for block in range(per_line):
-            _prefetch(old, ahead + block * SUB_BLOCK)
-            _prefetch(new, ahead + block * SUB_BLOCK)
-            at = start + block * SUB_BLOCK
-            n = _find_changes(old, new, at, line * per_line + block, n, records)
-        shift = start - line * width
-        for r in range(n_before, n):
-            position = np.int64(records[0, r])
-            at = shift + position
-            records[1, r] = own
-            records[2, r] = position
-            records[3, r] = change_code(np.int64(old[at]), np.int64(new[at]), sign, is_float)
+        for column in range(0, width, SUB_BLOCK):
+            _prefetch(old, ahead + column)
+            _prefetch(new, ahead + column)
+            n_before = n
+            for word in range(column, column + SUB_BLOCK, 64):
+                changed = _changed_64(old, start + word, new, start + word)
+                if changed != np.uint64(0):
+                    n = _collect(changed, line * width + word, n, records)
+            shift = start - line * width
+            for r in range(n_before, n):
+                position = np.int64(records[0, r])
+                at = shift + position
+                records[1, r] = own
+                records[2, r] = position
+                records[3, r] = change_code(np.int64(old[at]), np.int64(new[at]), sign, is_float)
     return n
 
 
@@ -558,26 +570,12 @@ def scan_lone(old, i, new, width, stride, size, sign, is_float, own, records):
 
 
 @_compiled
-def _code_bits(records, n, width_bits):
-    """Bits of an inline code that make the codes shortest, and how many codes escape."""
-    counts = np.zeros(4, np.int64)  # of codes that do not fit 2, 4, 8 and 16 bits
+def _code_bits(records, n):
+    """Bits of the largest code, at least 1."""
+    every = np.int64(1)
     for r in range(n):
-        code = records[3, r]
-        counts[0] += np.int64(code >= 3)
-        counts[1] += np.int64(code >= 15)
-        counts[2] += np.int64(code >= 255)
-        counts[3] += np.int64(code >= 65535)
-    best = width_bits
-    best_size = n * width_bits
-    escapes = 0
-    for k in range(4):
-        bits = 2 << k
-        if bits >= width_bits:
-            break
-        size = (n * bits + 7) // 8 * 8 + counts[k] * width_bits
-        if size < best_size:
-            best, best_size, escapes = bits, size, counts[k]
-    return best, escapes
+        every |= np.int64(records[3, r])
+    return _bit_length(every)
 
 
 @_compiled
@@ -596,13 +594,12 @@ def _read_bytes(data, at, n):
 
 
 @_compiled
-def _write_codes(records, n, bits, width_bits, out, at):
-    """Codes of `bits` each, lowest bits first, then those that escaped, in full."""
-    mark = (1 << bits) - 1
+def _write_codes(records, n, bits, out, at):
+    """Codes of `bits` each, lowest bits first."""
     buffer = 0
     held = 0
     for r in range(n):
-        buffer |= min(np.int64(records[3, r]), mark) << held
+        buffer |= np.int64(records[3, r]) << held
         held += bits
         while held >= 8:
             out[at] = buffer & 255
@@ -612,22 +609,18 @@ def _write_codes(records, n, bits, width_bits, out, at):
     if held:
         out[at] = buffer
         at += 1
-    if bits < width_bits:
-        for r in range(n):
-            if records[3, r] >= mark:
-                at = _write_bytes(out, at, np.int64(records[3, r]), width_bits // 8)
     return at
 
 
 @_compiled
 def _read_codes(data, at, end, n, bits, width_bits, records):
     """Inverse of `_write_codes`, which must end at `end`; a reason, `OK` or not."""
-    if bits > width_bits or (bits != 2 and bits != 4 and bits != 8 and bits != 16 and bits != 32):
+    if not 1 <= bits <= width_bits:
         return RANGE
-    escape = at + (n * bits + 7) // 8
-    if escape > end:
-        return SHORT
-    mark = (1 << bits) - 1
+    size = (n * bits + 7) // 8
+    if at + size != end:
+        return SHORT if at + size > end else LONG
+    mask = (1 << bits) - 1
     limit = (1 << width_bits) - 1
     buffer = 0
     held = 0
@@ -636,32 +629,21 @@ def _read_codes(data, at, end, n, bits, width_bits, records):
             buffer |= np.int64(data[at]) << held
             at += 1
             held += 8
-        code = buffer & mark
+        code = buffer & mask
         buffer >>= bits
         held -= bits
-        if code == mark:
-            if bits == width_bits:
-                return RANGE
-            if escape + width_bits // 8 > end:
-                return SHORT
-            code = _read_bytes(data, escape, width_bits // 8)
-            escape += width_bits // 8
-            if code < mark or code >= limit:
-                return RANGE
+        if code >= limit:
+            return RANGE
         records[3, r] = code
-    if buffer:
-        return PADDING
-    if escape != end:
-        return LONG
-    return OK
+    return PADDING if buffer else OK
 
 
 @_compiled
 def choose_fixed(records, n, size, width_bits):
     """The smallest of block-offset, bitmap and dense, bits of an inline code, and bytes."""
     blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
-    bits, escapes = _code_bits(records, n, width_bits)
-    codes = 1 + (n * bits + 7) // 8 + escapes * (width_bits // 8)
+    bits = _code_bits(records, n)
+    codes = 1 + (n * bits + 7) // 8
     bitmap = codes + (size + 7) // 8
     block_offset = codes + blocks + n
     run = 0
@@ -678,7 +660,7 @@ def choose_fixed(records, n, size, width_bits):
 
 
 @_compiled
-def write_fixed(mode, bits, records, n, size, width_bits, out, at):
+def write_fixed(mode, bits, records, n, size, out, at):
     """Write the changes of a tile in a mode and width of codes that `choose_fixed` gave.
 
     Returns:
@@ -692,13 +674,13 @@ def write_fixed(mode, bits, records, n, size, width_bits, out, at):
         for r in range(n):
             out[at + np.int64(records[0, r] >> 8)] += np.uint8(1)
             out[at + blocks + r] = records[0, r] & 255
-        return _write_codes(records, n, bits, width_bits, out, at + blocks + n)
+        return _write_codes(records, n, bits, out, at + blocks + n)
     words = (size + 7) // 8
     _clear(out, at, at + words)
     for r in range(n):
         position = np.int64(records[0, r])
         out[at + (position >> 3)] |= np.uint8(1 << (position & 7))
-    return _write_codes(records, n, bits, width_bits, out, at + words)
+    return _write_codes(records, n, bits, out, at + words)
 
 
 @_compiled
@@ -749,42 +731,49 @@ def read_fixed(mode, data, at, end, n, size, width_bits, records):
 
 @_compiled
 def _token(value):
-    """Symbol of a number ≥ 0: itself below 8, else 4 for each power of two; and its raw bits."""
+    """Token of a number ≥ 0: itself below 8, else 4 for each power of two; and its raw bits."""
     extra = _bit_length(value | 4) - 3
     return 4 * extra + (value >> extra), extra
 
 
 @_compiled
 def _token_start(token):
-    """Inverse of `_token`: the smallest number of a symbol, and its raw bits."""
+    """Inverse of `_token`: the smallest number of a token, and its raw bits."""
     extra = max((token >> 2) - 1, 0)
     return (token - 4 * extra) << extra, extra
 
 
 @_compiled
-def gap_level(members, changed):
-    """Which geometric table codes the gaps of a class of which some, not all, members changed.
+def _folded(number):
+    """0, −1, 1, −2, … as 0, 1, 2, 3, …"""
+    return 2 * number if number >= 0 else -2 * number - 1
 
-    Twice the binary logarithm of the mean gap (members − changed) / changed, rounded down, from
-    2^−8 on.
-    """
-    ratio = ((members - changed) << 32) // changed
-    top = _bit_length(ratio) - 1
-    mantissa = ratio >> (top - 15) if top >= 15 else ratio << (15 - top)
-    level = 2 * (top - 32) + np.int64(mantissa >= 46341) + 16
-    return min(max(level, 0), GAP_LEVELS - 1)
+
+@_compiled
+def _unfolded(number):
+    return -((number + 1) >> 1) if number & 1 else number >> 1
 
 
 @_compiled
 def _put_bits(out, held, at, value, n):
-    """Write the lowest `n` ≤ 55 bits of `value` at bit `at`; `held` are the byte's bits before.
+    """Write the lowest `n` ≤ 55 bits of `value`, which has no others, at bit `at`.
 
-    Eight bytes are written each time, those that follow with zeros.
+    `held` are the bits of the byte before; eight bytes are written, those that follow with zeros.
     """
-    held |= (value & ((1 << n) - 1)) << (at & 7)
+    held |= value << (at & 7)
     _store_64(out, at >> 3, held)
     after = at + n
     return held >> (8 * ((after >> 3) - (at >> 3))), after
+
+
+@_compiled
+def _put_number(out, held, at, number, step):
+    """Rice code of a number below 2^24: its quotient by 2^step in zeros, a one, the rest."""
+    quotient = number >> step
+    if quotient >= RICE_ESCAPE:
+        return _put_bits(out, held, at, number << RICE_ESCAPE, RICE_ESCAPE + NUMBER_BITS)
+    rest = number & ((1 << step) - 1)
+    return _put_bits(out, held, at, ((rest << 1) | 1) << quotient, quotient + 1 + step)
 
 
 @_compiled
@@ -795,82 +784,108 @@ def _bits_at(data, at):
 
 
 @_compiled
-def _expected(left, totals, weights, c):
+def _bits_before(data, end, at):
+    """`_bits_at` of the string of the bytes before `end`, the last one first."""
+    window = np.uint64(_load_64_before(data, end - (at >> 3))) >> np.uint64(at & 7)
+    return np.int64(window & np.uint64(0x7FFFFFFFFFFFFFFF))
+
+
+@_compiled
+def _get_number(data, at, step):
+    """Inverse of `_put_number`: the number and the bit behind it."""
+    window = _bits_at(data, at)
+    zeros = _lowest_bit(np.uint64(window))
+    if zeros >= RICE_ESCAPE:
+        number = (window >> RICE_ESCAPE) & ((1 << NUMBER_BITS) - 1)
+        return number, at + RICE_ESCAPE + NUMBER_BITS
+    rest = (window >> (zeros + 1)) & ((1 << step) - 1)
+    return (zeros << step) | rest, at + zeros + 1 + step
+
+
+@_compiled
+def _expected(left, shares, c):
     """Expected changes of class `c` when `left` remain for it and the classes above."""
     rest = 0
     for k in range(c, CLASSES):
-        rest += totals[k] * weights[k]
-    if rest == 0:
-        return 0
-    return left * (totals[c] * weights[c]) // rest
+        rest += shares[k]
+    return left * shares[c] // rest if rest else 0
 
 
 @_compiled
-def _put_count(out, held, at, changed, expected):
-    """Exponential Golomb code of a class's number of changes around what is expected."""
-    shift = _bit_length(expected) >> 1
-    error = changed - expected
-    folded = 2 * error if error >= 0 else -2 * error - 1
-    high = (folded >> shift) + 1
-    length = _bit_length(high) - 1
-    held, at = _put_bits(out, held, at, 1 << length, length + 1)
-    held, at = _put_bits(out, held, at, high, length)
-    return _put_bits(out, held, at, folded, shift)
+def _best_step(gaps, first, last, usual):
+    """The step with which the Rice codes of gaps[first:last] and itself are shortest."""
+    count = last - first
+    total = 0
+    for k in range(first, last):
+        total += np.int64(gaps[k])
+    if total == 0 and count > RICE_ESCAPE + NUMBER_BITS:
+        return ALL
+    # Where gaps are geometric the second of these is best, or by a hair the third.
+    low = max(_bit_length(total // count) - 2, 0)
+    usual = min(usual, MAX_STEP)
+    bits = 0
+    bits_1 = count
+    bits_2 = 2 * count
+    bits_usual = (usual - low) * count
+    for k in range(first, last):
+        gap = np.int64(gaps[k])
+        bits += gap >> low
+        bits_1 += gap >> (low + 1)
+        bits_2 += gap >> (low + 2)
+        bits_usual += gap >> usual
+    best = low
+    bits += _folded(low - usual)
+    bits_1 += _folded(low + 1 - usual)
+    bits_2 += _folded(low + 2 - usual)
+    if bits_1 < bits:
+        best, bits = low + 1, bits_1
+    if bits_2 < bits:
+        best, bits = low + 2, bits_2
+    return usual if bits_usual < bits else min(best, MAX_STEP)
 
 
 @_compiled
-def _get_count(data, at, expected):
-    """Inverse of `_put_count`: the count and the bit behind it; −1 where there is no such code."""
-    shift = _bit_length(expected) >> 1
-    window = _bits_at(data, at)
-    length = _lowest_bit(np.uint64(window))
-    if length > 22:
-        return -1, at
-    high = (1 << length) | ((window >> (length + 1)) & ((1 << length) - 1))
-    at += 2 * length + 1
-    folded = ((high - 1) << shift) | (_bits_at(data, at) & ((1 << shift) - 1))
-    error = -((folded + 1) >> 1) if folded & 1 else folded >> 1
-    return expected + error, at + shift
+def _sort_by_class(records, n, changed, sorted_):
+    """Fill gaps and codes of the changes of each class in turn, and count them."""
+    lone = records[1, 0]
+    others = 0
+    for r in range(n):
+        others |= np.int64(records[1, r] ^ lone)
+    if others == 0:
+        changed[lone] = n
+        following = np.int64(0)
+        for r in range(n):
+            rank = np.int64(records[2, r])
+            sorted_[0, r] = rank - following
+            sorted_[1, r] = records[3, r]
+            following = rank + 1
+        return
+    for r in range(n):
+        changed[records[1, r]] += 1
+    place = np.zeros(CLASSES, np.int64)
+    following = np.zeros(CLASSES, np.int64)
+    for c in range(1, CLASSES):
+        place[c] = place[c - 1] + changed[c - 1]
+    for r in range(n):
+        c = records[1, r]
+        rank = np.int64(records[2, r])
+        sorted_[0, place[c]] = rank - following[c]
+        sorted_[1, place[c]] = records[3, r]
+        following[c] = rank + 1
+        place[c] += 1
 
 
 @_compiled
-def _rans_put(x, entry, out, at):
-    """Encode a symbol with a table's entry for it; the state, and the end of the words written."""
-    frequency = np.int64(entry & 0xFFFF)
-    # Whether a word has to leave the state is as good as random: no branch.
-    leaves = np.int64(x >= frequency << (32 - PROBABILITY_BITS))
-    out[at] = x & 255
-    out[at + 1] = (x >> 8) & 255
-    x >>= 16 * leaves
-    quotient = np.int64(np.uint64(x) // np.uint64(frequency))
-    x += quotient * ((1 << PROBABILITY_BITS) - frequency) + np.int64(entry >> 16)
-    return x, at + 2 * leaves
-
-
-@_compiled
-def _rans_get(x, table, symbols, row, data, end):
-    """Decode a symbol by a row of tables; the state, where the words left end, and the symbol."""
-    slot = x & ((1 << PROBABILITY_BITS) - 1)
-    symbol = np.int64(symbols[row, slot])
-    entry = np.int64(table[row, symbol])
-    x = (entry & 0xFFFF) * (x >> PROBABILITY_BITS) + slot - (entry >> 16)
-    enters = np.int64(x < RANS_LOW)
-    word = np.int64(data[end - 2]) | np.int64(data[end - 1]) << 8
-    x = (x << (16 * enters)) | (word & -enters)
-    return x, end - 2 * enters, symbol
-
-
-@_compiled
-def write_entropy(records, n, totals, width_bits, tables, symbols, order, out, at, end):
+def write_entropy(records, n, width_bits, tables, sorted_, spare, out, at, end):
     """Write the changes of a tile in entropy mode, unless that takes until `end`.
 
     Takes:
       records[4, ≥ n]: u32, as `scan` makes them.
       n: changed elements, at least 1.
-      totals[8]: elements of each class.
       width_bits: of an element.
       tables: see `codec.Tables.arrays`.
-      symbols[2, ≥ n], order[≥ n]: u8, u32, scratch.
+      sorted_[2, ≥ n]: u32, scratch.
+      spare: u8, scratch of at least `end` − `at` + `SLACK`.
       out: u8, at least until `end` + `SLACK`.
       at: where to write.
       end: where the encoding must be shorter than.
@@ -878,75 +893,60 @@ def write_entropy(records, n, totals, width_bits, tables, symbols, order, out, a
     Returns:
       The end of what was written, or −1.
     """
-    values, gaps, weights = tables[0], tables[1], tables[2]
+    codes, _, shares, steps = tables
     changed = np.zeros(CLASSES, np.int64)
-    for r in range(n):
-        changed[records[1, r]] += 1
-    place = np.zeros(CLASSES, np.int64)
-    for c in range(1, CLASSES):
-        place[c] = place[c - 1] + changed[c - 1]
-    for r in range(n):
-        c = records[1, r]
-        order[place[c]] = r
-        place[c] += 1
-
+    _sort_by_class(records, n, changed, sorted_)
     held = 0
     bit = 8 * at
+    held_codes = 0
+    code_bit = 0
+    limit = 8 * (end - at)
     left = n
-    for c in range(CLASSES - 1):
-        held, bit = _put_count(out, held, bit, changed[c], _expected(left, totals, weights, c))
-        left -= changed[c]
     done = 0
+    exceptions = 0  # never more than gaps that were written, whose places they take
     for c in range(CLASSES):
-        full = changed[c] == totals[c]
-        level = 0 if full or changed[c] == 0 else gap_level(totals[c], changed[c])
-        following = 0
-        for k in range(done, done + changed[c]):
-            if bit >= 8 * end:
+        count = changed[c]
+        if c < CLASSES - 1:
+            expected = _expected(left, shares, c)
+            error = _folded(count - expected)
+            held, bit = _put_number(out, held, bit, error, _bit_length(expected) >> 1)
+        left -= count
+        if count == 0:
+            continue
+        step = _best_step(sorted_[0], done, done + count, steps[c])
+        held, bit = _put_number(out, held, bit, _folded(step - steps[c]), 0)
+        for k in range(done, done + count):
+            if bit - 8 * at + code_bit >= limit:
                 return -1
-            r = np.int64(order[k])
-            raw = 0
-            skip = 0
-            if not full:
-                raw = np.int64(records[2, r]) - following
-                following += raw + 1
-                token, skip = _token(raw)
-                if gaps[level, token] & 0xFFFF == 0:
-                    token, skip = ESCAPE, GAP_BITS
-                symbols[0, k] = token
-                raw &= (1 << skip) - 1
-            code = np.int64(records[3, r])
+            if step != ALL:
+                held, bit = _put_number(out, held, bit, np.int64(sorted_[0, k]), step)
+            code = np.int64(sorted_[1, k])
             token, extra = _token(code >> 1)
-            token = 2 * token + (code & 1)
-            own = code >> 1
-            if values[c, token] & 0xFFFF == 0:
-                token, extra, own = ESCAPE, width_bits, code
-            symbols[1, k] = token
-            raw |= (own & ((1 << extra) - 1)) << skip
-            held, bit = _put_bits(out, held, bit, raw, skip + extra)
-        done += changed[c]
-
+            entry = np.int64(codes[c, 2 * token + (code & 1)])
+            raw = (code >> 1) & ((1 << extra) - 1)
+            if entry == 0:  # any symbol will do; what it should be is said behind the gaps
+                entry, extra, raw = np.int64(codes[c, 256]), 0, 0
+                sorted_[0, exceptions] = k
+                exceptions += 1
+            length = entry >> 16
+            held_codes, code_bit = _put_bits(
+                spare, held_codes, code_bit, (raw << length) | (entry & 0xFFFF), length + extra
+            )
+        done += count
+    held, bit = _put_number(out, held, bit, exceptions, 0)
+    for e in range(exceptions):
+        if bit - 8 * at + code_bit >= limit:
+            return -1
+        k = np.int64(sorted_[0, e])
+        exception = k | np.int64(sorted_[1, k]) << INDEX_BITS
+        held, bit = _put_bits(out, held, bit, exception, INDEX_BITS + width_bits)
     at = (bit + 7) >> 3
-    gap_state = RANS_LOW
-    value_state = RANS_LOW
-    one_state = n < ONE_STATE_CHANGES
-    for c in range(CLASSES - 1, -1, -1):
-        full = changed[c] == totals[c]
-        level = 0 if full or changed[c] == 0 else gap_level(totals[c], changed[c])
-        done -= changed[c]
-        for k in range(done + changed[c] - 1, done - 1, -1):
-            if at >= end:
-                return -1
-            if one_state:
-                gap_state, at = _rans_put(gap_state, values[c, symbols[1, k]], out, at)
-            else:
-                value_state, at = _rans_put(value_state, values[c, symbols[1, k]], out, at)
-            if not full:
-                gap_state, at = _rans_put(gap_state, gaps[level, symbols[0, k]], out, at)
-    if not one_state:
-        at = _write_bytes(out, at, value_state, 4)
-    at = _write_bytes(out, at, gap_state, 4)
-    return at if at < end else -1
+    size = (code_bit + 7) >> 3
+    if at + size >= end:
+        return -1
+    for k in range(size):
+        out[at + k] = spare[size - 1 - k]
+    return at + size
 
 
 @_compiled
@@ -955,112 +955,179 @@ def read_entropy(stream, at, end, n, totals, width_bits, tables, changed, record
 
     Takes:
       stream: u8, the tile's from `at` to `end`, with 8 bytes of anything before and 16 behind.
+      totals[8]: int64, more than any rank of each class.
 
     Returns:
       A reason, `OK` or not. Each rank is below the class's total and above the one before.
     """
-    values, gaps, weights, value_symbols, gap_symbols = tables
-    one_state = n < ONE_STATE_CHANGES
-    if end - at < (4 if one_state else 8):
-        return SHORT
-    end -= 4
-    gap_state = _read_bytes(stream, end, 4)
-    value_state = RANS_LOW
-    if not one_state:
-        end -= 4
-        value_state = _read_bytes(stream, end, 4)
-    if value_state < RANS_LOW or gap_state < RANS_LOW:
-        return STATE
-    bit = 8 * at
+    _, values, shares, steps = tables
+    limit = 8 * (end - at)
+    start = 8 * at
+    front = start
+    back = 0
     left = n
-    for c in range(CLASSES - 1):
-        count, bit = _get_count(stream, bit, _expected(left, totals, weights, c))
-        if bit > 8 * end:
-            return SHORT
+    r = 0
+    most = (1 << width_bits) - 1
+    for c in range(CLASSES):
+        count = left
+        if c < CLASSES - 1:
+            expected = _expected(left, shares, c)
+            error, front = _get_number(stream, front, _bit_length(expected) >> 1)
+            count = expected + _unfolded(error)
+            if front - start > limit:
+                return SHORT
         if count < 0 or count > left or count > totals[c]:
             return COUNTS
         changed[c] = count
         left -= count
-    if left > totals[CLASSES - 1]:
-        return COUNTS
-    changed[CLASSES - 1] = left
-    limit = (1 << width_bits) - 1
-    r = 0
-    for c in range(CLASSES):
+        if count == 0:
+            continue
+        error, front = _get_number(stream, front, 0)
+        step = steps[c] + _unfolded(error)
+        if step != ALL and not 0 <= step <= MAX_STEP:
+            return RANGE
         total = totals[c]
-        full = changed[c] == total
-        level = 0 if full or changed[c] == 0 else gap_level(total, changed[c])
         rank = -1
-        for _ in range(changed[c]):
-            # An item is at most 52 raw bits and two words: within what surrounds the stream.
-            window = _bits_at(stream, bit)
-            if not full:
-                gap_state, end, token = _rans_get(gap_state, gaps, gap_symbols, level, stream, end)
-                if token == ESCAPE:
-                    gap, extra = 0, GAP_BITS
+        rest = (1 << step) - 1
+        # The next bits of both strings, and how many of them are left.
+        window = 0
+        left_in_window = 0
+        codes = 0
+        left_in_codes = 0
+        for k in range(r, r + count):
+            # An item is at most 48 bits in front and 39 behind: within what surrounds the stream.
+            if step != ALL:
+                zeros = _lowest_bit(np.uint64(window))
+                used = zeros + 1 + step
+                if used > left_in_window or zeros >= RICE_ESCAPE:
+                    window = _bits_at(stream, front)
+                    left_in_window = 56
+                    zeros = _lowest_bit(np.uint64(window))
+                    used = zeros + 1 + step
+                if zeros < RICE_ESCAPE:
+                    rank += (zeros << step) + ((window >> (zeros + 1)) & rest)
                 else:
-                    gap, extra = _token_start(token)
-                rank += gap + (window & ((1 << extra) - 1))
-                window >>= extra
-                bit += extra
+                    used = RICE_ESCAPE + NUMBER_BITS
+                    rank += (window >> RICE_ESCAPE) & ((1 << NUMBER_BITS) - 1)
+                window >>= used
+                left_in_window -= used
+                front += used
             rank += 1
-            if one_state:
-                gap_state, end, token = _rans_get(gap_state, values, value_symbols, c, stream, end)
-            else:
-                value_state, end, token = _rans_get(
-                    value_state, values, value_symbols, c, stream, end
-                )
-            if token == ESCAPE:
-                code = window & limit
-                bit += width_bits
-            else:
-                code, extra = _token_start(token >> 1)
-                code = 2 * (code + (window & ((1 << extra) - 1))) + (token & 1)
-                bit += extra
-            if bit > 8 * end:
+            if left_in_codes < MAX_CODE_BITS:
+                codes = _bits_before(stream, end, back)
+                left_in_codes = 56
+            entry = np.int64(values[c, codes & ((1 << CODE_BITS) - 1)])
+            symbol = entry & 255
+            length = entry >> 8
+            code, extra = _token_start(symbol >> 1)
+            code += (codes >> (length - extra)) & ((1 << extra) - 1)
+            code = 2 * code + (symbol & 1)
+            codes >>= length
+            left_in_codes -= length
+            back += length
+            if front - start + back > limit:
                 return SHORT
-            if rank >= total or code >= limit:
+            if rank >= total or code >= most:
                 return RANGE
-            records[1, r] = c
-            records[2, r] = rank
-            records[3, r] = code
-            r += 1
-    if value_state != RANS_LOW or gap_state != RANS_LOW:
-        return STATE
-    if (bit + 7) >> 3 != end:
+            records[1, k] = c
+            records[2, k] = rank
+            records[3, k] = code
+        r += count
+    exceptions, front = _get_number(stream, front, 0)
+    for _ in range(exceptions):
+        if front - start + back > limit:
+            return SHORT
+        window = _bits_at(stream, front)
+        front += INDEX_BITS + width_bits
+        k = window & ((1 << INDEX_BITS) - 1)
+        code = (window >> INDEX_BITS) & most
+        if k >= n or code >= most:
+            return RANGE
+        records[3, k] = code
+    used = (front - start + 7) >> 3
+    if used + ((back + 7) >> 3) != end - at:
         return LONG
-    if bit & 7 and stream[end - 1] >> (bit & 7):
+    if _unused(front, stream[at + used - 1]) or _unused(back, stream[at + used]):
         return PADDING
     return OK
 
 
 @_compiled
-def place_records(flat, mask, limits, reached, starts, changed, records):
-    """Fill the positions of records that `read_entropy` made, from the tile's old values."""
+def _unused(bits, last):
+    """The bits of a string's last byte beyond its end."""
+    return np.int64(last) >> (bits & 7) if bits & 7 else 0
+
+
+@_compiled
+def place_records(flat, i, size, fmt, changed, work, records):
+    """Fill the positions of records that `read_entropy` made, from the tile's old values.
+
+    Takes:
+      flat, i: the tile is in one piece from `i` on, a multiple of 256 long, with zeros from `size`.
+      fmt: see `scan`.
+      changed[8]: changes of each class.
+      work: scratch: u32[18], u32[8], u64[36], and three of int64[8]; the last is not used.
+
+    Returns:
+      Whether all were placed; if not, a rank is beyond the elements of its class.
+    """
+    _, _, shift, mask, thresholds, _ = fmt
+    reached, ranks, sets, cursor, stop, _ = work
+    reached[:] = 0
+    sets[:4] = ~np.uint64(0)
+    sets[4 * CLASSES :] = 0
     done = 0
     for c in range(CLASSES):
-        low = np.int64(limits[c])
-        high = np.int64(limits[c + 1]) if c < CLASSES - 1 else 0
-        block = -1
-        before = 0
-        after = 0
-        # First the sub-blocks, by branches that nobody can predict; then what lies in them, which
-        # takes none, so that many are under way at once.
-        for r in range(done, done + changed[c]):
-            rank = np.int64(records[2, r])
-            while rank >= after:
-                block += 1
-                before = after
-                after = np.int64(reached[block + 1, c])
-                if c < CLASSES - 1:
-                    after -= np.int64(reached[block + 1, c + 1])
-            records[0, r] = block
-            records[2, r] = rank - before
-        for r in range(done, done + changed[c]):
-            block = np.int64(records[0, r])
-            members = _class_set(flat, starts[block], mask, low, high - low)
-            records[0, r] = block * SUB_BLOCK + _select(members, np.int64(records[2, r]))
+        cursor[c] = done
         done += changed[c]
+        stop[c] = done
+        ranks[c] = records[2, cursor[c]] if changed[c] else _NO_RANK
+    placed = 0
+    blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
+    for block in range(blocks):
+        start = i + block * SUB_BLOCK
+        _count_reached(flat, start, mask, shift, thresholds, reached, sets)
+        if block == blocks - 1:
+            filling = np.uint32(blocks * SUB_BLOCK - size)
+            reached[CLASSES + 1] -= filling
+            for k in range(CLASSES - 1):
+                if thresholds[k] == 0:
+                    reached[CLASSES + 2 + k] -= filling
+        hit = _below(ranks, reached)
+        # One change at a time, so that nothing has to be predicted but how many there are.
+        while hit != np.uint64(0):
+            c = _lowest_bit(hit)
+            one = sets[4 * c] & ~sets[4 * c + 4]
+            two = sets[4 * c + 1] & ~sets[4 * c + 5]
+            three = sets[4 * c + 2] & ~sets[4 * c + 6]
+            four = sets[4 * c + 3] & ~sets[4 * c + 7]
+            in_one = _popcount(one)
+            in_two = in_one + _popcount(two)
+            in_three = in_two + _popcount(three)
+            rank = np.int64(ranks[c]) - (np.int64(reached[c]) - np.int64(reached[c + 1]))
+            past_one = ~((rank - in_one) >> 63)
+            past_two = ~((rank - in_two) >> 63)
+            past_three = ~((rank - in_three) >> 63)
+            bits = one ^ ((one ^ two) & np.uint64(past_one))
+            bits ^= (two ^ three) & np.uint64(past_two)
+            bits ^= (three ^ four) & np.uint64(past_three)
+            rank -= (
+                (in_one & past_one)
+                + ((in_two - in_one) & past_two)
+                + ((in_three - in_two) & past_three)
+            )
+            word = -(past_one + past_two + past_three)
+            r = cursor[c]
+            records[0, r] = block * SUB_BLOCK + 64 * word + _select_64(bits, rank)
+            placed += 1
+            r += 1
+            cursor[c] = r
+            over = ~((r - stop[c]) >> 63)  # −1 after the last change of the class
+            following = (np.int64(records[2, r]) | over) & _NO_RANK
+            ranks[c] = following
+            after = np.int64(reached[CLASSES + 1 + c]) - np.int64(reached[CLASSES + 2 + c])
+            hit ^= np.uint64(following >= after) << np.uint64(c)
+    return placed == done
 
 
 # ----------------------------------------------------------------------------------------- digest
@@ -1099,26 +1166,22 @@ def digest_rows(flat, start, width, stride, n_rows, index, index_stride, sums):
 
 
 @_compiled
-def survey(old, new, i, width, stride, size, fmt, members, changes, symbols):
+def survey(old, new, i, width, stride, size, fmt, every, members, changes, symbols):
     """Count, by exponent of the old value, elements, changed ones and symbols of their changes.
 
     Takes:
       old, new: flat boxes.
       i, width, stride, size: of a tile; see `scan`, but any width will do.
-      fmt: width in bits, is a float, mantissa bits, magnitude mask, and more.
+      fmt: see `scan`.
+      every: how far apart the elements are that are counted as members; they stand for the others.
       members[256], changes[256], symbols[256, 256]: int64, added to.
     """
     width_bits, is_float, shift, mask = fmt[:4]
     sign = 1 << (width_bits - 1)
     mask = np.int64(mask)
-    # Runs of one exponent would wait for each other's count.
-    second = np.zeros(256, np.int64)
     for start in range(i, i + size // width * stride, stride):
-        for at in range(start, start + width - 1, 2):
-            members[(np.int64(old[at]) & mask) >> shift] += 1
-            second[(np.int64(old[at + 1]) & mask) >> shift] += 1
-        if width & 1:
-            members[(np.int64(old[start + width - 1]) & mask) >> shift] += 1
+        for at in range(start, start + width, every):
+            members[(np.int64(old[at]) & mask) >> shift] += every
         at = start
         while at < start + width:
             if at + 64 <= start + width:
@@ -1137,8 +1200,122 @@ def survey(old, new, i, width, stride, size, fmt, members, changes, symbols):
                 changes[exponent] += 1
                 symbols[exponent, 2 * _token(code >> 1)[0] + (code & 1)] += 1
             at += 64
-    for k in range(256):
-        members[k] += second[k]
+
+
+@_compiled
+def class_costs(edges, members, changes, symbols, cost):
+    """Bits that each stretch of exponents takes as one class.
+
+    Takes:
+      edges[n + 1]: int64, exponents at which a stretch may begin or end.
+      members, changes, symbols: of a survey.
+      cost[n, n + 1]: float64, filled at [i, j] for i < j with the bits of which elements between
+        edges i and j change, and to what, and of the class's table.
+    """
+    n = edges.size - 1
+    counts = np.empty(256, np.int64)
+    for i in range(n):
+        counts[:] = 0
+        inside = 0
+        hit = 0
+        for j in range(i, n):
+            for exponent in range(edges[j], edges[j + 1]):
+                if changes[exponent]:
+                    for k in range(256):
+                        counts[k] += symbols[exponent, k]
+                inside += members[exponent]
+                hit += changes[exponent]
+            inside = max(inside, hit)
+            bits = _xlogx(inside) - _xlogx(hit) - _xlogx(inside - hit) + _xlogx(hit)
+            for k in range(256):
+                if counts[k]:
+                    bits += 8 - _xlogx(counts[k])
+            cost[i, j + 1] = bits
+
+
+@_compiled
+def _xlogx(x):
+    return x * np.log2(x) if x > 0 else 0.0
+
+
+@_compiled
+def code_lengths(counts, lengths):
+    """Lengths of Huffman's code, at most `CODE_BITS`.
+
+    Takes:
+      counts[n]: int64, how often each symbol occurs; 0: it gets no code. At least two are not 0.
+      lengths[n]: u8, filled.
+    """
+    n = counts.size
+    counts = counts.copy()
+    weights = np.empty(2 * n, np.int64)
+    parents = np.empty(2 * n, np.int64)
+    leaves = np.empty(n, np.int64)
+    while True:
+        used = 0
+        for k in range(n):
+            if counts[k]:
+                leaves[used] = k
+                weights[used] = counts[k]
+                used += 1
+        nodes = used
+        while nodes < 2 * used - 1:
+            # Symbols are few, so looking for the two lightest is as good as a heap.
+            one = -1
+            two = -1
+            for k in range(nodes):
+                if weights[k] < 0:
+                    continue
+                if one < 0 or weights[k] < weights[one]:
+                    one, two = k, one
+                elif two < 0 or weights[k] < weights[two]:
+                    two = k
+            weights[nodes] = weights[one] + weights[two]
+            parents[one] = parents[two] = nodes
+            weights[one] = weights[two] = -1
+            nodes += 1
+        longest = 0
+        lengths[:] = 0
+        for k in range(used):
+            node = k
+            length = 0
+            while node != nodes - 1:
+                node = parents[node]
+                length += 1
+            lengths[leaves[k]] = length
+            longest = max(longest, length)
+        if longest <= CODE_BITS:
+            return
+        for k in range(n):  # flatter counts make shorter codes
+            counts[k] = (counts[k] + 1) >> 1
+
+
+@_compiled
+def prefix_codes(lengths, codes, symbols):
+    """Canonical prefix codes as those of DEFLATE (RFC 1951, 3.2.2); see `codec.Tables.arrays`.
+
+    Takes:
+      lengths[n, 256]: u8, complete codes.
+      codes[n, 257]: u32, filled; at the end one of the shortest codes once more.
+      symbols[n, 2^11]: u16, filled.
+    """
+    for c in range(lengths.shape[0]):
+        code = 0
+        for length in range(1, CODE_BITS + 1):
+            for symbol in range(256):
+                if lengths[c, symbol] != length:
+                    continue
+                backwards = 0
+                for k in range(length):
+                    backwards |= ((code >> k) & 1) << (length - 1 - k)
+                extra = _token_start(symbol >> 1)[1]
+                codes[c, symbol] = backwards | length << 16
+                if codes[c, 256] == 0:
+                    codes[c, 256] = codes[c, symbol]
+                for slot in range(backwards, 1 << CODE_BITS, 1 << length):
+                    symbols[c, slot] = symbol | (length + extra) << 8
+                code += 1
+            code <<= 1
 
 
 # ---------------------------------------------------------------------------------- many tiles
@@ -1166,32 +1343,27 @@ def _row_of(position, inverse):
 
 
 @_compiled
-def _add_changes(old, new, start, width, stride, index, index_stride, records, n, sums):
-    """Add to `sums[2]` how the hashes of a tile's changed elements grow.
-
-    Its first element has the row-major `index` in the tensor.
-    """
-    first = 0
-    second = 0
+def _look_up(flat, start, width, stride, records, place, n, row):
+    """Copy into a row of the records the elements of a tile at the positions in row `place`."""
+    if width == stride:
+        for r in range(n):
+            records[row, r] = flat[start + np.int64(records[place, r])]
+        return
     inverse = 1 / width
     for r in range(n):
-        position = np.int64(records[0, r])
-        row = _row_of(position, inverse)
-        at = start + row * (stride - width) + position
-        place = index + row * (index_stride - width) + position
-        old_a, old_b = _element_hash(np.int64(old[at]), place)
-        new_a, new_b = _element_hash(np.int64(new[at]), place)
-        first += new_a - old_a
-        second += new_b - old_b
-    sums[0] = (sums[0] + first) & 0xFFFFFFFF
-    sums[1] = (sums[1] + second) & 0xFFFFFFFF
+        position = np.int64(records[place, r])
+        records[row, r] = flat[start + _row_of(position, inverse) * (stride - width) + position]
 
 
 @_compiled
 def _add_record_hashes(records, place, n, width, index, index_stride, sums):
-    """`_add_changes` of records that hold old and new bits in rows 1 and 3, positions in `place`.
+    """Add to `sums[2]` how the hashes of a tile's changed elements grow.
 
-    It looks at nothing else, so that eight elements are under way in one vector.
+    Takes:
+      records: old bits in row 1, new ones in row 3, positions in row `place`. Nothing else is
+        looked at, so that eight elements are under way in one vector.
+      index, index_stride: row-major index in the tensor of the tile's first element, and the
+        stride of its rows.
     """
     first = 0
     second = 0
@@ -1208,14 +1380,6 @@ def _add_record_hashes(records, place, n, width, index, index_stride, sums):
 
 
 @_compiled
-def _totals(reached, blocks, totals):
-    """Elements of each class of a tile."""
-    for c in range(CLASSES - 1):
-        totals[c] = np.int64(reached[blocks, c]) - np.int64(reached[blocks, c + 1])
-    totals[CLASSES - 1] = np.int64(reached[blocks, CLASSES - 1])
-
-
-@_compiled
 def encode_tiles(
     old, new, shape, tile, first, last, fmt, tables, frame, work, out, modes, changed, sizes, sums
 ):
@@ -1224,7 +1388,7 @@ def encode_tiles(
     Takes:
       old, new: flat boxes.
       shape, tile: (lead, rows, cols) of the box, (rows, cols) of a tile.
-      fmt: width in bits, is a float, mantissa bits, magnitude mask, limits and classes: see `scan`.
+      fmt: see `scan`.
       tables: see `codec.Tables.arrays`.
       frame: whether to digest, row-major index in the tensor of the box's first element, and the
         strides of that index along lead and rows.
@@ -1236,12 +1400,12 @@ def encode_tiles(
     Returns:
       The first tile that is not encoded, and the number of bytes written.
     """
-    width_bits, is_float, shift, mask, limits, classes = fmt
+    width_bits, is_float, shift, mask, _, classes = fmt
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
     own = lone_class(mask, shift, classes)
-    old_tile, new_tile, reached, starts, totals, records, symbols, order, _ = work
+    old_tile, new_tile, scan_work, _, totals, records, sorted_, spare = work
     at = 0
     for t in range(first, last):
         lead, row, column, height, width = _tile_box(t, shape, tile)
@@ -1261,12 +1425,11 @@ def encode_tiles(
             i = 0
             line = stride = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
         if own >= 0:
+            totals[:] = 0
+            totals[own] = size
             n = scan_lone(a, i, b, line, stride, size, sign, is_float, own, records)
         else:
-            n = scan(
-                a, i, b, line, stride, size, mask, limits, shift, classes, sign, is_float,
-                reached, starts, records,
-            )  # fmt: skip
+            n = scan(a, i, b, line, stride, size, fmt, scan_work, totals, records)
         changed[t] = n
         begin = at
         if n == 0:
@@ -1278,13 +1441,8 @@ def encode_tiles(
             blocks = (size + SUB_BLOCK - 1) // SUB_BLOCK
             least = min(fixed, 1 + (n + 3) // 4 + min((size + 7) // 8, blocks + n))
             if tables[0].size:
-                if own >= 0:
-                    totals[:] = 0
-                    totals[own] = size
-                else:
-                    _totals(reached, blocks, totals)
                 after = write_entropy(
-                    records, n, totals, width_bits, tables, symbols, order, out, at, at + fixed
+                    records, n, width_bits, tables, sorted_, spare, out, at, at + fixed
                 )
             mode, bits = ENTROPY, 0
             if after < 0 or after - at >= least:
@@ -1294,13 +1452,15 @@ def encode_tiles(
             if mode == ENTROPY:
                 at = after
             elif mode != DENSE:
-                at = write_fixed(mode, bits, records, n, size, width_bits, out, at)
+                at = write_fixed(mode, bits, records, n, size, out, at)
             else:
                 at = _write_rows(new, start, width, shape[2], height, item, out, at)
             modes[t] = mode
             if digests:
                 index = origin + lead * lead_index + row * row_index + column
-                _add_changes(old, new, start, width, shape[2], index, row_index, records, n, sums)
+                _look_up(old, start, width, shape[2], records, 0, n, 1)
+                _look_up(new, start, width, shape[2], records, 0, n, 3)
+                _add_record_hashes(records, 0, n, width, index, row_index, sums)
         sizes[t] = at - begin
     return last, at
 
@@ -1350,14 +1510,12 @@ def decode_tiles(
     Returns:
       The number of the first bad tile and the reason; `last` and OK where there is none.
     """
-    width_bits, is_float, shift, mask, limits, classes = fmt
+    width_bits, is_float, _, _, _, _ = fmt
     sign = 1 << (width_bits - 1)
     item = width_bits // 8
     digests, origin, lead_index, row_index = frame
-    old_tile, _, reached, starts, totals, records, _, _, stream = work
-    own = lone_class(mask, shift, classes)
+    records = work[5]
     has_old = old.size > 0
-    class_changes = np.zeros(CLASSES, np.int64)
     taken = np.zeros(2, np.int64)
     for k in range(first, last):
         lead, row, column, height, width = _tile_box(ids[k], shape, tile)
@@ -1367,9 +1525,7 @@ def decode_tiles(
         at = offsets[k]
         n_bytes = np.int64(sizes[k])
         n = np.int64(changed[k])
-        mode = modes[k]
-        place = 0  # row of the records that has positions
-        if mode == DENSE:
+        if modes[k] == DENSE:
             if n_bytes != size * item:
                 return k, SHORT if n_bytes < size * item else LONG
             if digests and has_old:
@@ -1383,62 +1539,84 @@ def decode_tiles(
             continue
         if not has_old:
             return k, BASE
-        if mode == EMPTY:
-            if n or n_bytes:
-                return k, COUNTS
-        elif n == 0 or n > size:
-            return k, COUNTS
-        elif n_bytes >= size * item:
-            return k, LONG
-        elif mode in (BLOCK_OFFSET, BITMAP):
-            reason = read_fixed(mode, data, at, at + n_bytes, n, size, width_bits, records)
-            if reason:
-                return k, reason
-        elif mode == ENTROPY and tables[0].size:
-            flat, i = old, start
-            if own >= 0:
-                totals[:] = 0
-                totals[own] = size
-            else:
-                # Looked into in no order: that wants it in one piece, in the cache.
-                line = (size + SUB_BLOCK - 1) // SUB_BLOCK * SUB_BLOCK
-                if width != shape[2] or line != size:
-                    _gather(old, start, width, shape[2], size, old_tile)
-                    flat, i = old_tile, 0
-                count_classes(flat, i, size, mask, limits, reached, starts)
-                _totals(reached, (size + SUB_BLOCK - 1) // SUB_BLOCK, totals)
-            _copy(stream, 8, data, at, n_bytes)
-            reason = read_entropy(
-                stream, 8, 8 + n_bytes, n, totals, width_bits, tables, class_changes, records
-            )
-            if reason:
-                return k, reason
-            if own >= 0:
-                place = 2  # a rank is a position
-            else:
-                place_records(flat, mask, limits, reached, starts, class_changes, records)
-        else:
-            return k, MODE
+        reason, place = _read_tile(
+            modes[k], data, at, n_bytes, n, old, start, height, width, shape[2], fmt, tables, work
+        )
+        if reason:
+            return k, reason
         if not in_place:
-            for line in range(height):
-                here = start + line * shape[2]
-                for column in range(0, width, SUB_BLOCK):
-                    _prefetch(old, here + _ROWS_AHEAD * shape[2] + column)
-                _copy(new, here, old, here, width)
-        inverse = 1 / width
+            _copy_rows(old, new, start, width, shape[2], height)
+        # What `_add_record_hashes` needs; classes have served.
+        _look_up(old, start, width, shape[2], records, place, n, 1)
         for r in range(n):
-            position = np.int64(records[place, r])
-            line = _row_of(position, inverse)
-            here = start + line * (shape[2] - width) + position
-            bits = np.int64(old[here])
-            value = changed_bits(bits, np.int64(records[3, r]), sign, is_float)
-            new[here] = value
-            # What `_add_record_hashes` needs of them; class and code have served.
-            records[1, r] = bits
-            records[3, r] = value
+            bits, code = np.int64(records[1, r]), np.int64(records[3, r])
+            records[3, r] = changed_bits(bits, code, sign, is_float)
+        _put_back(new, start, width, shape[2], records, place, n)
         if digests:
             _add_record_hashes(records, place, n, width, index, row_index, sums)
     return last, OK
+
+
+@_compiled
+def _read_tile(mode, data, at, n_bytes, n, old, start, height, width, stride, fmt, tables, work):
+    """Fill records with the changes of a tile that is not dense, from its stream.
+
+    Returns:
+      A reason, `OK` or not, and the row of the records that has positions; codes are in row 3.
+    """
+    width_bits, _, shift, mask, _, classes = fmt
+    old_tile, _, _, place_work, totals, records, _, stream = work
+    size = height * width
+    if mode == EMPTY:
+        return (COUNTS if n or n_bytes else OK), 0
+    if n == 0 or n > size:
+        return COUNTS, 0
+    if n_bytes >= size * (width_bits // 8):
+        return LONG, 0
+    if mode in (BLOCK_OFFSET, BITMAP):
+        return read_fixed(mode, data, at, at + n_bytes, n, size, width_bits, records), 0
+    if mode != ENTROPY or tables[0].size == 0:
+        return MODE, 0
+    own = lone_class(mask, shift, classes)
+    # Ranks are checked against the classes' true sizes when they are placed.
+    totals[:] = size if own < 0 else 0
+    if own >= 0:
+        totals[own] = size
+    changed = place_work[5]
+    _copy(stream, 8, data, at, n_bytes)
+    reason = read_entropy(stream, 8, 8 + n_bytes, n, totals, width_bits, tables, changed, records)
+    if reason or own >= 0:
+        return reason, 2  # a rank is a position
+    flat, i = old, start
+    if width != stride or size % SUB_BLOCK:
+        _gather(old, start, width, stride, size, old_tile)
+        flat, i = old_tile, 0
+    return (OK if place_records(flat, i, size, fmt, changed, place_work, records) else RANGE), 0
+
+
+@_compiled
+def _copy_rows(old, new, start, width, stride, height):
+    if width == stride:
+        _copy(new, start, old, start, width * height)
+        return
+    for line in range(height):
+        here = start + line * stride
+        for column in range(0, width, SUB_BLOCK):
+            _prefetch(old, here + _ROWS_AHEAD * stride + column)
+        _copy(new, here, old, here, width)
+
+
+@_compiled
+def _put_back(flat, start, width, stride, records, place, n):
+    """Write row 3 of the records to where `_look_up` read."""
+    if width == stride:
+        for r in range(n):
+            flat[start + np.int64(records[place, r])] = records[3, r]
+        return
+    inverse = 1 / width
+    for r in range(n):
+        position = np.int64(records[place, r])
+        flat[start + _row_of(position, inverse) * (stride - width) + position] = records[3, r]
 
 
 # ----------------------------------------------------------------- tiles for a device that has them

@@ -13,17 +13,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import xxhash
-import zstandard
 
-from kernels.sparse_delta import wire
+from kernels.sparse_delta import frames, wire
 from kernels.sparse_delta.errors import Damaged, Incomplete, UnknownFormat
 from kernels.sparse_delta.partial import PartialPayload
 from kernels.sparse_delta.tiles import MAX_TILE_ELEMENTS, TileGrid
 from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Sums, Tensor, Tiles
 
 _MAX_NDIM, _MAX_TABLE_BYTES = 64, 1 << 16
-# What RFC 8878 recommends decoders to support; the memory that a frame may ask for.
-_MAX_WINDOW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def read(payload: Any, *, limits: "Limits | None" = None) -> Payload:
         raise Damaged("the manifest is damaged: its checksum does not match; fetch it again")
     try:
         return _Reader(stored.tobytes(), source, header, limits).payload()
-    except (struct.error, UnicodeDecodeError, zstandard.ZstdError, ValueError) as error:
+    except (struct.error, UnicodeDecodeError, ValueError) as error:
         raise Damaged(f"the manifest cannot be read: {error}") from error
 
 
@@ -289,18 +286,10 @@ class _Reader:
             raise UnknownFormat(f"the {field} are stored by unknown method {method}")
         if raw_size > wire.expansion_limit(self.header.total):
             raise Damaged(f"the {field} would be {raw_size} bytes, more than the payload warrants")
-        # A frame may name a size of its own, which the library would allocate whatever its limit.
-        frame = zstandard.get_frame_parameters(stored)
-        named = frame.content_size
-        if named not in (raw_size, zstandard.CONTENTSIZE_UNKNOWN):
-            raise Damaged(f"the {field} would be {named} bytes by their frame, not {raw_size}")
-        if frame.window_size > _MAX_WINDOW_BYTES:
-            raise Damaged(f"the {field} want a window of {frame.window_size} bytes")
-        raw = zstandard.ZstdDecompressor().decompress(
-            stored, max_output_size=raw_size, allow_extra_data=False
-        )
-        if len(raw) != raw_size:
-            raise Damaged(f"the {field} are {len(raw)} bytes, not {raw_size}")
+        try:
+            raw = frames.unpack(stored, raw_size)
+        except frames.BadFrame as error:
+            raise Damaged(f"the {field} {error}") from error
         return _Cursor(raw, field)
 
     def _tensors(

@@ -30,10 +30,6 @@ def tables_of_records(
     symbols = 2 * (4 * extra + (half >> extra)) + (codes & 1)
     counts = np.zeros((codec.CLASSES, 256), np.int64)
     np.add.at(counts, (classes, symbols), 1)
-    members = members.copy()
-    for c in range(1, codec.CLASSES):
-        if members[c] == 0:  # as its neighbour, so that the tables stay short
-            members[c], counts[c] = members[c - 1], counts[c - 1]
     return codec.tables_of_counts(fmt, thresholds.astype(np.uint8), members, counts)
 
 
@@ -57,16 +53,16 @@ def encode_records(
     out = np.empty(end + loops.SLACK, np.uint8)
     after = -1
     if tables.arrays[0].size:
-        scratch = np.empty((2, n), np.uint8), np.empty(n, np.uint32)
+        scratch = np.empty((2, n), np.uint32), np.empty(end + loops.SLACK, np.uint8)
         after = loops.write_entropy(
-            records, n, totals, fmt.width_bits, tables.arrays, *scratch, out, 0, end
+            records, n, fmt.width_bits, tables.arrays, *scratch, out, 0, end
         )
     if after > 0:
         mode = codec.Mode.ENTROPY
     elif mode == codec.Mode.DENSE:
         return None
     else:
-        after = loops.write_fixed(mode, bits, records, n, size, fmt.width_bits, out, 0)
+        after = loops.write_fixed(mode, bits, records, n, size, out, 0)
     return codec.CodedTiles(
         np.asarray([mode], np.uint8),
         np.asarray([n], np.uint32),

@@ -1,6 +1,7 @@
 """From the tiles of a payload to the bits of a receiver's boxes."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Unpacker:
       stored: tiles by tensor.
       threads: how many work at once.
       spread: whether other processes hold some of the receiver's tree.
+      arena: where new bits are put.
     """
 
     payload: Payload
@@ -53,6 +55,7 @@ class Unpacker:
     stored: Mapping[int, Stored]
     threads: int
     spread: bool
+    arena: host.Arena
 
     @classmethod
     def of(cls, payload: Payload, *, threads: int, spread: bool) -> "Unpacker":
@@ -62,7 +65,15 @@ class Unpacker:
           Damaged: no encoder made the tables.
         """
         tables, stored = _read_tables(payload.manifest), _stored_tiles(payload)
-        return cls(payload, tables, stored, threads, spread)
+        tensors = payload.manifest.tensors
+        arena = host.Arena(
+            sum(
+                math.prod(t.grid.shape) * jax.numpy.dtype(t.dtype).itemsize
+                for k, t in enumerate(tensors)
+                if t.same == k and (k in stored or payload.manifest.kind == ANCHOR)
+            )
+        )
+        return cls(payload, tables, stored, threads, spread, arena)
 
     def leaf(self, leaf: Leaf, grid: TileGrid, tensor: int) -> tuple[list[np.ndarray], Sums]:
         """New bits of the boxes of a leaf that this process holds.
@@ -96,7 +107,7 @@ class Unpacker:
         """New bits of a box that cuts no tile, and the change of its digest sums."""
         fmt = element_format(leaf.dtype)
         old = None if self.payload.manifest.kind == ANCHOR else host.read_box(leaf, box)
-        out = host.empty_bits(tuple(stop - start for start, stop in box), fmt.bits_dtype)
+        out = self.arena.take(tuple(stop - start for start, stop in box), fmt.bits_dtype)
         view = out.reshape(box_view(grid, out.shape))
         total = (0, 0)
         for part in parts(grid, box):
@@ -125,7 +136,7 @@ class Unpacker:
         contents = []
         for piece in host.held(leaf):
             own = out[tuple(slice(*edges) for edges in piece.box)]
-            bits = host.empty_bits(own.shape, own.dtype)
+            bits = self.arena.take(own.shape, own.dtype)
             bits[...] = own
             contents.append(bits)
         return contents, change

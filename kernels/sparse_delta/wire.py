@@ -13,12 +13,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import xxhash
-import zstandard
 
+from kernels.sparse_delta import frames
 from kernels.sparse_delta.tiles import TileGrid
 
 MAGIC = b"SPDELTA\0"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = struct.Struct("<8sIIQQ")  # magic, format version, manifest size, payload size, xxh3-64
 ANCHOR, DELTA = 0, 1
 # What a reader of some tiles fetches too much, at either end of a stretch (`needed` asks for
@@ -214,7 +214,7 @@ def _manifest_bytes(manifest: Manifest, buckets: np.ndarray, body: int) -> bytes
 
 
 def _section_bytes(raw: bytes, body: int) -> bytes:
-    packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False).compress(raw)
+    packed = frames.pack(raw, _ZSTD_LEVEL)
     if len(packed) < len(raw) <= expansion_limit(body + len(packed)):
         return SECTION.pack(ZSTD, len(raw), len(packed)) + packed
     return SECTION.pack(STORED, len(raw), len(raw)) + raw
