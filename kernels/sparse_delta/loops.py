@@ -1296,7 +1296,7 @@ def prefix_codes(lengths, codes, symbols):
 
     Takes:
       lengths[n, 256]: u8, complete codes.
-      codes[n, 257]: u32, filled; at the end one of the shortest codes once more.
+      codes[n, 257]: u32, filled; at the end one of the shortest codes with raw bits of 0.
       symbols[n, 2^11]: u16, filled.
     """
     for c in range(lengths.shape[0]):
@@ -1311,7 +1311,7 @@ def prefix_codes(lengths, codes, symbols):
                 extra = _token_start(symbol >> 1)[1]
                 codes[c, symbol] = backwards | length << 16
                 if codes[c, 256] == 0:
-                    codes[c, 256] = codes[c, symbol]
+                    codes[c, 256] = backwards | (length + extra) << 16
                 for slot in range(backwards, 1 << CODE_BITS, 1 << length):
                     symbols[c, slot] = symbol | (length + extra) << 8
                 code += 1

@@ -18,7 +18,7 @@ from kernels.sparse_delta import frames, wire
 from kernels.sparse_delta.errors import Damaged, Incomplete, UnknownFormat
 from kernels.sparse_delta.partial import PartialPayload
 from kernels.sparse_delta.tiles import MAX_TILE_ELEMENTS, TileGrid
-from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Sums, Tensor, Tiles
+from kernels.sparse_delta.wire import ANCHOR, DELTA, HEADER, Manifest, Run, Tensor, Tiles
 
 _MAX_NDIM, _MAX_TABLE_BYTES = 64, 1 << 16
 
@@ -209,6 +209,9 @@ class _Cursor:
         self.at += size
         return self.raw[self.at - size : self.at]
 
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
     def column(self, dtype: Any, count: int) -> np.ndarray:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype)
 
@@ -233,29 +236,25 @@ class _Reader:
 
     def payload(self) -> Payload:
         (
-            kind, flags, n_tables, part, parts, n_tensors, n_runs, n_buckets, n_tiles,
+            kind, flags, n_tables, part, parts, n_tensors, n_buckets, n_tiles,
             version, base_version, base_root, target_root,
         ) = wire.FIXED.unpack(self.cursor.take(wire.FIXED.size))  # fmt: skip
         if kind not in (ANCHOR, DELTA) or flags & ~(wire.HAS_VERSION | wire.HAS_BASE_VERSION):
             raise UnknownFormat(f"unknown kind {kind} or flags {flags:#x} of payload")
         self.limits.check("tensors", n_tensors, self.limits.tensors)
         self.limits.check("tiles", n_tiles, self.limits.elements)
-        if n_runs > n_tiles or n_buckets > n_tiles or n_tables > n_runs:
-            raise Damaged(
-                f"fields contradict each other: {n_tiles=}, {n_runs=}, {n_buckets=}, {n_tables=}"
-            )
+        if max(n_buckets, n_tables) > n_tiles:
+            raise Damaged(f"fields contradict each other: {n_tiles=}, {n_buckets=}, {n_tables=}")
         if part >= max(parts, 1):
             raise Damaged(f"part {part} of {parts} is out of bounds")
-        tensors, dtypes = self._tensors(
+        tensors = self._tensors(
             self._section("tensor table", self.limits.table), n_tensors, parts > 0
         )
         tables = self._tables(
-            self._section("coder's tables", n_tables * (_MAX_TABLE_BYTES + 5)), n_tables, dtypes
+            self._section("coder's tables", n_tables * (_MAX_TABLE_BYTES + 260)), n_tables
         )
-        runs = self._runs(
-            self._section("tile directory", 10 * n_runs + 13 * n_tiles),
-            n_runs, n_tiles, tensors, tables,
-        )  # fmt: skip
+        directory = self._section("tile directory", 4 * wire.DIRECTORY_COLUMNS * n_tiles)
+        runs = self._runs(directory, n_tiles, tensors, tables)
         bucket_table = self._section("bucket table", n_buckets * wire.BUCKET.itemsize)
         buckets = bucket_table.column(wire.BUCKET, n_buckets)
         bucket_table.end()
@@ -292,47 +291,27 @@ class _Reader:
             raise Damaged(f"the {field} {error}") from error
         return _Cursor(raw, field)
 
-    def _tensors(
-        self, cursor: _Cursor, count: int, part: bool
-    ) -> tuple[tuple[Tensor, ...], list[str]]:
-        lengths = cursor.column("<u2", count).tolist()
-        names = [cursor.take(length).decode() for length in lengths]
-        dtypes = [cursor.take(cursor.take(1)[0]).decode("ascii") for _ in range(cursor.take(1)[0])]
-        dtype_of = cursor.column("u1", count)
-        ndims = cursor.column("u1", count)
-        if any(a.encode() >= b.encode() for a, b in itertools.pairwise(names)):
-            raise Damaged("the tensors' names are not in rising order")
-        if np.any(dtype_of >= len(dtypes)) or np.any(ndims > _MAX_NDIM):
-            raise Damaged("a tensor has a dtype or a number of dimensions out of bounds")
-        ends = np.cumsum(ndims, dtype=np.int64).tolist()
-        dims = cursor.column("<u8", ends[-1] if ends else 0).tolist()
-        splits = cursor.column("u1", 2 * count).reshape(count, 2).tolist()
-        tiles = cursor.column("<u4", 2 * count).reshape(count, 2).tolist()
-        back = cursor.column("<u4", count).tolist()
-        carried = cursor.column("u1", count)
-        if np.any(carried > 1) or (part and not np.all(carried)):
-            raise Damaged("the column of carried sums is not of 0 and 1, or lacks a part's")
-        sums = iter(_pairs(cursor, int(carried.sum())))
-        base: list[Sums | None] = [None] * count
-        if part:
-            base = [*_pairs(cursor, count)]
-        targets = [next(sums) if has else None for has in carried]
-        cursor.end()
+    def _tensors(self, cursor: _Cursor, count: int, part: bool) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
-        for index, name in enumerate(names):
-            shape = tuple(dims[ends[index] - int(ndims[index]) : ends[index]])
-            grid = TileGrid(shape, tuple(splits[index]), tuple(tiles[index]))
+        for index in range(count):
+            name = cursor.take(cursor.unpack("<H")[0]).decode()
+            dtype = cursor.take(cursor.take(1)[0]).decode("ascii")
+            n_dims, *fields = cursor.unpack(wire.TENSOR.format)
+            splits, tile, back, carried = fields[:2], fields[2:4], fields[4], fields[5]
+            if n_dims > _MAX_NDIM or carried > 1 or (part and not carried):
+                raise Damaged(f"{name}: {n_dims} dimensions, or sums {carried}, are out of bounds")
+            grid = TileGrid(cursor.unpack(f"<{n_dims}Q"), tuple(splits), tuple(tile))
+            target = cursor.unpack("<II") if carried else None
+            base = cursor.unpack("<II") if part else None
             tensor = Tensor(
-                name=name,
-                dtype=dtypes[dtype_of[index]],
-                grid=grid,
-                same=index - back[index],
-                target=targets[index],
-                base=base[index],
+                name=name, dtype=dtype, grid=grid, same=index - back, target=target, base=base
             )
+            if found and found[-1].name.encode() >= name.encode():
+                raise Damaged("the tensors' names are not in rising order")
             self._check_tensor(tensor, index, found)
             found.append(tensor)
-        return tuple(found), dtypes
+        cursor.end()
+        return tuple(found)
 
     def _check_tensor(self, tensor: Tensor, index: int, before: list[Tensor]) -> None:
         if tensor.grid.n_tiles >= 1 << 32 or max(tensor.grid.extents) >= 1 << 48:
@@ -345,53 +324,52 @@ class _Reader:
         if (other.same, other.dtype, other.grid) != (tensor.same, tensor.dtype, tensor.grid):
             raise Damaged(f"{tensor.name}: tied to {other.name}, which is another kind of tensor")
 
-    def _tables(
-        self, cursor: _Cursor, count: int, dtypes: list[str]
-    ) -> tuple[tuple[str, bytes], ...]:
+    def _tables(self, cursor: _Cursor, count: int) -> tuple[tuple[str, bytes], ...]:
         tables = []
         for _ in range(count):
-            dtype, size = struct.unpack("<BI", cursor.take(5))
-            if dtype >= len(dtypes) or size > _MAX_TABLE_BYTES:
-                raise Damaged(f"tables of {size} bytes for dtype {dtype} are out of bounds")
-            tables.append((dtypes[dtype], cursor.take(size)))
+            dtype = cursor.take(cursor.take(1)[0]).decode("ascii")
+            (size,) = cursor.unpack("<I")
+            if size > _MAX_TABLE_BYTES:
+                raise Damaged(f"tables of {size} bytes for {dtype} are out of bounds")
+            tables.append((dtype, cursor.take(size)))
         cursor.end()
         return tuple(tables)
 
     def _runs(
         self,
         cursor: _Cursor,
-        n_runs: int,
         n_tiles: int,
         tensors: tuple[Tensor, ...],
         tables: tuple[tuple[str, bytes], ...],
     ) -> tuple[Run, ...]:
-        tensor_of = cursor.planes("<u4", n_runs)
-        table_of = cursor.planes("<u2", n_runs)
-        counts = cursor.planes("<u4", n_runs).astype(np.int64)
-        if counts.sum() != n_tiles or np.any(counts == 0):
-            raise Damaged("the runs of tiles do not add up to the tiles")
-        if np.any(tensor_of >= len(tensors)) or np.any(table_of >= len(tables)):
-            raise Damaged("a run of tiles is of a tensor or of tables that are not there")
-        gaps = cursor.planes("<u4", n_tiles).astype(np.int64)
-        modes = cursor.column("u1", n_tiles)
-        nnz = cursor.planes("<u4", n_tiles)
-        sizes = cursor.planes("<u4", n_tiles)
+        columns = cursor.planes("<u4", wire.DIRECTORY_COLUMNS * n_tiles)
         cursor.end()
-        if np.any(nnz > MAX_TILE_ELEMENTS):
+        tensor_of, table_of, steps, modes, nnz, sizes = columns.reshape(
+            wire.DIRECTORY_COLUMNS, n_tiles
+        )
+        if np.any(tensor_of >= len(tensors)) or np.any(table_of >= len(tables)):
+            raise Damaged("a tile is of a tensor or of tables that are not there")
+        if np.any(nnz > MAX_TILE_ELEMENTS) or np.any(modes > 255):
             raise Damaged(f"a tile has more changes than {MAX_TILE_ELEMENTS}, the most elements")
+        numbers = np.cumsum(steps, dtype=np.int64) & 0xFFFFFFFF
+        # A new run where anything else than the tile's number changes, or that does not rise.
+        same = np.ones(n_tiles, bool)
+        for column in (tensor_of, table_of):
+            same[1:] &= column[1:] == column[:-1]
+        same[1:] &= numbers[1:] > numbers[:-1]
+        same[:1] = False
         runs = []
-        stops = np.cumsum(counts).tolist()
-        for index, stop in enumerate(stops):
-            at = slice(stop - int(counts[index]), stop)
-            tensor = tensors[tensor_of[index]]
-            run_gaps = gaps[at]
-            ids = np.cumsum(run_gaps)
-            if np.any(run_gaps[1:] == 0) or ids[-1] >= tensor.grid.n_tiles:
-                raise Damaged(f"{tensor.name}: its tiles do not rise within its grid")
-            if tensor.same != tensor_of[index] or tables[table_of[index]][0] != tensor.dtype:
-                raise Damaged(f"{tensor.name}: tiles of a tied tensor, or tables of another dtype")
-            tiles = Tiles(ids, modes[at], nnz[at], sizes[at])
-            runs.append(Run(int(tensor_of[index]), int(table_of[index]), tiles))
+        starts = np.flatnonzero(~same).tolist()
+        for start, stop in itertools.pairwise([*starts, n_tiles]):
+            at = slice(start, stop)
+            tensor, table = int(tensor_of[start]), int(table_of[start])
+            own = tensors[tensor]
+            if numbers[stop - 1] >= own.grid.n_tiles:
+                raise Damaged(f"{own.name}: tile {numbers[stop - 1]} is beyond its grid")
+            if own.same != tensor or tables[table][0] != own.dtype:
+                raise Damaged(f"{own.name}: tiles of a tied tensor, or tables of another dtype")
+            tiles = Tiles(numbers[at], modes[at].astype(np.uint8), nnz[at], sizes[at])
+            runs.append(Run(tensor, table, tiles))
         refuse_twice(runs, tensors)
         return tuple(runs)
 
@@ -418,10 +396,6 @@ class _Reader:
         places = np.where([b is None for b in found], -1, np.cumsum(sizes) - sizes)
         here = [bucket for bucket in found if bucket is not None]
         return np.concatenate([np.empty(0, np.uint8), *here]), places.astype(np.int64)
-
-
-def _pairs(cursor: _Cursor, count: int) -> list[Sums]:
-    return [(int(a), int(b)) for a, b in cursor.column("<u4", 2 * count).reshape(count, 2)]
 
 
 def refuse_twice(runs: Sequence[Run], tensors: Sequence[Tensor]) -> None:

@@ -28,12 +28,16 @@ BUCKET_BYTES = 256 << 10
 # or less would break the bound on the size of a payload.
 SUMS_FROM_ELEMENTS = 1024
 
-# kind, flags, tables, part, parts, tensors, runs, buckets, tiles, version, base version, roots
-FIXED = struct.Struct("<BBHHHIIIQqq16s16s")
+# kind, flags, tables, part, parts, tensors, buckets, tiles, version, base version, roots
+FIXED = struct.Struct("<BBHHHIIQqq16s16s")
+# dimensions, splits, tile, tie, whether sums are carried
+TENSOR = struct.Struct("<BBBIIIB")
+DIRECTORY_COLUMNS = 6  # tensor, table, number, mode, changes, bytes of each tile
 HAS_VERSION, HAS_BASE_VERSION = 1, 2
 SECTION = struct.Struct("<BII")  # method, raw bytes, stored bytes
 STORED, ZSTD = 0, 1
 _ZSTD_LEVEL = 3
+_COMPRESSED_FROM = 64  # bytes of a section
 # A section may be no more than this many times the payload, plus a floor: a few bytes of zstd can
 # ask for gigabytes. The writer keeps to it too.
 _EXPANSION, _EXPANSION_FLOOR = 256, 1 << 16
@@ -196,7 +200,6 @@ def _manifest_bytes(manifest: Manifest, buckets: np.ndarray, body: int) -> bytes
         len(manifest.tables),
         *(manifest.part or (0, 0)),
         len(manifest.tensors),
-        len(manifest.runs),
         len(buckets),
         sum(len(run.tiles) for run in manifest.runs),
         manifest.version or 0,
@@ -214,9 +217,10 @@ def _manifest_bytes(manifest: Manifest, buckets: np.ndarray, body: int) -> bytes
 
 
 def _section_bytes(raw: bytes, body: int) -> bytes:
-    packed = frames.pack(raw, _ZSTD_LEVEL)
-    if len(packed) < len(raw) <= expansion_limit(body + len(packed)):
-        return SECTION.pack(ZSTD, len(raw), len(packed)) + packed
+    if len(raw) >= _COMPRESSED_FROM:
+        packed = frames.pack(raw, _ZSTD_LEVEL)
+        if len(packed) < len(raw) <= expansion_limit(body + len(packed)):
+            return SECTION.pack(ZSTD, len(raw), len(packed)) + packed
     return SECTION.pack(STORED, len(raw), len(raw)) + raw
 
 
@@ -225,59 +229,39 @@ def expansion_limit(payload_bytes: int) -> int:
 
 
 def _tensors_bytes(manifest: Manifest) -> bytes:
-    tensors = manifest.tensors
-    names = [tensor.name.encode() for tensor in tensors]
-    for name in names:
+    out = bytearray()
+    for index, tensor in enumerate(manifest.tensors):
+        name, dtype, shape = tensor.name.encode(), tensor.dtype.encode(), tensor.grid.shape
         if len(name) >= _MAX_NAME_BYTES:
             raise ValueError(f"a leaf's name must be below {_MAX_NAME_BYTES} bytes: {name!r}")
-    dtypes = _dtypes(manifest)
-    carried = [tensor.target is not None for tensor in tensors]
-    columns = [
-        np.asarray([len(name) for name in names], "<u2"),
-        b"".join(names),
-        bytes([len(dtypes)]),
-        *(bytes([len(dtype)]) + dtype.encode() for dtype in dtypes),
-        np.asarray([dtypes.index(tensor.dtype) for tensor in tensors], "u1"),
-        np.asarray([len(tensor.grid.shape) for tensor in tensors], "u1"),
-        np.asarray([size for tensor in tensors for size in tensor.grid.shape], "<u8"),
-        np.asarray([tensor.grid.splits for tensor in tensors], "u1"),
-        np.asarray([tensor.grid.tile for tensor in tensors], "<u4"),
-        np.asarray([index - tensor.same for index, tensor in enumerate(tensors)], "<u4"),
-        np.asarray(carried, "u1"),
-        np.asarray([tensor.target for tensor in tensors if tensor.target], "<u4"),
-    ]
-    if manifest.part is not None:
-        columns.append(np.asarray([tensor.base for tensor in tensors], "<u4"))
-    return b"".join(c if isinstance(c, bytes) else c.tobytes() for c in columns)
-
-
-def _dtypes(manifest: Manifest) -> list[str]:
-    return sorted({tensor.dtype for tensor in manifest.tensors})
+        out += struct.pack("<H", len(name)) + name + bytes([len(dtype)]) + dtype
+        carried = tensor.target is not None
+        tie = index - tensor.same
+        out += TENSOR.pack(len(shape), *tensor.grid.splits, *tensor.grid.tile, tie, carried)
+        out += struct.pack(f"<{len(shape)}Q", *shape)
+        for sums in (tensor.target, tensor.base if manifest.part is not None else None):
+            out += struct.pack("<II", *sums) if sums is not None else b""
+    return bytes(out)
 
 
 def _tables_bytes(manifest: Manifest) -> bytes:
-    dtypes = _dtypes(manifest)
     return b"".join(
-        struct.pack("<BI", dtypes.index(dtype), len(table)) + table
+        bytes([len(dtype)]) + dtype.encode() + struct.pack("<I", len(table)) + table
         for dtype, table in manifest.tables
     )
 
 
 def _directory_bytes(manifest: Manifest) -> bytes:
     runs = manifest.runs
-    # Gaps of neighbouring tiles are 1, and bytes of equal weight lie together: zstd likes both.
-    gaps = [np.diff(run.tiles.ids, prepend=0) for run in runs]
-    columns = [
-        _planes(np.asarray([run.tensor for run in runs], "<u4")),
-        _planes(np.asarray([run.table for run in runs], "<u2")),
-        _planes(np.asarray([len(run.tiles) for run in runs], "<u4")),
-        _planes(join(gaps, "<u4")),
-        join([run.tiles.modes for run in runs], np.uint8).tobytes(),
-        _planes(join([run.tiles.nnz for run in runs], "<u4")),
-        _planes(join([run.tiles.sizes for run in runs], "<u4")),
-    ]
-    return b"".join(columns)
-
-
-def _planes(column: np.ndarray) -> bytes:
-    return column.view(np.uint8).reshape(len(column), column.itemsize).T.tobytes()
+    counts = [len(run.tiles) for run in runs]
+    columns = (
+        np.repeat([run.tensor for run in runs], counts),
+        np.repeat([run.table for run in runs], counts),
+        np.diff(join([run.tiles.ids for run in runs], np.int64), prepend=0) & 0xFFFFFFFF,
+        join([run.tiles.modes for run in runs], np.uint8),
+        join([run.tiles.nnz for run in runs], np.uint32),
+        join([run.tiles.sizes for run in runs], np.uint32),
+    )
+    # Differences of neighbours are 1, and bytes of equal weight lie together: zstd likes both.
+    entries = np.stack([column.astype("<u4") for column in columns])
+    return entries.reshape(-1, 1).view(np.uint8).T.tobytes()

@@ -167,8 +167,8 @@ def test_what_is_no_payload(data):
 
 def test_a_newer_format_is_named(small):
     old, _, payload = small
-    newer = payload[:8] + struct.pack("<I", 2) + payload[12:]
-    with pytest.raises(sparse_delta.UnknownFormat, match=r"format version 2; this code reads 1"):
+    newer = payload[:8] + struct.pack("<I", 3) + payload[12:]
+    with pytest.raises(sparse_delta.UnknownFormat, match=r"format version 3; this code reads 2"):
         sparse_delta.apply(old, newer)
 
 
@@ -228,7 +228,7 @@ def test_the_forger_can_also_be_honest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_tiles(ids=[1]), "do not rise within its grid"),
+        (with_tiles(ids=[1]), "tile 1 is beyond its grid"),
         (with_tiles(modes=[77]), "bucket 0 is damaged: w, tile 0 of the tensor"),
         (with_tiles(nnz=[1 << 21]), "more changes than 1048576"),
         (with_tiles(modes=[3]), "bucket 0 is damaged: w, tile 0 of the tensor"),
@@ -238,7 +238,7 @@ def test_the_forger_can_also_be_honest():
         (with_tensor(grid=TileGrid((1 << 40,), (0, 0), (1, 4))), "more tiles than can be"),
         (with_tensor(target=(1, 2)), "what came out is not what went in"),
         (lambda m: dataclasses.replace(m, target_root=bytes(16)), "what came out is not"),
-        (lambda m: dataclasses.replace(with_tensor(base=(0, 0))(m), part=(0, 1)), "lacks a part's"),
+        (lambda m: dataclasses.replace(with_tensor(base=(0, 0))(m), part=(0, 1)), "out of bounds"),
         (lambda m: dataclasses.replace(m, tables=(("int8", b""),)), "coder's tables 0"),
         (lambda m: dataclasses.replace(m, tables=m.tables * 2), "contradict each other"),
     ],
@@ -271,7 +271,7 @@ def with_tensor_table(payload, compressed, raw_size):
     rest = manifest[first + wire.SECTION.size + stored :]
     section = wire.SECTION.pack(wire.ZSTD, raw_size, len(compressed)) + compressed
     grown = manifest[:first] + section + rest
-    head = wire.HEADER.pack(wire.MAGIC, 1, len(grown), 0, 0)
+    head = wire.HEADER.pack(wire.MAGIC, wire.FORMAT_VERSION, len(grown), 0, 0)
     return fuzz.resealed(head + grown + payload[wire.HEADER.size + manifest_size :])
 
 

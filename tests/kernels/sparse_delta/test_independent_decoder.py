@@ -26,8 +26,8 @@ def _decoder() -> ModuleType:
 
 
 decoder = _decoder()
-# Lines that do something: blank ones, comments, docstrings and imports do not count.
-MAX_LINES = 250
+# Blank lines and imports do not count.
+MAX_LINES = 150
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "uint8", "int32", "bool")
 SHAPES = ((), (0,), (5,), (300, 257), (3, 64, 128))
 DENSITIES = (0.0, 0.001, 0.01, 0.3, 1.0)
@@ -74,21 +74,19 @@ def _changed(rng: np.random.Generator, bits: np.ndarray, dtype: str, density: fl
     return (bits + np.where(mask, step, 0)).astype(bits.dtype)
 
 
-def _check(old: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> set[int]:
+def _check(old: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> set[str]:
     """Decodes the payload from `old` to `new`, compares; returns the modes of its tiles."""
     base_version = None if old is None else 1
     payload = sparse_delta.encode(old, new, version=2, base_version=base_version)
     base, target = None if old is None else _tree(old), _tree(new)
-    manifest = decoder.read_manifest(payload)
-    assert (manifest.version, manifest.base_version) == (2, base_version)
-    assert manifest.target_digest == decoder.tree_digest(target)[0]
-    assert manifest.base_digest == (bytes(16) if base is None else decoder.tree_digest(base)[0])
+    info = sparse_delta.inspect(payload)
+    assert info.target_digest.root == decoder.tree_digest(target)
     decoded = decoder.decode(payload, base)
     assert list(decoded) == sorted(target)
     for name, (dtype, bits) in target.items():
         assert (decoded[name][0], decoded[name][1].dtype) == (dtype, bits.dtype)
         np.testing.assert_array_equal(decoded[name][1], bits, err_msg=name, strict=True)
-    return {tile[3] for tile in manifest.tiles}
+    return {mode for tensor in info.tensors for mode in tensor.modes}
 
 
 def _pair(density: float, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]):
@@ -106,7 +104,7 @@ def _pair(density: float, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...]
 @pytest.mark.parametrize("density", DENSITIES)
 def test_deltas_of_every_dtype_and_shape(density: float):
     modes = _check(*_pair(density, DTYPES, SHAPES))
-    assert modes == set() if density == 0 else 3 in modes
+    assert modes == set() if density == 0 else "entropy" in modes
 
 
 @pytest.mark.parametrize("density", [0.001, 0.03])
@@ -118,7 +116,7 @@ def test_deltas_and_anchors_of_tensors_of_several_tiles(density: float):
 
 def test_anchors():
     _, new = _pair(0.3, DTYPES, SHAPES)
-    assert _check(None, new) == {4}
+    assert _check(None, new) == {"dense", "planes"}
 
 
 @pytest.mark.parametrize("dtype", SPECIAL)
@@ -141,12 +139,8 @@ def test_tied_leaves():
     old, new = ({"lm_head": t[first], "embed": t[first], "b": t[second]} for t in (old, new))
     _check(old, new)
     _check(None, new)
-    manifest = decoder.read_manifest(sparse_delta.encode(old, new, version=2, base_version=1))
-    assert {t.name: manifest.tensors[t.tie].name for t in manifest.tensors} == {
-        "b": "b",
-        "embed": "embed",
-        "lm_head": "embed",
-    }
+    tied = {t.name: t.tied_to for t in sparse_delta.inspect(sparse_delta.encode(old, new)).tensors}
+    assert tied == {"b": None, "embed": None, "lm_head": "embed"}
 
 
 def test_few_or_clustered_changes_of_any_size():
@@ -158,7 +152,21 @@ def test_few_or_clustered_changes_of_any_size():
             new = old.copy()
             new[list(changed)] ^= rng.integers(1, 1 << bits, len(changed)).astype(np.uint16)
             modes |= _check({"w": _array(old, "bfloat16")}, {"w": _array(new, "bfloat16")})
-    assert {1, 2, 3} <= modes
+    assert {"bitmap", "entropy"} <= modes
+
+
+def test_changes_that_the_tables_do_not_expect():
+    # The survey of all changes ends within those of the large tensor, which are of one unit each.
+    rng = np.random.default_rng(4)
+    large, small = (_weights(rng, (n,), "bfloat16") for n in (1 << 17, 2000))
+    far = small.copy()
+    far[::67] ^= rng.integers(256, 1 << 15, len(far[::67])).astype(np.uint16)
+    far[::300] = small[::300]
+    old, new = (
+        {"a": _array(first, "bfloat16"), "b": _array(second, "bfloat16")}
+        for first, second in ((large, small), (large ^ 1, far))
+    )
+    assert _check(old, new) == {"entropy", "block-offset"}
 
 
 def test_the_example_of_the_text():
@@ -170,16 +178,17 @@ def test_the_example_of_the_text():
         for rows in ([[1, 2, -3], [-0.0, 5, 6]], [[1, 2.015625, -3], [0.0, 5, 6]])
     )
     np.testing.assert_array_equal(decoder.decode(payload, base)["w"][1], target["w"][1])
-    assert decoder.tree_digest(base)[1]["w"] == (741444657, 877939985)
-    assert decoder.tree_digest(target)[1]["w"] == (418228183, 1212689693)
+    for tree, sums in ((base, (741444657, 877939985)), (target, (418228183, 1212689693))):
+        array = tree["w"][1].view(jnp.bfloat16)
+        assert sparse_delta.digest({"w": array}).sums["w"] == sums
 
 
-@pytest.mark.parametrize("at", [9, 20, 33, 80, 130, 239, 241])
+@pytest.mark.parametrize("at", [9, 20, 33, 80, 130, 242, 244])
 def test_a_damaged_payload_is_refused(at: int):
     old = {"w": jnp.array([[1, 2, -3], [-0.0, 5, 6]], jnp.bfloat16)}
     new = {"w": jnp.array([[1, 2.015625, -3], [0.0, 5, 6]], jnp.bfloat16)}
     payload = bytearray(sparse_delta.encode(old, new, version=7, base_version=6))
-    payload[at - 242 if at > 200 else at] ^= 4
+    payload[at - 245 if at > 200 else at] ^= 4
     with pytest.raises(AssertionError):
         decoder.decode(bytes(payload), _tree(old))
 
@@ -188,22 +197,15 @@ def test_the_decoder_is_small_and_shares_no_code():
     source = Path(__file__).with_name("independent_decoder.py").read_text()
     nodes = list(ast.walk(ast.parse(source)))
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    docstrings = [
-        node
-        for node in nodes
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    ]
     passive = {
         line
-        for node in (*imports, *docstrings)
+        for node in imports
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
     active = [
         line
         for number, line in enumerate(source.splitlines(), 1)
-        if number not in passive and line.strip() and not line.strip().startswith("#")
+        if number not in passive and line.strip()
     ]
     assert len(active) <= MAX_LINES
     modules = {

@@ -65,7 +65,7 @@ def resealed(data: bytes) -> bytes:
     manifest = bytearray(data[HEADER.size : HEADER.size + size])
     body = data[HEADER.size + size :]
     # The bucket table comes last and is not compressed; where it is, its checksums stay wrong.
-    n_buckets = struct.unpack_from("<I", manifest, 16)[0] if size > 76 else 0
+    n_buckets = struct.unpack_from("<I", manifest, 12)[0] if size > 72 else 0
     at, start = size - BUCKET.size * n_buckets, 0
     if n_buckets * BUCKET.size < size:
         for _ in range(n_buckets):
