@@ -56,6 +56,7 @@ SHOWN = {
     "objective_share": "J of limit",
     "safety_rate": "safety rate",
     "worst_decile_unsafe": "worst-decile unsafe",
+    "ranking_noise": "ranking noise",
 }
 SEEN = "seen answers"
 
@@ -127,12 +128,27 @@ Measures = dict[str, list[float]]
 def measured(
     cmdps: Sequence[CMDP], limits: Sequence[float], policies: Sequence[np.ndarray]
 ) -> Measures:
-    """J as a share of the critical optimum's, safety rate and worst decile of each seed."""
+    """J as a share of the critical optimum's, safety, worst decile and `ranking_noise` of each."""
     rows = []
     for instance, limit, policy in zip(cmdps, limits, policies, strict=True):
         found = cmdp.measures(instance, policy)
-        rows.append(found | {"objective_share": found["objective"] / limit})
+        share = {"objective_share": found["objective"] / limit}
+        rows.append(found | share | {"ranking_noise": ranking_noise(instance, policy)})
     return {key: [float(row[key]) for row in rows] for key in SHOWN}
+
+
+def ranking_noise(instance: CMDP, policy: np.ndarray) -> float:
+    """Variance of log π/π* among each prompt's safe answers under π, mean over prompts, nats².
+
+    To second order it costs β/2 times itself in J: J(π*) − J(π) = β·KL(π‖π*) ≈ β/2·Var.
+    """
+    safe = ~instance.unsafe
+    weights = np.where(safe, policy, 0.0)
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+    log_target = instance.reference_logits + instance.reward / instance.kl_coef
+    log_ratio = np.where(safe, np.log(np.maximum(policy, 1e-300)) - log_target, 0.0)
+    centred = log_ratio - (weights * log_ratio).sum(axis=1, keepdims=True)
+    return float((weights * centred**2).sum(axis=1).mean())
 
 
 def curve(run: Run, config: Config, cmdps: list[CMDP], name: str) -> dict[int, Measures]:
@@ -202,7 +218,7 @@ def table_of(config: Config, curves: Mapping[str, Mapping[int, Measures]], seen)
         return f"{np.mean(values):.{digits}f}{tail}"
 
     rows: list[tuple[Any, ...]] = [
-        (SEEN, f"{budget:,}", f"{share:.3f}", "", "") for budget, share in seen.items()
+        (SEEN, f"{budget:,}", f"{share:.3f}", "", "", "") for budget, share in seen.items()
     ]
     for name, points in curves.items():
         for budget in config.budgets:
@@ -215,6 +231,7 @@ def table_of(config: Config, curves: Mapping[str, Mapping[int, Measures]], seen)
                     shown(found["objective_share"], 3),
                     shown(found["safety_rate"], 4),
                     shown(found["worst_decile_unsafe"], 4),
+                    shown(found["ranking_noise"], 4),
                 )
             )
     return Table(
@@ -233,7 +250,7 @@ def figure(curves: Mapping[str, Mapping[int, Measures]], seen: Mapping[int, floa
             for name, points in curves.items()
         }
 
-    panels = {title: series(key) for key, title in SHOWN.items()}
+    panels = {title: series(key) for key, title in SHOWN.items() if key != "ranking_noise"}
     panels["J of limit"] |= {SEEN: (list(seen), list(seen.values()))}
     return plots.curves(panels, x_label="samples written", columns=3, order=[*curves, SEEN])
 

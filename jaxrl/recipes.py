@@ -286,6 +286,8 @@ class Recipe:
         metrics = _policy_metrics(rollouts, output) | {"policy_loss": policy_loss}
         if self.kl.final_coef is not None:
             metrics["kl_coef"] = jnp.asarray(kl_coef, jnp.float32)
+        if isinstance(self.objective, obj.TrajectoryBalance):
+            metrics["target_share"] = _target_share(kl_coef, rollouts, targets, output)
         if isinstance(self.objective, obj.ImportanceCorrected) and self.corrects:
             metrics |= _correction_metrics(self.objective, rollouts, targets)
         if targets.returns is None:
@@ -479,6 +481,20 @@ def _policy_metrics(rollouts: Rollouts, output: PolicyOutput) -> Metrics:
         "ratio": obj.token_mean(jnp.exp(log_probs - behaviour), rollouts.mask),
         "entropy": obj.token_mean(output.entropy, rollouts.mask),
     }
+
+
+def _target_share(
+    kl_coef: float | Float[Array, ""], rollouts: Rollouts, targets: Targets, output: PolicyOutput
+) -> Float[Array, ""]:
+    """How far trajectory balance has come: 0 at the reference, 1 at the target.
+
+    The slope of log π/π_ref on R'/β, both centred in their groups, by least squares.
+    """
+    mask = rollouts.mask
+    log_ratio = obj.sequence_sum(output.log_probs - rollouts.reference_log_probs, mask)
+    wanted = jax.vmap(adv.group_mean)(targets.scores) / kl_coef
+    covered = jnp.sum(wanted * log_ratio)
+    return covered / jnp.maximum(jnp.sum(wanted**2), jnp.finfo(wanted.dtype).tiny)
 
 
 def _correction_metrics(

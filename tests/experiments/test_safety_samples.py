@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,6 +51,43 @@ def test_seen_answers_by_brute_force():
     assert found == pytest.approx(expected, abs=0.03)
     many = safety_samples.seen_answers(instance, 60, rng)
     assert many == pytest.approx(cmdp.objective(instance, cmdp.critical(instance)), abs=1e-6)
+
+
+def test_ranking_noise_is_the_second_order_loss():
+    """J(π*) − J(π) = β·KL(π‖π*): for a small perturbation of the optimum β/2 times the variance."""
+    instance = cmdp.draw(0, benign_share=0.5, prompts=20)
+    optimum = cmdp.critical(instance)
+    assert safety_samples.ranking_noise(instance, optimum) == pytest.approx(0.0, abs=1e-12)
+    noise = 0.05 * np.random.default_rng(0).normal(size=optimum.shape)
+    policy = optimum * np.exp(noise)
+    policy /= policy.sum(axis=1, keepdims=True)
+    lost = cmdp.objective(instance, optimum) - cmdp.objective(instance, policy)
+    predicted = 0.5 * instance.kl_coef * safety_samples.ranking_noise(instance, policy)
+    assert predicted == pytest.approx(lost, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_group_of_distinct_answers_is_projected_onto_its_target(share):
+    """With n = 1 the spread of D = R' − β·log(π/π_ref) in the group shrinks by 1 − αβ."""
+    instance = cmdp.draw(0, benign_share=1.0, prompts=1, responses=6)
+    recipe = recipes.get("tba", group_size=6, kl=recipes.KL(coef=0.2))
+    schedule = Schedule(steps=1, samples=6, rate=share / 0.2)
+    recipe, worlds, learners = tabular.prepared(recipe, [instance], [0], schedule=schedule)
+    world, learner = jax.tree.map(lambda x: x[0], (worlds, learners))
+    batch = tabular.roll_out(recipe, schedule, world, learner.params, jax.random.key(0))
+    every = jnp.arange(6)[None, :, None]
+    log_reference = jax.nn.log_softmax(world["reference_logits"])[0][every]
+    batch = batch.replace(
+        tokens=every, reference_log_probs=log_reference, rewards={"reward": world["reward"]}
+    )
+    after = tabular.update(recipe, schedule, learner, batch).params["logits"][0]
+
+    def spread(logits):
+        gap = world["reward"][0] - 0.2 * (logits - world["reference_logits"][0])
+        return np.asarray(gap - gap.mean())
+
+    expected = (1 - share) * spread(learner.params["logits"][0])
+    np.testing.assert_allclose(spread(after), expected, atol=1e-5)
 
 
 def test_the_command_writes_curves_and_resumes(tmp_path, capsys):

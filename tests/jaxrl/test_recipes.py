@@ -209,6 +209,18 @@ def test_the_recommended_loss_uses_no_importance_ratio():
     )
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_target_share_is_how_far_the_log_ratios_have_come(share):
+    """log π = log π_ref + share·R'/β + a constant of the prompt."""
+    recipe = recipes.get("tba", group_size=4, kl=KL(coef=0.5))
+    rollouts, _, output = make(recipe, tokens=1)
+    shift = share * rollouts.reward / 0.5 + jnp.arange(3.0)[:, None]
+    moved = output.replace(log_probs=rollouts.reference_log_probs + shift[..., None])
+    state = recipe.init(3)
+    _, metrics = recipe.loss(state, rollouts, recipe.targets(state, rollouts, None), moved)
+    assert float(metrics["target_share"]) == pytest.approx(share, abs=1e-4)
+
+
 def test_a_replay_saves_three_quarters_of_the_prompts():
     assert [recipes.get("repo_tb_replay").fresh_prompts(n) for n in (1, 4, 8)] == [1, 1, 2]
     assert recipes.get("repo_tb").fresh_prompts(8) == 8
