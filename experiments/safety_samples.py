@@ -44,6 +44,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             summary="repo_tb_replay with κ = 10, what a policy that gets all the way needs",
             constraint=replace(_REPLAYED.constraint, bound=10.0),
         ),
+        "repo_tb_replay_group": replace(
+            _REPLAYED,
+            name="repo_tb_replay_group",
+            summary="repo_tb_replay with the bound measured from the best safe answer drawn",
+            constraint=replace(_REPLAYED.constraint, best_of="group"),
+        ),
         "repo_tb_replay_margin": replace(
             _REPLAYED,
             name="repo_tb_replay_margin",
@@ -72,6 +78,7 @@ class Config(harness.RunOptions):
     algorithms: tuple[str, ...] = (
         "repo_tb_replay",
         "repo_tb_replay_10",
+        "repo_tb_replay_group",
         "repo_tb_replay_margin",
         "repo_tb_replay_off",
         "repo_tb",

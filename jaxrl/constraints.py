@@ -392,6 +392,8 @@ class Rectified(_Dual):
       batch_mean: the loss is a mean over "all" samples, or the sum of the means "by_subset"
         (safe, unsafe), which gives more weight to the rarer.
       bound: κ of `bounded_penalty` in nats, for algorithms without a critic; None: no bound.
+      best_of: the bound is measured from the best safe completion known of the "prompt", where
+        the batch says so, or of the "group" alone.
     """
 
     rectify: Rectify = "sample"
@@ -402,6 +404,7 @@ class Rectified(_Dual):
     normalise: Literal["unsafe", "all", "none"] = "unsafe"
     batch_mean: Literal["all", "by_subset"] = "all"
     bound: float | None = None
+    best_of: Literal["prompt", "group"] = "prompt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -412,6 +415,7 @@ class Rectified(_Dual):
         _require_choice(self, "cost_on", "unsafe", "all")
         _require_choice(self, "normalise", "unsafe", "all", "none")
         _require_choice(self, "batch_mean", "all", "by_subset")
+        _require_choice(self, "best_of", "prompt", "group")
         if self.bound is not None and self.bound <= 0.0:
             raise ValueError(f"bound must be a positive number of nats, or None: {self.bound!r}")
 
@@ -447,7 +451,7 @@ class Rectified(_Dual):
         if bound is None:
             penalty = multiplier * violation
         else:
-            if best_safe is None:
+            if best_safe is None or self.best_of == "group":
                 best_safe = jnp.full(reward.shape[:1], -jnp.inf, reward.dtype)
             penalty = jax.vmap(
                 lambda r, v, m, b: bounded_penalty(

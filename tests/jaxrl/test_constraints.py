@@ -236,6 +236,17 @@ def test_a_known_safe_answer_makes_the_penalty_the_same_in_every_group():
         np.testing.assert_allclose(found, penalty(reward, violation))
 
 
+def test_the_bound_may_be_measured_from_the_group_alone():
+    """R = (9, 0), the first unsafe, b = 0 in the group and 1 known: R' = b − κβ = −2 or −1."""
+    scores = jnp.array([[9.0, 0.0]]), jnp.array([[3.0, -1.0]])
+    for best_of, expected in (("group", -2.0), ("prompt", -1.0)):
+        rule = Rectified(bound=10.0, normalise="none", best_of=best_of)
+        found = rule.penalised(
+            jnp.full((1, 1), 1e6), *scores, kl_coef=0.2, best_safe=jnp.array([1.0])
+        )
+        np.testing.assert_allclose(found, [[expected, 0.0]], atol=1e-5)
+
+
 def test_replayed_completions_do_not_move_the_multiplier():
     """Versions 5, 4 and the reference's: at max_lag 0 only the first counts, C⁺ = 2."""
     batch = rollouts([[0.0, 0.0, 0.0]], [[2.0, 7.0, 9.0]])
