@@ -194,6 +194,8 @@ class Walk:
         if name == "name":
             ins[0].stored.label = eqn.params["name"]
             return [ins[0]]
+        if name in ("dynamic_slice", "dynamic_update_slice"):
+            return [self._in_place(name, ins, Value(applied.outs[0], _dtype(eqn.outvars[0].aval)))]
         view = name in _VIEWS and len(ins) == 1 and ins[0].role != "activation"
         outs = []
         for var, axes in zip(eqn.outvars, applied.outs, strict=True):
@@ -207,6 +209,17 @@ class Walk:
             record = Record(name, applied, tuple(ins), tuple(outs), self._loop)
             self.stretches[-1].records.append(record)
         return outs
+
+    def _in_place(self, name: str, ins: list[Value], out: Value) -> Value:
+        """A part of an array, or the array with a part written: only the part is touched."""
+        if name == "dynamic_slice":
+            out.loop = self._loop
+            return out
+        whole, part = ins[0], ins[1]
+        written = Value(part.axes, part.dtype, loop=self._loop)
+        applied = Applied(kind="elementwise", outs=(part.axes,))
+        self.stretches[-1].records.append(Record(name, applied, (part,), (written,), self._loop))
+        return Value(out.axes, out.dtype, whole.role, whole.path, whole.loop, whole)
 
     def _call(self, eqn: Any, ins: list[Value]) -> list[Value]:
         self.has_remat |= eqn.primitive.name in ("remat2", "checkpoint", "remat")
