@@ -29,6 +29,8 @@ from sharding.topology import Cluster
 from sharding.torus import device_grid
 
 _PLATFORMS = {"torus": "tpu", "switch": "cuda"}
+# Chips whose two cores the compiler takes for two devices unless it is told otherwise.
+_MEGACORE = ("v4",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,11 @@ def _topology(cluster: Cluster, platform: str) -> dict[str, Any]:
     """Arguments of `get_topology_desc`; {} for a CPU."""
     if platform == "tpu":
         shape = cluster.shape if len(cluster.shape) > 1 else (*cluster.shape, 1)
-        named = {"topology_name": f"{cluster.chip.name}:{'x'.join(map(str, shape))}"}
+        named: dict[str, Any] = {
+            "topology_name": f"{cluster.chip.name}:{'x'.join(map(str, shape))}"
+        }
+        if cluster.chip.name in _MEGACORE and cluster.chip.devices_per_chip == 1:
+            named["chip_config_name"] = "megacore"
         return named | ({"num_slices": cluster.slices} if cluster.slices > 1 else {})
     if platform == "cuda":
         target = resources.files("sharding") / "catalog" / f"{cluster.chip.name}_target.txt"

@@ -77,10 +77,14 @@ def decoder_params(config: TransformerConfig) -> Params:
 
 
 def decoder_cache(config: TransformerConfig, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the keys and values [layers, batch, length, kv heads, width] of a batch."""
+    """Shapes of the keys and values [layers, batch, kv heads, length, width] of a batch.
+
+    Heads stand before positions, as the products of attention read them: in another order a
+    compiler copies the whole cache first.
+    """
     size = config.dims
     dtype = jnp.dtype(config.compute_dtype)
-    shape = (config.layers, config.global_batch, length, size["kv_heads"])
+    shape = (config.layers, config.global_batch, size["kv_heads"], length)
     return {
         "key": jax.ShapeDtypeStruct((*shape, size["head_dim"]), dtype),
         "value": jax.ShapeDtypeStruct((*shape, size["value_dim"]), dtype),
@@ -95,7 +99,9 @@ def decoder_loss(config: TransformerConfig) -> Callable[[Params, jax.Array], jax
         x = _embedded(params, tokens[:, :-1], jnp.arange(tokens.shape[1] - 1))
         x, _ = jax.lax.scan(lambda x, w: (_layer(config, x, w)[0], None), x, params["layers"])
         logits = _logits(params, x, config).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        # Compared, not looked up: a look-up along a divided vocabulary would gather the logits.
+        is_next = jnp.arange(config.vocab)[None, None] == tokens[:, 1:, None]
+        chosen = jnp.sum(jnp.where(is_next, logits, 0.0), axis=-1)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     loss.__name__ = config.name
@@ -184,6 +190,7 @@ def _layer(
     value = jnp.einsum("bsd,dhk->bshk", h, w["value"])
     if config.rotary:
         query, key = _rotated(query, position), _rotated(key, position)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     kept = key, value
     if cache is not None:
         kept = _written(cache[0], key, place), _written(cache[1], value, place)
@@ -200,9 +207,9 @@ def _layer(
 
 
 def _written(cache: jax.Array, new: jax.Array, place: tuple[Any, Any]) -> jax.Array:
-    """A cache [layers, batch, length, heads, width] with keys or values of a layer written."""
+    """A cache [layers, batch, heads, length, width] with keys or values of a layer written."""
     index, position = place
-    return jax.lax.dynamic_update_slice(cache, new[None], (index, 0, position, 0, 0))
+    return jax.lax.dynamic_update_slice(cache, new[None], (index, 0, 0, position, 0))
 
 
 def _rotated(x: jax.Array, position: jax.Array | int) -> jax.Array:
@@ -219,15 +226,15 @@ def _rotated(x: jax.Array, position: jax.Array | int) -> jax.Array:
 def _attention(
     query: jax.Array, key: jax.Array, value: jax.Array, position: jax.Array | int
 ) -> jax.Array:
-    """Causal attention of queries from `position` on; several query heads share a key's.
+    """Causal attention of queries [batch, length, heads, width] from `position` on.
 
+    Keys and values are [batch, kv heads, length, width]; several query heads share one.
     Heads come first in both products: whatever order a product writes its scores in, a compiler
     that keeps them for the backward pass would else copy them all into the order that is read.
     """
     batch, length, heads, width = query.shape
-    groups = key.shape[2]
+    groups = key.shape[1]
     query = query.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     heads_first = ((0, 1), (0, 1))
     scores = jax.lax.dot_general(query, key, (((4,), (3,)), heads_first)).astype(jnp.float32)
     visible = (position + jnp.arange(length))[:, None] >= jnp.arange(key.shape[2])[None]

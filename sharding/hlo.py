@@ -1,7 +1,7 @@
 """What a compiled program moves between devices, read from its optimised HLO text."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sharding.dims import product
@@ -22,6 +22,9 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|async_execution_thread|branch_computations|true_computation"
     r"|false_computation)=\{?%?([\w.\-]+(?:, %?[\w.\-]+)*)\}?"
 )
+_DONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .* (?:async-done|async-collective-done)\(")
+_WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
+_WINDOWS = {"ag": "all-gather", "rs": "reduce-scatter"}
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([\d,]*)\]")
 
 
@@ -31,7 +34,8 @@ class Traffic:
 
     Attributes:
       count: how many run, loops unrolled.
-      bytes: of their results; of a reduce-scatter, of what goes in.
+      bytes: of their undivided side: what a gather returns, what goes into a sum, a scatter or an
+        exchange, what a permutation sends.
     """
 
     count: int
@@ -41,12 +45,16 @@ class Traffic:
 def collectives(text: str) -> dict[str, Traffic]:
     """Counts the collectives of a compiled module.
 
+    A product that the TPU compiler overlaps with its collective, part by part (a loop called
+    `windowed_dot_general`, arXiv:2105.04663 section 4.3), counts as the gather or the scatter that
+    it stands for.
+
     Args:
       text: `compiled.as_text()`. The bodies of loops count as often as the compiler says that
-        they run; a loop of which it does not say, once.
+        they run, or as their condition and their counter's step tell; else once.
 
     Returns:
-      Kind to traffic, for kinds that occur.
+      Kind to traffic, for kinds that occur. Collectives of one device are none.
     """
     computations, entry = _computations(text)
     found: dict[str, list[int]] = {}
@@ -79,25 +87,119 @@ def _walk(
     """(kind, bytes, how often) of every collective that a computation runs."""
     if name in above:
         return
-    for line in computations.get(name, ()):
+    lines = computations.get(name, ())
+    parts = _windowed(computations, lines)
+    for line in lines:
         op = _OP.match(line)
         if op:
-            shapes = [_bytes(m) for m in _SHAPE.finditer(op[1])]
-            # The start of an asynchronous collective returns its operands, its results, and flags.
-            size = max(shapes, default=0) if op[3] else sum(shapes)
-            if op[2] == "reduce-scatter" and not op[3]:
-                size *= _group(line)
-            yield op[2], size, times
+            kind, shapes = op[2], [_bytes(m) for m in _SHAPE.finditer(op[1])]
+            if kind == "collective-permute" and shapes[0] in parts and "dot_general" in line:
+                continue  # the first part of a windowed product, on its way to the loop
+            if _group(line) != 1:
+                yield kind, _size(kind, shapes, bool(op[3]), _group(line)), times
             continue
         loop = _WHILE.match(line)
         if loop:
-            trips = _TRIPS.search(line)
-            runs = times * (int(trips[1]) if trips else 1)
+            window = _WINDOWED.search(loop[1])
+            if window:
+                size = _ring(computations, loop[1])
+                yield _WINDOWS[window[1]], size, times
+                continue
+            runs = times * _trips(computations, line, loop[1])
             yield from _walk(computations, loop[1], runs, (*above, name))
             continue
+        if _DONE.match(line):
+            continue  # the end of what its start has counted
         for called in _CALLED.finditer(line):
             for inner in called[1].split(", "):
                 yield from _walk(computations, inner.lstrip("%"), times, (*above, name))
+
+
+def _size(kind: str, shapes: list[int], starts: bool, group: int) -> int:
+    """Bytes of a collective's undivided side."""
+    if starts and kind in ("all-gather", "reduce-scatter"):
+        # The start of an asynchronous collective returns its operands, then its results.
+        half = len(shapes) // 2
+        return sum(shapes[half : 2 * half]) if kind == "all-gather" else sum(shapes[:half])
+    if starts and kind == "collective-permute":
+        return shapes[0]
+    return sum(shapes) * (group if kind == "reduce-scatter" else 1)
+
+
+def _windowed(computations: Mapping[str, list[str]], lines: Iterable[str]) -> set[int]:
+    """Bytes of the parts that the windowed products among some lines send round."""
+    found: set[int] = set()
+    for line in lines:
+        loop = _WHILE.match(line)
+        if loop and _WINDOWED.search(loop[1]):
+            found |= {size for size, _ in _permutes(computations, loop[1])}
+    return found
+
+
+def _permutes(computations: Mapping[str, list[str]], name: str) -> list[tuple[int, int]]:
+    """(bytes, devices of the ring) of the permutations of a computation."""
+    found = []
+    for line in computations.get(name, ()):
+        op = _OP.match(line)
+        if op and op[2] == "collective-permute":
+            shape = _SHAPE.search(op[1])
+            pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
+            assert shape and pairs
+            links = dict(tuple(map(int, p.split(","))) for p in re.findall(r"\d+,\d+", pairs[1]))
+            start = next(iter(links))
+            at, length = links[start], 1
+            while at != start and at in links:
+                at, length = links[at], length + 1
+            found.append((_bytes(shape), length))
+    return found
+
+
+def _ring(computations: Mapping[str, list[str]], name: str) -> int:
+    """Bytes of all parts of a windowed product together."""
+    parts = _permutes(computations, name)
+    return max((size * length for size, length in parts), default=0)
+
+
+def _trips(computations: Mapping[str, list[str]], line: str, body: str) -> int:
+    """How often a loop runs: said, or read off `counter < bound` and the counter's step."""
+    said = _TRIPS.search(line)
+    if said:
+        return int(said[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    defined = _definitions(lines)
+    root = next((text for text in lines if text.lstrip().startswith("ROOT")), "")
+    test = re.search(r" compare\((?:\S+ )?%?([\w.\-]+), (?:\S+ )?%?([\w.\-]+)\), direction=LT", root)
+    if not test:
+        return 1
+    counter = re.search(r"get-tuple-element\(.*index=(\d+)", defined.get(test[1], ""))
+    bound = re.search(r" constant\((\d+)\)", defined.get(test[2], ""))
+    if not (counter and bound):
+        return 1
+    return -(-int(bound[1]) // _step(computations.get(body, []), int(counter[1])))
+
+
+def _step(lines: Iterable[str], index: int) -> int:
+    """What a loop's body adds to the entry of its tuple that counts."""
+    lines = list(lines)
+    defined = _definitions(lines)
+    root = next((text for text in lines if text.lstrip().startswith("ROOT")), "")
+    entries = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
+    name = entries[index] if index < len(entries) else ""
+    for operand in re.findall(r"%([\w.\-]+)", defined.get(name, "").partition(" add(")[2]):
+        constant = re.search(r" constant\((\d+)\)", defined.get(operand, ""))
+        if constant:
+            return max(1, int(constant[1]))
+    return 1
+
+
+def _definitions(lines: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for line in lines:
+        name = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+        if name:
+            found[name[1]] = line
+    return found
 
 
 def _bytes(shape: re.Match[str]) -> int:
@@ -106,9 +208,21 @@ def _bytes(shape: re.Match[str]) -> int:
 
 
 def _group(line: str) -> int:
-    """Devices that a collective joins: `replica_groups={{0,1},...}` or `=[groups,size]<=...`."""
+    """Devices that a collective joins; 0 if it does not say.
+
+    Written `replica_groups={{0,1},...}`, `=[groups,size]<=...`, or as axes of a mesh,
+    `=mesh['a'=2,'b'=4] {'b'}`.
+    """
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return int(iota[2])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed[1].split(",")) if listed else 1
+    if listed:
+        return len(listed[1].split(","))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if not mesh:
+        return 0
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
+    # A part of an axis is written 'a':(before)size.
+    axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+    return product(int(part) if part else sizes[name] for name, part in axes)

@@ -100,10 +100,11 @@ class Rewrite:
         outs = self._run(traced.closed.jaxpr, traced.closed.consts, leaves, traced.notes)
         return jax.tree.unflatten(traced.out_tree, outs)
 
-    def spec(self, value: Value) -> PartitionSpec | None:
+    def spec(self, value: Value, *, by_expert: bool = False) -> PartitionSpec | None:
         """Where an activation lies; None if the plan does not say.
 
-        An array in which one dimension stands twice (scores: sequence against sequence) is left
+        Experts and batch may be divided by the same mesh axis. An array that has both is divided
+        by experts where experts work on it, and by the batch elsewhere. An array in which one dimension stands twice (scores: sequence against sequence) is left
         to propagation, which knows which of the two the neighbours divide.
         """
         if value.role != "activation":
@@ -112,11 +113,17 @@ class Rewrite:
         splits = self.traced.splits
         if len(set(atoms)) != len(atoms) or not set(atoms) & (splits.batch | splits.expert):
             return None
+        shared = {
+            name for atom in atoms if atom in splits.expert for name in self._axes_of(atom)
+        } & {name for atom in atoms if atom in splits.batch for name in self._axes_of(atom)}
+        loser = splits.batch if by_expert else splits.expert
         entries: list[Any] = []
         for axis in value.axes:
             held: list[str] = []
             for atom in self.traced.graph.atoms(axis):
-                mine = self.axes.get(self.traced.names.get(atom, ""), ())
+                mine = self._axes_of(atom)
+                if atom in loser:
+                    mine = tuple(name for name in mine if name not in shared)
                 held += [name for name in mine if name not in held]
                 if not mine:  # an inner factor alone is not contiguous
                     break
@@ -179,6 +186,12 @@ class Rewrite:
                 found |= self._score_shapes(body)
         return found
 
+    def _axes_of(self, atom: int) -> tuple[str, ...]:
+        return tuple(self.axes.get(self.traced.names.get(atom, ""), ()))
+
+    def _atoms(self, value: Value) -> set[int]:
+        return {atom for axis in value.axes for atom in self.traced.graph.atoms(axis)}
+
     def _run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], notes: Notes
     ) -> list[Any]:
@@ -202,20 +215,37 @@ class Rewrite:
             return self._remat(eqn, ins, note)
         if name == "scan":
             return self._scan(eqn, ins, note)
+        by_expert = name in _CONSTRAINED and self._of_experts(note)
+        if name == "dot_general":
+            ins = [self._exchanged(x, v, by_expert) for x, v in zip(ins, note.ins, strict=True)]
         bound = eqn.primitive.get_bind_params(eqn.params)
         # Before JAX 0.10.2 the functions of a custom derivative stood apart.
         functions, params = ((), bound) if isinstance(bound, dict) else bound
         outs = eqn.primitive.bind(*functions, *ins, **params)
         outs = list(outs) if eqn.primitive.multiple_results else [outs]
         if name in _CONSTRAINED:
-            outs = [self._placed(x, v) for x, v in zip(outs, note.outs, strict=True)]
+            outs = [self._placed(x, v, by_expert) for x, v in zip(outs, note.outs, strict=True)]
         if name in _PRODUCTS and self.offload == "activations" and self.remat == "dots":
             outs = [checkpoint_name(x, _PRODUCT) for x in outs]
         return outs
 
-    def _placed(self, x: Any, value: Value) -> Any:
-        spec = self.spec(value)
+    def _placed(self, x: Any, value: Value, by_expert: bool = False) -> Any:
+        spec = self.spec(value, by_expert=by_expert)
         return x if spec is None else self.constrain(x, spec)
+
+    def _of_experts(self, note: Note) -> bool:
+        """Whether an operation reads the parameters of experts."""
+        splits = self.traced.splits
+        return any(v.role == "param" and self._atoms(v) & splits.expert for v in note.ins)
+
+    def _exchanged(self, x: Any, value: Value, by_expert: bool) -> Any:
+        """A product's operand that has experts and batch: where the product works on it.
+
+        Rows on their way to experts and back are exchanged here, and not gathered.
+        """
+        splits = self.traced.splits
+        both = self._atoms(value) & splits.expert and self._atoms(value) & splits.batch
+        return self._placed(x, value, by_expert) if both else x
 
     def _remat(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
         body = eqn.params["jaxpr"]

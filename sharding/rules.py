@@ -140,7 +140,7 @@ _ELEMENTWISE = frozenset(
     ]
 )
 # Of these an element costs about ten instructions; of the others one.
-_TRANSCENDENTAL = frozenset(
+TRANSCENDENTAL = frozenset(
     [
         "cos",
         "sin",
@@ -189,6 +189,18 @@ def rule_for(primitive: str) -> Rule | None:
     return _RULES.get(primitive)
 
 
+def rule_kind(primitive: str) -> Kind:
+    """The kind of a primitive's operation, whatever its operands are.
+
+    >>> rule_kind("exp"), rule_kind("dot_general"), rule_kind("reduce_sum")
+    ('elementwise', 'dot', 'reduce')
+    """
+    if primitive in _ELEMENTWISE or primitive in _GENERATORS:
+        return "elementwise"
+    rule = _RULES.get(primitive)
+    return "opaque" if rule is None else _KINDS.get(rule, "elementwise")
+
+
 def opaque(graph: DimensionGraph, eqn: Any, _ins: Sequence[Axes]) -> Applied:
     """An operation without a rule: its results are related to nothing."""
     return Applied(kind="opaque", outs=_fresh(graph, eqn))
@@ -218,7 +230,7 @@ def _elementwise(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applie
                         graph.union(first, axes[i])
         sizes = zip(out, _shape(var), strict=True)
         outs.append(tuple(graph.new(size) if axis is None else axis for axis, size in sizes))
-    each = 10.0 if eqn.primitive.name in _TRANSCENDENTAL else 1.0
+    each = 10.0 if eqn.primitive.name in TRANSCENDENTAL else 1.0
     flops = each * product(_shape(eqn.outvars[0]))
     return Applied(kind="elementwise", outs=tuple(outs), flops=flops)
 
@@ -469,4 +481,9 @@ _RULES: dict[str, Rule] = {
          "scatter-mul", "scatter-min", "scatter-max"),
         _scatter,
     ),
+}  # fmt: skip
+
+_KINDS: dict[Rule, Kind] = {
+    _dot: "dot", _conv: "dot", _ragged_dot: "grouped_dot", _reduce: "reduce", _top_k: "reduce",
+    _gather: "gather", _scatter: "scatter", _update_slice: "scatter", _sort: "sort",
 }  # fmt: skip

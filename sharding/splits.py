@@ -102,6 +102,7 @@ def find_splits(
         for stretch in stretches
         if stretch.is_layer
         for value in stretch.carry
+        if value.role == "activation"
         for atom in products.atoms(value)
     }
     candidates = in_params - taken - sequence - carried

@@ -30,7 +30,7 @@ _VIEWS = frozenset(
     )
 )
 # Calls whose body computes the same as the call: the primitive to the name of its jaxpr.
-_CALLS: Mapping[str, str] = {
+CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -78,6 +78,7 @@ class Note:
 
     Attributes:
       outs: its results.
+      ins: its operands.
       bodies: notes of the equations of every jaxpr within it, in the order of the walk.
       carry: of a scan over stacked parameters, what goes round; else None.
       consts: of the same scan, what all repetitions share.
@@ -85,6 +86,7 @@ class Note:
     """
 
     outs: tuple[Value, ...]
+    ins: tuple[Value, ...] = ()
     bodies: tuple["Notes", ...] = ()
     carry: tuple[Value, ...] | None = None
     consts: tuple[Value, ...] = ()
@@ -157,11 +159,14 @@ class Walk:
         for eqn in jaxpr.eqns:
             outer = self._bodies
             self._bodies, self._scanned, self._applied = [], None, None
-            outs = self._apply(eqn, [self._read(env, v) for v in eqn.invars])
+            ins = [self._read(env, v) for v in eqn.invars]
+            outs = self._apply(eqn, ins)
             if self._bodies:
                 self._applied = None  # of the last equation within
             carry, shared = self._scanned or (None, ())
-            notes.append(Note(tuple(outs), tuple(self._bodies), carry, shared, self._applied))
+            notes.append(
+                Note(tuple(outs), tuple(ins), tuple(self._bodies), carry, shared, self._applied)
+            )
             self._bodies = outer
             env.update(zip(eqn.outvars, outs, strict=True))
         self._bodies.append(tuple(notes))
@@ -177,7 +182,7 @@ class Walk:
 
     def _apply(self, eqn: Any, ins: list[Value]) -> list[Value]:
         name = eqn.primitive.name
-        if name in _CALLS and _CALLS[name] in eqn.params:
+        if name in CALLS and CALLS[name] in eqn.params:
             return self._call(eqn, ins)
         if name == "scan":
             return self._scan(eqn, ins)
@@ -223,7 +228,7 @@ class Walk:
 
     def _call(self, eqn: Any, ins: list[Value]) -> list[Value]:
         self.has_remat |= eqn.primitive.name in ("remat2", "checkpoint", "remat")
-        body = eqn.params[_CALLS[eqn.primitive.name]]
+        body = eqn.params[CALLS[eqn.primitive.name]]
         if isinstance(body, core.ClosedJaxpr):
             return self.run(body.jaxpr, body.consts, ins)
         return self.run(body, (), ins)
@@ -273,7 +278,9 @@ class Walk:
         return [*last, *stacks]
 
     def _entering(self, value: Value) -> Value:
-        return Value(value.axes, value.dtype, loop=self._loop)
+        # An argument that goes round is state that is written in place, as a cache is.
+        role: Role = "activation" if value.role == "activation" else "state"
+        return Value(value.axes, value.dtype, role, loop=self._loop)
 
     def _while(self, eqn: Any, ins: list[Value]) -> list[Value]:
         split = eqn.params["cond_nconsts"]

@@ -1,0 +1,279 @@
+"""Peak memory of a partitioned step: which arrays reach memory, and when each is alive.
+
+A compiler fuses what works element by element, so few of a program's arrays exist. Here an array
+is *stored* if an operation that is no loop over elements makes or reads it, if it goes in or out
+of a loop, or if several readers would each have to compute a costly function of it again;
+all others are computed where they are read, which keeps alive what they are computed from. The
+result of a product takes what is done to it element by element along, as far as one reader goes.
+A stored array lives from the instruction that makes it to the last that reads it, directly or
+through what is fused; loops hold what they stack throughout, and their bodies' peak on top.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sharding.computation import Array, Computation, Instruction
+from sharding.rules import TRANSCENDENTAL, rule_kind
+
+# Element-by-element operations that only show an array otherwise: reading through them is free.
+_VIEWS = frozenset(
+    ["reshape", "transpose", "squeeze", "expand_dims", "stop_gradient", "sharding_constraint",
+     "optimization_barrier", "copy", "copy_p", "name", "pvary"]
+)  # fmt: skip
+_IN_PLACE = frozenset(["dynamic_update_slice"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """What a compiler does with operations that work element by element.
+
+    Attributes:
+      epilogues: a product's result is worked on before it is written, by one reader after the
+        other.
+      keeps_costly: results of costly functions that have several readers are written, not
+        computed again by each.
+      late: what is needed only after a loop is computed after it, however much its operands take
+        meanwhile.
+    """
+
+    epilogues: bool
+    keeps_costly: bool
+    late: bool
+
+
+# Seen in the buffer assignments of both compilers (experiments.planner_memory).
+FUSIONS: Mapping[str, Fusion] = {
+    "tpu": Fusion(epilogues=True, keeps_costly=True, late=False),
+    "gpu": Fusion(epilogues=False, keeps_costly=False, late=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """What a device holds at most.
+
+    Attributes:
+      arguments: bytes of arguments, which stay throughout.
+      results: bytes of results that take no argument's place.
+      temporary: the most that is alive besides, at once.
+      alive: what that is: bytes and a description, largest first.
+    """
+
+    arguments: float
+    results: float
+    temporary: float
+    alive: tuple[tuple[float, str], ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Bytes of the device."""
+        return self.arguments + self.results + self.temporary
+
+
+def peak(
+    step: Computation,
+    mesh: Mapping[str, int],
+    fusion: Fusion,
+    donated: Iterable[int] = (),
+    *,
+    detail: bool = False,
+) -> Peak:
+    """The peak of a partitioned step.
+
+    Args:
+      step: after `partition`.
+      mesh: axis name to size.
+      fusion: what the compiler fuses.
+      donated: positions of inputs whose memory results of the same shape may take.
+      detail: list what is alive.
+    """
+    arguments = sum(a.bytes(mesh) for a in step.inputs)
+    free = [_kind(step.inputs[i]) for i in donated]
+    results = 0.0
+    for array in step.outputs:
+        if _kind(array) in free:
+            free.remove(_kind(array))
+        elif not any(array is a for a in step.inputs):
+            results += array.bytes(mesh)
+    found = _Body(step, mesh, {id(a) for a in (*step.inputs, *step.outputs)}, fusion)
+    size, alive = found.peak()
+    return Peak(
+        arguments=arguments,
+        results=results,
+        temporary=size,
+        alive=tuple(sorted(alive, key=lambda item: -item[0])) if detail else (),
+    )
+
+
+def _kind(array: Array) -> tuple[tuple[int, ...], str]:
+    return array.shape, array.dtype
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """A stored array: its bytes, and the first and last instruction at which it is alive."""
+
+    size: float
+    start: int
+    end: int
+    what: str
+    uses: list[int] = field(default_factory=list)
+
+
+def _late(body: Computation) -> list[Instruction]:
+    """The instructions, those that only something after a loop reads put after it."""
+    loops = [i for i, instruction in enumerate(body.instructions) if instruction.bodies]
+    if not loops:
+        return body.instructions
+    when = {id(array): len(body.instructions) for array in body.outputs}
+    position: dict[int, int] = {}
+    for i in reversed(range(len(body.instructions))):
+        instruction = body.instructions[i]
+        first = min((when.get(id(a), len(body.instructions)) for a in instruction.outs), default=i)
+        passed = any(i < loop < first for loop in loops)
+        position[i] = max(first - 1, i) if passed and not instruction.bodies else i
+        for array in instruction.ins:
+            when[id(array)] = min(when.get(id(array), len(body.instructions)), position[i])
+    return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
+
+
+class _Body:
+    """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
+
+    def __init__(
+        self, body: Computation, mesh: Mapping[str, int], outside: set[int], fusion: Fusion
+    ) -> None:
+        self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
+        self.taken: set[int] = set()
+        self.instructions = _late(body) if fusion.late else body.instructions
+        self.readers: dict[int, list[int]] = {}
+        self.maker: dict[int, int] = {}
+        for i, instruction in enumerate(self.instructions):
+            for array in instruction.ins:
+                self.readers.setdefault(id(array), []).append(i)
+            for array in instruction.outs:
+                self.maker[id(array)] = i
+        self.results = {id(a) for a in body.outputs}
+        self.roots: dict[int, frozenset[int]] = {}
+        self.stored = self._stored()
+        self.buffers: dict[int, _Buffer] = {}
+        self.extra: dict[int, tuple[float, list[tuple[float, str]]]] = {}
+        self._place()
+
+    def _fusible(self, instruction: Instruction) -> bool:
+        return not instruction.bodies and instruction.name not in _IN_PLACE and rule_kind(
+            instruction.name) == "elementwise"  # fmt: skip
+
+    def _stored(self) -> set[int]:
+        """Arrays that reach memory."""
+        found: set[int] = set()
+        for instruction in self.instructions:
+            for array in instruction.outs:
+                if not array.shape or instruction.name in _IN_PLACE:
+                    continue
+                if self.fusion.epilogues and self._is_product(array):
+                    (self.taken if self._takes_along(array) else found).add(id(array))
+                elif not self._fusible(instruction) or self._needs_memory(instruction, array):
+                    found.add(id(array))
+        return found
+
+    def _is_product(self, array: Array) -> bool:
+        """Whether it is a product's result, or that with something done to it on the way."""
+        maker = self.maker.get(id(array))
+        if maker is None:
+            return False
+        instruction = self.instructions[maker]
+        if rule_kind(instruction.name) == "dot":
+            return True
+        return self._fusible(instruction) and any(id(a) in self.taken for a in instruction.ins)
+
+    def _takes_along(self, array: Array) -> bool:
+        """Whether a product's result is worked on by its only reader before it is written."""
+        readers = set(self.readers.get(id(array), []))
+        if id(array) in self.results or len(readers) != 1:
+            return False
+        return self._fusible(self.instructions[readers.pop()])
+
+    def _needs_memory(self, instruction: Instruction, array: Array) -> bool:
+        if id(array) in self.results:
+            return True
+        readers = set(self.readers.get(id(array), []))
+        if instruction.name in _VIEWS or instruction.name == "broadcast_in_dim":
+            return False
+        others = [self.instructions[i] for i in readers]
+        if any(not self._fusible(r) and rule_kind(r.name) != "reduce" for r in others):
+            return True
+        return self.fusion.keeps_costly and instruction.name in TRANSCENDENTAL and len(readers) > 1
+
+    def _place(self) -> None:
+        """Lifetimes of what is stored, and the peaks of loops."""
+        # What reading an array reads: itself if it is stored, else what it is computed from.
+        for array in self.body.inputs:
+            self.roots[id(array)] = frozenset()
+        for i, instruction in enumerate(self.instructions):
+            read: set[int] = set()
+            for array in instruction.ins:
+                read |= self.roots.get(id(array), frozenset())
+            gathered = [m for m in instruction.moves if m.kind == "all-gather"]
+            for move in gathered:
+                size = move.bytes
+                key = -len(self.buffers) - 1
+                last = self._last_use(move.array, i)
+                self.buffers[key] = _Buffer(size, i, last, f"gathered {move.array.dtype}"
+                                            f"{move.array.shape}")  # fmt: skip
+            writes = [a for a in instruction.outs if id(a) in self.stored]
+            if writes or not self._fusible(instruction):
+                for key in read:
+                    self.buffers[key].end = max(self.buffers[key].end, i)
+            for array in instruction.outs:
+                if id(array) in self.stored and id(array) not in self.outside:
+                    what = f"{instruction.name} {array.dtype}{array.shape}"
+                    self.buffers[id(array)] = _Buffer(array.bytes(self.mesh), i, i, what)
+                    self.roots[id(array)] = frozenset([id(array)])
+                elif instruction.name in _IN_PLACE:
+                    self.roots[id(array)] = self.roots.get(id(instruction.ins[0]), frozenset())
+                elif id(array) in self.stored:
+                    self.roots[id(array)] = frozenset()
+                else:
+                    self.roots[id(array)] = frozenset(read)
+            if instruction.bodies:
+                self.extra[i] = self._inside(instruction)
+        end = len(self.instructions)
+        for array in self.body.outputs:
+            for key in self.roots.get(id(array), frozenset()):
+                self.buffers[key].end = end
+
+    def _last_use(self, array: Array, now: int) -> int:
+        """The last instruction that reads an array as a product does."""
+        later = [i for i in self.readers.get(id(array), []) if i >= now]
+        return max([now, *later])
+
+    def _inside(self, loop: Instruction) -> tuple[float, list[tuple[float, str]]]:
+        best: tuple[float, list[tuple[float, str]]] = (0.0, [])
+        for body in loop.bodies:
+            outside = {id(a) for a in body.inputs}
+            if loop.name == "scan":
+                count = loop.eqn.params["num_carry"]
+                # What is stacked is written into the stack; what goes round may need a second
+                # buffer while the first is still read.
+                outside |= {id(a) for a in body.outputs[count:]}
+            found = _Body(body, self.mesh, outside, self.fusion).peak()
+            best = max(best, found, key=lambda item: item[0])
+        return best
+
+    def peak(self) -> tuple[float, list[tuple[float, str]]]:
+        """The most that is alive at once, and what."""
+        best, alive_at = 0.0, 0
+        ordered = list(self.buffers.values())
+        events: dict[int, float] = {}
+        for buffer in ordered:
+            events[buffer.start] = events.get(buffer.start, 0.0) + buffer.size
+            events[buffer.end + 1] = events.get(buffer.end + 1, 0.0) - buffer.size
+        alive = 0.0
+        for i in range(len(self.instructions) + 1):
+            alive += events.get(i, 0.0)
+            now = alive + self.extra.get(i, (0.0, []))[0]
+            if now > best:
+                best, alive_at = now, i
+        held = [(b.size, b.what) for b in ordered if b.start <= alive_at <= b.end]
+        return best, held + self.extra.get(alive_at, (0.0, []))[1]
