@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Report:
       collectives: kind to count and bytes.
       compile_s: seconds of the compilation.
       predicted_bytes: what the plan predicted; None if it predicts nothing.
+      predicted_collectives: the same of collectives.
     """
 
     peak_bytes: int
@@ -54,6 +55,7 @@ class Report:
     collectives: Mapping[str, Traffic]
     compile_s: float
     predicted_bytes: float | None = None
+    predicted_collectives: Mapping[str, Traffic] = field(default_factory=dict)
 
     @property
     def memory_error(self) -> float | None:
@@ -62,6 +64,15 @@ class Report:
             return None
         return self.predicted_bytes / self.peak_bytes - 1
 
+    @property
+    def collective_error(self) -> float | None:
+        """The same of the bytes of all collectives; None if nothing was predicted."""
+        if self.predicted_bytes is None:
+            return None
+        compiled = moved_bytes(self.collectives)
+        predicted = moved_bytes(self.predicted_collectives)
+        return (predicted - compiled) / max(compiled, predicted, 1)
+
     def __str__(self) -> str:
         lines = [
             f"compiled in {self.compile_s:.1f} s: peak {self.peak_bytes / 1e9:.3f} GB a device, "
@@ -69,11 +80,21 @@ class Report:
         ]
         if self.predicted_bytes is not None:
             lines.append(f"predicted {self.predicted_bytes / 1e9:.3f} GB: {self.memory_error:+.1%}")
-        lines += [
-            f"{kind}: {t.count} of together {t.bytes / 1e6:.3f} MB"
-            for kind, t in self.collectives.items()
-        ]
+        for kind in sorted({*self.collectives, *self.predicted_collectives}):
+            found = self.collectives.get(kind, Traffic(0, 0))
+            line = f"{kind}: {found.count} of together {found.bytes / 1e6:.3f} MB"
+            if self.predicted_bytes is not None:
+                mine = self.predicted_collectives.get(kind, Traffic(0, 0))
+                line += f", predicted {mine.bytes / 1e6:.3f} MB"
+            lines.append(line)
+        if self.collective_error is not None:
+            lines.append(f"all collectives: {self.collective_error:+.1%}")
         return "\n".join(lines)
+
+
+def moved_bytes(collectives: Mapping[str, Traffic]) -> int:
+    """Bytes of all collectives together; a reduction is a scatter and a gather."""
+    return sum((1 + (kind == "all-reduce")) * t.bytes for kind, t in collectives.items())
 
 
 def check(
@@ -85,6 +106,7 @@ def check(
     donate: Sequence[int] = (),
     placement: Mapping[str, Sequence[int]] | None = None,
     predicted_bytes: float | None = None,
+    predicted_collectives: Mapping[str, Traffic] | None = None,
     timeout_s: float = 1200.0,
     **roles: Any,
 ) -> Report:
@@ -98,6 +120,7 @@ def check(
       donate: positions of arguments whose memory results may take.
       placement: torus dimensions of the mesh axes, see `sharding.torus.device_grid`.
       predicted_bytes: for the report.
+      predicted_collectives: for the report.
       timeout_s: seconds until the compilation is given up.
       roles: `state` and `data` of `sharding.plan`.
 
@@ -130,7 +153,9 @@ def check(
             )
         held = json.loads(answer.read_text())
     held["collectives"] = {kind: Traffic(**t) for kind, t in held["collectives"].items()}
-    return Report(**held, predicted_bytes=predicted_bytes)
+    return Report(
+        **held, predicted_bytes=predicted_bytes, predicted_collectives=predicted_collectives or {}
+    )
 
 
 def _lower(

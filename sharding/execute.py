@@ -38,9 +38,16 @@ class TrainStep:
         loss, gradients = jax.value_and_grad(self.loss)(params, *data)
         return *self.update(params, opt_state, gradients), loss
 
-    def update(self, params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
-        """Parameters and optimiser state after a gradient."""
+    def update(
+        self,
+        params: Any,
+        opt_state: Any,
+        gradients: Any,
+        place: Callable[[Any], Any] = lambda changes: changes,
+    ) -> tuple[Any, Any]:
+        """Parameters and optimiser state after a gradient; `place` lays what is added."""
         changes, opt_state = self.optimizer.update(gradients, opt_state, params)
+        changes = place(changes)
         return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, changes), opt_state
 
 
@@ -59,6 +66,8 @@ class Execution:
       outputs: path of a result to its spec; others are left to the compiler.
       activations: name of a dimension to the mesh axes that divide it.
       gradients: path of a parameter, within its argument, to the spec of its gradient.
+      updates: the same to the spec in which its update is computed, where that is divided further
+        than the parameter (ZeRO-1 and 2); empty where all lie alike.
       remat: policy for layers.
       accumulation_steps: micro-batches whose gradients are summed before the update.
       pipeline: layers of every stage, or ().
@@ -72,6 +81,7 @@ class Execution:
     outputs: Mapping[str, PartitionSpec]
     activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gradients: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    updates: Mapping[str, PartitionSpec] = field(default_factory=dict)
     remat: str = "none"
     accumulation_steps: int = 1
     pipeline: tuple[int, ...] = ()
@@ -238,21 +248,34 @@ def _train_step(
     micro = jax.eval_shape(lambda *d: jax.tree.map(lambda x: _cut(x, parts)[0], d), *data)
     loss = _rewrite(step.loss, (params, *micro), execution)
 
+    def placed(gradients: Any) -> Any:
+        return _constrained(gradients, execution.gradients, execution.mesh)
+
+    def divided(tree: Any) -> Any:
+        return _constrained(tree, execution.updates, execution.mesh)
+
+    def gathered(changes: Any) -> Any:
+        # The change of a parameter is gathered, and not each of the moments that it is made of.
+        if not execution.updates:
+            return changes
+        whole = {path: execution.inputs[f"0/{path}"] for path in execution.updates}
+        return _constrained(divided(changes), whole, execution.mesh)
+
     def gradients_of(params: Any, data: tuple[Any, ...]) -> tuple[Any, Any]:
         value, gradients = jax.value_and_grad(loss)(params, *data)
-        return value, _constrain_gradients(gradients, execution)
+        return value, placed(gradients)
 
     def accumulated(params: Any, data: tuple[Any, ...]) -> tuple[Any, Any]:
         def one(sums: Any, part: Any) -> tuple[Any, None]:
             value, gradients = gradients_of(params, part)
             # Sums in float32: of many small numbers, bfloat16 would lose most.
             added = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums[1], gradients)
-            return (sums[0] + value, _constrain_gradients(added, execution)), None
+            return (sums[0] + value, placed(added)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
                              params)  # fmt: skip
         value = jax.eval_shape(loss, params, *(jax.tree.map(lambda x: x[0], d) for d in data))
-        start = jnp.zeros((), value.dtype), _constrain_gradients(zeros, execution)
+        start = jnp.zeros((), value.dtype), placed(zeros)
         (total, sums), _ = jax.lax.scan(one, start, data)
         mean = jax.tree.map(lambda p, s: (s / parts).astype(p.dtype), params, sums)
         return total / parts, mean
@@ -263,7 +286,7 @@ def _train_step(
         else:
             value, gradients = accumulated(params, jax.tree.map(lambda x: _cut(x, parts), data))
         opt_state = _state_in(opt_state, execution, host=False)
-        params, opt_state = step.update(params, opt_state, gradients)
+        params, opt_state = step.update(params, opt_state, divided(gradients), gathered)
         return params, _state_in(opt_state, execution, host=True), value
 
     return run
@@ -296,13 +319,12 @@ def _cut(x: Any, parts: int) -> Any:
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _constrain_gradients(gradients: Any, execution: Execution) -> Any:
-    flat, structure = jax.tree_util.tree_flatten_with_path(gradients)
+def _constrained(tree: Any, specs: Mapping[str, PartitionSpec], mesh: Mesh | AbstractMesh) -> Any:
+    """Lays the leaves of which a spec is known."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     placed = [
-        jax.lax.with_sharding_constraint(
-            x, NamedSharding(execution.mesh, execution.gradients[leaf_path(path)])
-        )
-        if leaf_path(path) in execution.gradients
+        jax.lax.with_sharding_constraint(x, NamedSharding(mesh, specs[leaf_path(path)]))
+        if leaf_path(path) in specs
         else x
         for path, x in flat
     ]

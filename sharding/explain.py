@@ -1,8 +1,10 @@
 """What a plan is predicted to cost, and why it is what it is, as text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from sharding.hlo import Traffic
 
 # Parts below this share are not printed.
 _SMALL = 0.005
@@ -17,6 +19,8 @@ class Prediction:
       memory_bytes: of the fullest device.
       breakdown: seconds, term by term; they sum to `step_time_s`.
       memory_breakdown: bytes by use.
+      collectives: of the whole step as it will run: kind to count and bytes; {} where only the
+        strategy was costed.
       gap: distance to a proven lower bound of the search space, as a share of the step.
       search_time_s: of the search; 0 if there was none.
       space: strategies in the space; 0 if there was no search.
@@ -26,6 +30,7 @@ class Prediction:
     memory_bytes: float
     breakdown: Mapping[str, float]
     memory_breakdown: Mapping[str, float]
+    collectives: Mapping[str, Traffic] = field(default_factory=dict)
     gap: float = 0.0
     search_time_s: float = 0.0
     space: int = 0

@@ -30,21 +30,23 @@ class Fusion:
     Attributes:
       epilogues: a product's result is worked on before it is written, by one reader after the
         other.
-      keeps_costly: results of costly functions that have several readers are written, not
-        computed again by each.
+      prologues: products that may each compute an operand while they read it; one that more
+        products read is written. Costly functions are never computed so.
+      slices: what products read of a loop's stacked operands is copied out of the stack.
       late: what is needed only after a loop is computed after it, however much its operands take
         meanwhile.
     """
 
     epilogues: bool
-    keeps_costly: bool
+    prologues: int
+    slices: bool
     late: bool
 
 
 # Seen in the buffer assignments of both compilers (experiments.planner_memory).
 FUSIONS: Mapping[str, Fusion] = {
-    "tpu": Fusion(epilogues=True, keeps_costly=True, late=False),
-    "gpu": Fusion(epilogues=False, keeps_costly=False, late=True),
+    "tpu": Fusion(epilogues=True, prologues=1, slices=False, late=False),
+    "gpu": Fusion(epilogues=False, prologues=0, slices=True, late=True),
 }
 
 
@@ -141,10 +143,14 @@ class _Body:
     """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
 
     def __init__(
-        self, body: Computation, mesh: Mapping[str, int], outside: set[int], fusion: Fusion
+        self,
+        body: Computation,
+        mesh: Mapping[str, int],
+        outside: set[int],
+        fusion: Fusion,
+        slices: Sequence[Array] = (),
     ) -> None:
         self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
-        self.taken: set[int] = set()
         self.instructions = _late(body) if fusion.late else body.instructions
         self.readers: dict[int, list[int]] = {}
         self.maker: dict[int, int] = {}
@@ -154,6 +160,7 @@ class _Body:
             for array in instruction.outs:
                 self.maker[id(array)] = i
         self.results = {id(a) for a in body.outputs}
+        self.slices = slices if fusion.slices else ()
         self.roots: dict[int, frozenset[int]] = {}
         self.stored = self._stored()
         self.buffers: dict[int, _Buffer] = {}
@@ -167,49 +174,74 @@ class _Body:
     def _stored(self) -> set[int]:
         """Arrays that reach memory."""
         found: set[int] = set()
+        taken: set[int] = set()
         for instruction in self.instructions:
             for array in instruction.outs:
-                if not array.shape or instruction.name in _IN_PLACE:
+                if not array.shape or instruction.name in _IN_PLACE or id(array) in taken:
                     continue
-                if self.fusion.epilogues and self._is_product(array):
-                    (self.taken if self._takes_along(array) else found).add(id(array))
+                if self.fusion.epilogues and rule_kind(instruction.name) == "dot":
+                    passed, end = self._epilogue(array)
+                    taken |= {id(a) for a in passed}
+                    found.add(id(end))
                 elif not self._fusible(instruction) or self._needs_memory(instruction, array):
                     found.add(id(array))
         return found
 
-    def _is_product(self, array: Array) -> bool:
-        """Whether it is a product's result, or that with something done to it on the way."""
-        maker = self.maker.get(id(array))
-        if maker is None:
-            return False
-        instruction = self.instructions[maker]
-        if rule_kind(instruction.name) == "dot":
-            return True
-        return self._fusible(instruction) and any(id(a) in self.taken for a in instruction.ins)
+    def _epilogue(self, product: Array) -> tuple[list[Array], Array]:
+        """What is done to a product before it is written: arrays passed, and the one written.
 
-    def _takes_along(self, array: Array) -> bool:
-        """Whether a product's result is worked on by its only reader before it is written."""
-        readers = set(self.readers.get(id(array), []))
-        if id(array) in self.results or len(readers) != 1:
-            return False
-        return self._fusible(self.instructions[readers.pop()])
+        Another type alone is left to the readers, who read less so.
+        """
+        passed, end, worked = [], product, False
+        while id(end) not in self.results:
+            readers = set(self.readers.get(id(end), []))
+            reader = self.instructions[readers.pop()] if len(readers) == 1 else None
+            if reader is None or not self._fusible(reader):
+                break
+            worked |= reader.name not in _VIEWS and reader.name != "convert_element_type"
+            passed.append(end)
+            end = reader.outs[0]
+        if worked or id(end) in self.results:
+            return passed, end
+        return [], product
 
     def _needs_memory(self, instruction: Instruction, array: Array) -> bool:
         if id(array) in self.results:
             return True
-        readers = set(self.readers.get(id(array), []))
         if instruction.name in _VIEWS or instruction.name == "broadcast_in_dim":
             return False
-        others = [self.instructions[i] for i in readers]
-        if any(not self._fusible(r) and rule_kind(r.name) != "reduce" for r in others):
+        others = [self.instructions[i] for i in set(self.readers.get(id(array), []))]
+        products = sum(rule_kind(r.name) == "dot" for r in others)
+        rest = [r for r in others if rule_kind(r.name) not in ("dot", "reduce")]
+        if products > self.fusion.prologues or any(not self._fusible(r) for r in rest):
             return True
-        return self.fusion.keeps_costly and instruction.name in TRANSCENDENTAL and len(readers) > 1
+        costly = instruction.name in TRANSCENDENTAL and len(others) > 1
+        return costly and self.fusion.prologues > 0 and self._feeds_product(array)
+
+    def _feeds_product(self, array: Array) -> bool:
+        """Whether a product reads it through what is fused into the product."""
+        for i in set(self.readers.get(id(array), [])):
+            reader = self.instructions[i]
+            if rule_kind(reader.name) == "dot":
+                return True
+            if self._fusible(reader):
+                out = reader.outs[0]
+                if not self._needs_memory(reader, out) and self._feeds_product(out):
+                    return True
+        return False
 
     def _place(self) -> None:
         """Lifetimes of what is stored, and the peaks of loops."""
         # What reading an array reads: itself if it is stored, else what it is computed from.
         for array in self.body.inputs:
             self.roots[id(array)] = frozenset()
+        for array in self.slices:
+            readers = set(self.readers.get(id(array), []))
+            if any(rule_kind(self.instructions[i].name) == "dot" for i in readers):
+                what = f"slice {array.dtype}{array.shape}"
+                size = array.bytes(self.mesh)
+                self.buffers[id(array)] = _Buffer(size, min(readers), min(readers), what)
+                self.roots[id(array)] = frozenset([id(array)])
         for i, instruction in enumerate(self.instructions):
             read: set[int] = set()
             for array in instruction.ins:
@@ -252,12 +284,14 @@ class _Body:
         best: tuple[float, list[tuple[float, str]]] = (0.0, [])
         for body in loop.bodies:
             outside = {id(a) for a in body.inputs}
+            slices: Sequence[Array] = ()
             if loop.name == "scan":
                 count = loop.eqn.params["num_carry"]
                 # What is stacked is written into the stack; what goes round may need a second
                 # buffer while the first is still read.
                 outside |= {id(a) for a in body.outputs[count:]}
-            found = _Body(body, self.mesh, outside, self.fusion).peak()
+                slices = body.inputs[loop.eqn.params["num_consts"] + count :]
+            found = _Body(body, self.mesh, outside, self.fusion, slices).peak()
             best = max(best, found, key=lambda item: item[0])
         return best
 

@@ -184,7 +184,11 @@ class _Flow:
             out.spec = None if free and out.wanted is None else self._spec(graph, axes, held)
         summed = [a for x in applied.contracted for atom in graph.atoms(x)
                   for a in held.get(atom, ())]  # fmt: skip
-        if summed and applied.kind in ("dot", "grouped_dot", "reduce", "gather"):
+        if applied.kind == "scatter" and "add" in instruction.name:  # of updates held apart
+            kept = {a for entry in instruction.outs[0].spec or () for a in entry}
+            updates = self._spec(graph, ins[2], held)
+            summed = [a for entry in updates for a in entry if a not in kept]
+        if summed and applied.kind in ("dot", "grouped_dot", "reduce", "gather", "scatter"):
             instruction.moves += self._sum(instruction, tuple(summed))
 
     def _sum(self, instruction: Instruction, summed: tuple[str, ...]) -> list[Move]:

@@ -39,6 +39,8 @@ class Plan:
         axis with the nearest neighbours at the front; {} leaves devices in their order.
       activations: named dimension of the step to the mesh axes that divide it within.
       gradients: path of a parameter, within its argument, to the spec of its gradient.
+      updates: the same to the spec in which its update is computed, where that is divided further
+        than the parameter.
       remat: rematerialisation of layers: "none", "dots" (products are kept) or "full".
       accumulation_steps: micro-batches whose gradients are summed before an update.
       pipeline: layers of every pipeline stage, or ().
@@ -52,6 +54,8 @@ class Plan:
       cluster: name of the cluster.
       state: positions of arguments that were said to be state; None if inferred.
       data: the same of data.
+      donate: positions of arguments whose memory results may take: the prediction and `check`
+        take it that they do.
       in_tree: structure of the arguments; not written down.
       out_tree: structure of the result; not written down.
       step: what was planned, for `check`; not written down.
@@ -66,6 +70,7 @@ class Plan:
     outputs: Mapping[str, PartitionSpec] = field(default_factory=dict)
     activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gradients: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    updates: Mapping[str, PartitionSpec] = field(default_factory=dict)
     remat: str = "none"
     accumulation_steps: int = 1
     pipeline: tuple[int, ...] = ()
@@ -80,6 +85,7 @@ class Plan:
     cluster: str = ""
     state: tuple[int, ...] | None = None
     data: tuple[int, ...] | None = None
+    donate: tuple[int, ...] = ()
     in_tree: Any = field(default=None, repr=False, compare=False)
     out_tree: Any = field(default=None, repr=False, compare=False)
     step: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
@@ -218,9 +224,10 @@ class Plan:
         Args:
           step: the function that was planned.
           devices: JAX devices; all of this process's backend when None.
-          donate: positions of arguments whose memory the results may take.
+          donate: positions of arguments whose memory the results may take; they are gone
+            afterwards. The prediction of memory is for `plan.donate`.
         """
-        execution = self._execution(self.bind(devices).mesh)
+        execution = self.execution(self.bind(devices).mesh)
         return Planned(step, execution, donate=donate, state=self.state, data=self.data)
 
     def check(
@@ -228,7 +235,7 @@ class Plan:
         step: Callable[..., Any] | None = None,
         args: Sequence[Any] | None = None,
         *,
-        donate: Sequence[int] = (),
+        donate: Sequence[int] | None = None,
         timeout_s: float = 1200.0,
     ) -> Report:
         """Compiles the step for the cluster that it was planned for, which need not be here.
@@ -236,7 +243,8 @@ class Plan:
         Args:
           step: the function that was planned; needed by a plan that was loaded.
           args: its arguments; needed by a plan that was loaded.
-          donate: positions of arguments whose memory the results may take.
+          donate: positions of arguments whose memory the results may take; None is
+            `plan.donate`.
           timeout_s: seconds until the compilation is given up.
 
         Raises:
@@ -247,21 +255,24 @@ class Plan:
             raise ValueError("a plan that was loaded or written by hand checks a step and its "
                              "arguments: plan.check(step, args), with `cluster` named")  # fmt: skip
         return check(
-            step, args, self._execution(abstract_mesh(self.mesh)), Cluster.from_name(self.cluster)
+            step, args, self.execution(abstract_mesh(self.mesh)), Cluster.from_name(self.cluster)
             if self.where is None else self.where,
-            donate=donate,
+            donate=self.donate if donate is None else donate,
             placement=self.placement,
             predicted_bytes=self.prediction.memory_bytes if self.prediction else None,
+            predicted_collectives=self.prediction.collectives if self.prediction else {},
             timeout_s=timeout_s, state=self.state, data=self.data,
         )  # fmt: skip
 
-    def _execution(self, mesh: Any) -> Execution:
+    def execution(self, mesh: Any) -> Execution:
+        """What the plan asks of the execution on a mesh, of devices or abstract."""
         return Execution(
             mesh=mesh,
             inputs=self.inputs,
             outputs=self.outputs,
             activations=self.activations,
             gradients=self.gradients,
+            updates=self.updates,
             remat=self.remat,
             accumulation_steps=self.accumulation_steps,
             pipeline=self.pipeline,

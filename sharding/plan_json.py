@@ -8,11 +8,12 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from sharding.explain import Alternative, Prediction
+from sharding.hlo import Traffic
 
-_SPECS = ("specs", "inputs", "outputs", "gradients")
+_SPECS = ("specs", "inputs", "outputs", "gradients", "updates")
 # Structures of somebody's classes and their functions are no data.
 _HELD = ("in_tree", "out_tree", "step", "args", "where")
-_TUPLES = ("batch", "pipeline", "notes", "state", "data")
+_TUPLES = ("batch", "pipeline", "notes", "state", "data", "donate")
 
 
 def dumps(plan: Any) -> str:
@@ -46,11 +47,15 @@ def loads(text: str) -> dict[str, Any]:
     for name in _SPECS:
         held[name] = {path: _spec(entries) for path, entries in held.get(name, {}).items()}
     for name in _TUPLES:
-        held[name] = None if held[name] is None else tuple(held[name])
+        if name in held:
+            held[name] = None if held[name] is None else tuple(held[name])
     for name in ("activations", "placement"):
         held[name] = {key: tuple(values) for key, values in held.get(name, {}).items()}
     if held["prediction"] is not None:
-        held["prediction"] = Prediction(**held["prediction"])
+        fields_ = dict(held["prediction"])
+        moved = fields_.pop("collectives", {})
+        traffic = {kind: Traffic(**entry) for kind, entry in moved.items()}
+        held["prediction"] = Prediction(**fields_, collectives=traffic)
     held["alternatives"] = tuple(Alternative(**other) for other in held["alternatives"])
     return held
 

@@ -16,17 +16,28 @@ from sharding.execute import TrainStep
 from sharding.explain import Alternative
 from sharding.pipeline import cut_layers
 from sharding.plan import Plan
-from sharding.simulation import find_cluster, placement_of, predicted, without_rule
-from sharding.solver import Candidate, solve
+from sharding.simulation import (
+    find_cluster,
+    placement_of,
+    predicted,
+    with_footprint,
+    without_rule,
+)
+from sharding.solver import Candidate, Solution, solve
 from sharding.space import Constraints, policies
 from sharding.specs import Layout, layout
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
-from sharding.trace import Trace
+from sharding.trace import Leaf, Trace
 
 # Strategies that are tried, fastest first, when specs are fixed and some cannot hold them.
 _TRIED = 64
+# The search may use this much more memory than there is, until its choice is looked at closely;
+# that many times, between these steps.
+_HOPE = 1.25
+_ROUNDS = 8
+_LEAST_CUT, _MOST_CUT = 0.5, 0.97
 
 
 def plan(
@@ -65,33 +76,90 @@ def plan(
     allowed, notes = _within_reach(step, traced, constraints or Constraints())
     if where.is_mixed:
         notes.append("uneven shares of the batch were out of reach: arrays are divided evenly")
-    found = solve(
-        traced.program,
-        where,
-        constraints=allowed,
+    found, made = _fitting(
+        step, args, traced, where, allowed, fixed,
         calibration=calibration,
         top=max(top, _TRIED if fixed else 1),
-    )
-    chosen, placed = _first_that_holds(traced, found.best, fixed)
+        notes=(*where.warnings, *notes),
+        state=None if state is None else tuple(state),
+        data=None if data is None else tuple(data),
+    )  # fmt: skip
     prediction = dataclasses.replace(
-        predicted(chosen),
-        gap=max(0.0, 1 - found.bound_s / chosen.step_s),
+        made.prediction,
+        gap=max(0.0, 1 - found.bound_s / made.prediction.step_time_s),
         search_time_s=found.search_time_s,
         space=found.space,
     )
-    others = [c for c in found.best if c is not chosen][: max(0, top - 1)]
-    return _plan(
-        traced, where, chosen.strategy, placed,
-        prediction=prediction,
-        alternatives=tuple(map(_alternative, others)),
-        notes=(*where.warnings, *notes),
-        step=step,
-        args=tuple(jax.eval_shape(lambda *a: a, *args)),
-        where=where,
-        state=None if state is None else tuple(state),
-        data=None if data is None else tuple(data),
-        calibration=calibration,
-    )  # fmt: skip
+    others = [c for c in found.best if c.step_s != prediction.step_time_s][: max(0, top - 1)]
+    return dataclasses.replace(
+        made, prediction=prediction, alternatives=tuple(map(_alternative, others))
+    )
+
+
+def _fitting(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    traced: Trace,
+    where: Cluster,
+    allowed: Constraints,
+    fixed: Mapping[str, PartitionSpec] | None,
+    *,
+    calibration: Calibration | None,
+    top: int,
+    **fields: Any,
+) -> tuple[Solution, Any]:
+    """The fastest plan that fits as the program that will run.
+
+    The search's own sums decide what is looked at. They start with more memory than there is,
+    for they may be too careful, and get less by as much as they turn out too hopeful.
+    """
+    limit = where.memory_bytes * allowed.memory_fraction
+    donate = _returned(args, traced)
+    # The stages of a mixed cluster have memories of their own, which the search looks at.
+    share = allowed.memory_fraction * (1.0 if where.is_mixed else _HOPE)
+    for _ in range(_ROUNDS):
+        found = solve(
+            traced.program, where, constraints=dataclasses.replace(allowed, memory_fraction=share),
+            calibration=calibration, top=top)  # fmt: skip
+        chosen, placed = _first_that_holds(traced, found.best, fixed)
+        made = _plan(
+            traced, where, chosen.strategy, placed, prediction=predicted(chosen), step=step,
+            args=tuple(jax.eval_shape(lambda *a: a, *args)), where=where, donate=donate,
+            calibration=calibration, **fields)  # fmt: skip
+        made = with_footprint(made)
+        if where.is_mixed or made.memory_bytes <= limit:
+            return found, made
+        share *= max(_LEAST_CUT, min(limit / made.memory_bytes, _MOST_CUT))
+    raise ValueError(
+        f"no plan of {traced.program.name} was found that fits {where.name}: the last needs "
+        f"{made.memory_bytes / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable "
+        f"({dict(made.mesh)}, remat {made.remat}); take more devices, chips with more memory, or "
+        "a smaller batch"
+    )
+
+
+def _returned(args: Sequence[Any], traced: Trace) -> tuple[int, ...]:
+    """Positions of arguments in whose place a result comes back: what a caller would donate."""
+
+    def parts(tree: Any, leaves: Sequence[Leaf]) -> list[Any]:
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        whole = jax.tree.unflatten(tree, shapes)
+        return list(whole) if isinstance(whole, (tuple, list)) else [whole]
+
+    def kind(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+    free = [kind(part) for part in parts(traced.out_tree, traced.outputs)]
+    found, start = [], 0
+    for i, part in enumerate(parts(traced.in_tree, traced.inputs)):
+        count = len(jax.tree.leaves(args[i]))
+        held = any(leaf.role != "data" for leaf in traced.inputs[start : start + count])
+        start += count
+        if count and held and kind(part) in free:
+            free.remove(kind(part))
+            found.append(i)
+    return tuple(found)
 
 
 def _within_reach(
@@ -188,13 +256,15 @@ def _plan(
     **fields: Any,
 ) -> Plan:
     own = [leaf for leaf in traced.inputs if leaf.role == "param" and "/" in leaf.path]
-    gradients = {}
+    gradients, updates = {}, {}
     if isinstance(step, TrainStep):
-        spread = (
-            layout(traced, dataclasses.replace(strategy, zero=3)) if strategy.zero == 2 else placed
-        )
-        gradients = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
-                     for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
+        spread = layout(traced, dataclasses.replace(strategy, zero=3))
+        divided = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
+                   for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
+        whole = {path: placed.inputs[f"0/{path}"] for path in divided}
+        gradients = divided if strategy.zero == 2 else whole
+        if strategy.zero in (1, 2) and strategy.fsdp > 1:
+            updates = {path: spec for path, spec in divided.items() if spec != whole[path]}
     return Plan(
         mesh=placed.mesh,
         specs={leaf.path.partition("/")[2]: placed.inputs[leaf.path] for leaf in own},
@@ -206,6 +276,7 @@ def _plan(
         offload=strategy.offload,
         sequence_parallel=strategy.sequence_parallel and strategy.tensor > 1,
         placement=placement_of(strategy, cluster),
+        updates=updates,
         remat="none" if traced.has_remat else strategy.remat,
         accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
         pipeline=_cuts(traced, cluster, strategy, calibration),

@@ -104,8 +104,9 @@ class Rewrite:
         """Where an activation lies; None if the plan does not say.
 
         Experts and batch may be divided by the same mesh axis. An array that has both is divided
-        by experts where experts work on it, and by the batch elsewhere. An array in which one dimension stands twice (scores: sequence against sequence) is left
-        to propagation, which knows which of the two the neighbours divide.
+        by experts where experts work on it, and by the batch elsewhere. An array in which one
+        dimension stands twice (scores: sequence against sequence) is left to propagation, which
+        knows which of the two the neighbours divide.
         """
         if value.role != "activation":
             return None

@@ -1,13 +1,16 @@
 """What a plan costs that somebody else made."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+from sharding.compile_check import abstract_mesh
 from sharding.constants import Calibration
 from sharding.explain import Prediction
+from sharding.footprint import footprint
 from sharding.plan import Plan
 from sharding.solver import Candidate, evaluate
 from sharding.step_trace import trace_step
@@ -60,7 +63,7 @@ def simulate(
     (candidate,) = evaluate(traced.program, [strategy], where, calibration=calibration)
     notes = [f"mesh axis {axis} is taken for {use} parallelism" for axis, use in uses.items()]
     batch = tuple(a for a, use in uses.items() if use in ("data", "fsdp", "expert"))
-    return Plan(
+    made = Plan(
         mesh=dict(mesh),
         inputs=specs,
         batch=batch,
@@ -72,7 +75,31 @@ def simulate(
         program=traced.program.name,
         cluster=where.name,
         in_tree=traced.in_tree,
+        step=step,
+        args=tuple(jax.eval_shape(lambda *a: a, *args)),
+        where=where,
+        state=None if state is None else tuple(state),
+        data=None if data is None else tuple(data),
     )
+    return with_footprint(made)
+
+
+def with_footprint(plan: Plan) -> Plan:
+    """A plan whose memory and collectives are those of the program that it will run."""
+    assert plan.step is not None and plan.args is not None and plan.where is not None
+    assert plan.prediction is not None
+    found = footprint(
+        plan.step, plan.args, plan.execution(abstract_mesh(plan.mesh)), plan.where,
+        donate=plan.donate, state=plan.state, data=plan.data)  # fmt: skip
+    held = found.peak
+    prediction = dataclasses.replace(
+        plan.prediction,
+        memory_bytes=held.total,
+        memory_breakdown={"arguments": held.arguments, "results": held.results,
+                          "temporary": held.temporary},
+        collectives=found.collectives,
+    )  # fmt: skip
+    return dataclasses.replace(plan, prediction=prediction)
 
 
 def find_cluster(cluster: str | Cluster | Sequence[Any]) -> Cluster:
