@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.dims import product
 from sharding.execute import Execution, leaf_specs, rewritten
-from sharding.hlo import Traffic, collectives
+from sharding.hlo import Group, Traffic, collectives, groups
 from sharding.topology import Cluster
 from sharding.torus import device_grid
 
@@ -42,7 +42,7 @@ class Report:
       argument_bytes: of the arguments.
       output_bytes: of the results.
       aliased_bytes: of results that take the place of arguments.
-      collectives: kind to count and bytes.
+      groups: collectives by kind and size of group.
       compile_s: seconds of the compilation.
       predicted_bytes: what the plan predicted; None if it predicts nothing.
       predicted_collectives: the same of collectives.
@@ -52,10 +52,15 @@ class Report:
     argument_bytes: int
     output_bytes: int
     aliased_bytes: int
-    collectives: Mapping[str, Traffic]
+    groups: tuple[Group, ...]
     compile_s: float
     predicted_bytes: float | None = None
     predicted_collectives: Mapping[str, Traffic] = field(default_factory=dict)
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """Kind to count and bytes."""
+        return collectives(self.groups)
 
     @property
     def memory_error(self) -> float | None:
@@ -152,7 +157,7 @@ def check(
                 f"`pip install jax[tpu]`, GPUs jax-cuda13-plugin: {done.stderr.strip()[-800:]}"
             )
         held = json.loads(answer.read_text())
-    held["collectives"] = {kind: Traffic(**t) for kind, t in held["collectives"].items()}
+    held["groups"] = tuple(Group(**group) for group in held["groups"])
     return Report(
         **held, predicted_bytes=predicted_bytes, predicted_collectives=predicted_collectives or {}
     )
@@ -254,7 +259,7 @@ def _compile(folder: Path) -> dict[str, Any]:
         "argument_bytes": int(memory.argument_size_in_bytes),
         "output_bytes": int(memory.output_size_in_bytes),
         "aliased_bytes": int(memory.alias_size_in_bytes),
-        "collectives": {k: asdict(t) for k, t in collectives(text).items()},
+        "groups": [asdict(group) for group in groups(text)],
         "compile_s": took,
     }
 

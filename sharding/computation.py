@@ -32,6 +32,7 @@ class Array:
       wanted: where a later constraint wants it, or None.
       is_weight: it is a parameter, or a view or another type of one.
       is_literal: a number written into the program.
+      on_host: it lies in the host's memory.
       repeats: the smaller array that it repeats, and for each of its own axes the axis of that.
     """
 
@@ -41,10 +42,13 @@ class Array:
     wanted: Spec | None = None
     is_weight: bool = False
     is_literal: bool = False
+    on_host: bool = False
     repeats: "tuple[Array, tuple[int | None, ...]] | None" = None
 
     def bytes(self, mesh: Mapping[str, int], spec: Spec | None = None) -> float:
         """Bytes on one device where it lies, or as `spec` would divide it; rounded up."""
+        if self.on_host:
+            return 0.0
         held = self.spec if spec is None else spec
         count = 1
         for i, size in enumerate(self.shape):
@@ -87,7 +91,6 @@ class Instruction:
       bodies: of a loop, or of every branch; else ().
       trips: how often a body runs.
       moves: collectives that it needs before or after, filled in by `partition`.
-      reads: what it reads of each operand after moving it, filled in by `partition`.
     """
 
     name: str
@@ -123,7 +126,8 @@ def _array(var: Any) -> Array:
     aval = var.aval
     dtype = str(getattr(aval, "dtype", "uint32"))
     dtype = "uint32" if dtype.startswith("key<") else dtype
-    return Array(tuple(getattr(aval, "shape", ())), dtype)
+    on_host = "host" in str(getattr(aval, "memory_space", "")).lower()
+    return Array(tuple(getattr(aval, "shape", ())), dtype, on_host=on_host)
 
 
 def _inline(

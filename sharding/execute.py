@@ -38,16 +38,9 @@ class TrainStep:
         loss, gradients = jax.value_and_grad(self.loss)(params, *data)
         return *self.update(params, opt_state, gradients), loss
 
-    def update(
-        self,
-        params: Any,
-        opt_state: Any,
-        gradients: Any,
-        place: Callable[[Any], Any] = lambda changes: changes,
-    ) -> tuple[Any, Any]:
-        """Parameters and optimiser state after a gradient; `place` lays what is added."""
+    def update(self, params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
+        """Parameters and optimiser state after a gradient."""
         changes, opt_state = self.optimizer.update(gradients, opt_state, params)
-        changes = place(changes)
         return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, changes), opt_state
 
 
@@ -254,12 +247,10 @@ def _train_step(
     def divided(tree: Any) -> Any:
         return _constrained(tree, execution.updates, execution.mesh)
 
-    def gathered(changes: Any) -> Any:
-        # The change of a parameter is gathered, and not each of the moments that it is made of.
-        if not execution.updates:
-            return changes
+    def gathered(params: Any) -> Any:
+        # Parameters are gathered when they are new, and not the moments that they are made of.
         whole = {path: execution.inputs[f"0/{path}"] for path in execution.updates}
-        return _constrained(divided(changes), whole, execution.mesh)
+        return _constrained(params, whole, execution.mesh)
 
     def gradients_of(params: Any, data: tuple[Any, ...]) -> tuple[Any, Any]:
         value, gradients = jax.value_and_grad(loss)(params, *data)
@@ -286,8 +277,8 @@ def _train_step(
         else:
             value, gradients = accumulated(params, jax.tree.map(lambda x: _cut(x, parts), data))
         opt_state = _state_in(opt_state, execution, host=False)
-        params, opt_state = step.update(params, opt_state, divided(gradients), gathered)
-        return params, _state_in(opt_state, execution, host=True), value
+        params, opt_state = step.update(divided(params), opt_state, divided(gradients))
+        return gathered(params), _state_in(opt_state, execution, host=True), value
 
     return run
 

@@ -14,7 +14,7 @@ import jax
 from sharding.computation import Computation, computation
 from sharding.execute import Execution, leaf_specs, rewritten
 from sharding.hlo import Traffic
-from sharding.liveness import FUSIONS, Peak, peak
+from sharding.liveness import Peak, fusion_of, peak
 from sharding.partition import partition
 from sharding.topology import Cluster
 
@@ -58,11 +58,13 @@ def footprint(
     traced = computation(run, shapes)
     results = jax.eval_shape(run, *shapes)
     mesh = dict(execution.mesh.shape)
+    if execution.offload == "optimizer":
+        for i in donated_leaves(args, (1,)):
+            traced.inputs[i].on_host = bool(traced.inputs[i].shape)
     partition(
         traced, mesh, leaf_specs(shapes, execution.inputs), leaf_specs(results, execution.outputs)
     )
-    fusion = FUSIONS["tpu" if cluster.chip.kind == "torus" else "gpu"]
-    held = peak(traced, mesh, fusion, donated_leaves(args, donate), detail=detail)
+    held = peak(traced, mesh, fusion_of(cluster), donated_leaves(args, donate), detail=detail)
     return Footprint(peak=held, collectives=_traffic(traced, mesh))
 
 

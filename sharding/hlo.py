@@ -22,6 +22,8 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|async_execution_thread|branch_computations|true_computation"
     r"|false_computation)=\{?%?([\w.\-]+(?:, %?[\w.\-]+)*)\}?"
 )
+_COMPARE = re.compile(r" compare\((?:\S+ )?%?([\w.\-]+), (?:\S+ )?%?([\w.\-]+)\), direction=LT")
+_CHANNEL = re.compile(r" channel_id=(\d+)")
 _DONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .* (?:async-done|async-collective-done)\(")
 _WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _WINDOWS = {"ag": "all-gather", "rs": "reduce-scatter"}
@@ -42,7 +44,33 @@ class Traffic:
     bytes: int
 
 
-def collectives(text: str) -> dict[str, Traffic]:
+@dataclass(frozen=True)
+class Group:
+    """Collectives of one kind over groups of one size.
+
+    Attributes:
+      kind: of collective.
+      members: devices of a group; 0 if the module does not say.
+      count: how many run, loops unrolled.
+      bytes: as in `Traffic`.
+    """
+
+    kind: str
+    members: int
+    count: int
+    bytes: int
+
+
+def collectives(groups: Iterable[Group]) -> dict[str, Traffic]:
+    """Kind to traffic, over groups of all sizes."""
+    found: dict[str, Traffic] = {}
+    for group in groups:
+        held = found.get(group.kind, Traffic(0, 0))
+        found[group.kind] = Traffic(held.count + group.count, held.bytes + group.bytes)
+    return dict(sorted(found.items()))
+
+
+def groups(text: str) -> list[Group]:
     """Counts the collectives of a compiled module.
 
     A product that the TPU compiler overlaps with its collective, part by part (a loop called
@@ -54,15 +82,15 @@ def collectives(text: str) -> dict[str, Traffic]:
         they run, or as their condition and their counter's step tell; else once.
 
     Returns:
-      Kind to traffic, for kinds that occur. Collectives of one device are none.
+      One entry for each kind and size of group that occur. Collectives of one device are none.
     """
     computations, entry = _computations(text)
-    found: dict[str, list[int]] = {}
-    for kind, size, times in _walk(computations, entry, 1, ()):
-        total = found.setdefault(kind, [0, 0])
+    found: dict[tuple[str, int], list[int]] = {}
+    for kind, members, size, times in _walk(computations, entry, 1, ()):
+        total = found.setdefault((kind, members), [0, 0])
         total[0] += times
         total[1] += times * size
-    return {kind: Traffic(count, size) for kind, (count, size) in sorted(found.items())}
+    return [Group(*key, count, size) for key, (count, size) in sorted(found.items())]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -82,28 +110,44 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(
-    computations: Mapping[str, list[str]], name: str, times: int, above: tuple[str, ...]
-) -> Iterator[tuple[str, int, int]]:
-    """(kind, bytes, how often) of every collective that a computation runs."""
+    computations: Mapping[str, list[str]],
+    name: str,
+    times: int,
+    above: tuple[str, ...],
+    seen: set[str] | None = None,
+) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, members, bytes, how often) of every collective that a computation runs."""
     if name in above:
         return
+    seen = set() if seen is None else seen
     lines = computations.get(name, ())
     parts = _windowed(computations, lines)
     for line in lines:
         op = _OP.match(line)
+        channel = _CHANNEL.search(line) if op else None
+        if channel:
+            # An asynchronous collective may run in several steps, each written as the whole.
+            if channel[1] in seen:
+                continue
+            seen.add(channel[1])
         if op:
             kind, shapes = op[2], [_bytes(m) for m in _SHAPE.finditer(op[1])]
             if kind == "collective-permute" and shapes[0] in parts and "dot_general" in line:
                 continue  # the first part of a windowed product, on its way to the loop
-            if _group(line) != 1:
-                yield kind, _size(kind, shapes, bool(op[3]), _group(line)), times
+            members = _group(line)
+            if kind == "collective-permute" and "dot_general" in line:
+                # A windowed product whose loop was unrolled: all parts but one's own are sent.
+                members = _links(line)
+                yield "all-gather", members, shapes[0] * members // max(members - 1, 1), times
+            elif members != 1:
+                yield kind, members, _size(kind, shapes, bool(op[3]), members), times
             continue
         loop = _WHILE.match(line)
         if loop:
             window = _WINDOWED.search(loop[1])
             if window:
-                size = _ring(computations, loop[1])
-                yield _WINDOWS[window[1]], size, times
+                members, size = _ring(computations, loop[1])
+                yield _WINDOWS[window[1]], members, size, times
                 continue
             runs = times * _trips(computations, line, loop[1])
             yield from _walk(computations, loop[1], runs, (*above, name))
@@ -112,7 +156,8 @@ def _walk(
             continue  # the end of what its start has counted
         for called in _CALLED.finditer(line):
             for inner in called[1].split(", "):
-                yield from _walk(computations, inner.lstrip("%"), times, (*above, name))
+                inside = inner.lstrip("%")
+                yield from _walk(computations, inside, times, (*above, name), seen)
 
 
 def _size(kind: str, shapes: list[int], starts: bool, group: int) -> int:
@@ -143,21 +188,31 @@ def _permutes(computations: Mapping[str, list[str]], name: str) -> list[tuple[in
         op = _OP.match(line)
         if op and op[2] == "collective-permute":
             shape = _SHAPE.search(op[1])
-            pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
-            assert shape and pairs
-            links = dict(tuple(map(int, p.split(","))) for p in re.findall(r"\d+,\d+", pairs[1]))
-            start = next(iter(links))
-            at, length = links[start], 1
-            while at != start and at in links:
-                at, length = links[at], length + 1
-            found.append((_bytes(shape), length))
+            assert shape
+            found.append((_bytes(shape), _links(line)))
     return found
 
 
-def _ring(computations: Mapping[str, list[str]], name: str) -> int:
-    """Bytes of all parts of a windowed product together."""
+def _links(line: str) -> int:
+    """Devices of the ring that a permutation sends along; 1 if it is none."""
+    pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
+    links = dict(
+        tuple(map(int, pair.split(",")))
+        for pair in re.findall(r"\d+,\d+", pairs[1] if pairs else "")
+    )
+    if not links:
+        return 1
+    start = next(iter(links))
+    at, length = links[start], 1
+    while at != start and at in links:
+        at, length = links[at], length + 1
+    return length
+
+
+def _ring(computations: Mapping[str, list[str]], name: str) -> tuple[int, int]:
+    """Devices of a windowed product, and the bytes of all its parts together."""
     parts = _permutes(computations, name)
-    return max((size * length for size, length in parts), default=0)
+    return max(((length, size * length) for size, length in parts), default=(0, 0))
 
 
 def _trips(computations: Mapping[str, list[str]], line: str, body: str) -> int:
@@ -169,7 +224,7 @@ def _trips(computations: Mapping[str, list[str]], line: str, body: str) -> int:
     lines = computations.get(condition[1], []) if condition else []
     defined = _definitions(lines)
     root = next((text for text in lines if text.lstrip().startswith("ROOT")), "")
-    test = re.search(r" compare\((?:\S+ )?%?([\w.\-]+), (?:\S+ )?%?([\w.\-]+)\), direction=LT", root)
+    test = _COMPARE.search(root)
     if not test:
         return 1
     counter = re.search(r"get-tuple-element\(.*index=(\d+)", defined.get(test[1], ""))

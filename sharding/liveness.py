@@ -10,10 +10,12 @@ through what is fused; loops hold what they stack throughout, and their bodies' 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sharding.computation import Array, Computation, Instruction
+from sharding.program import dtype_bytes
 from sharding.rules import TRANSCENDENTAL, rule_kind
+from sharding.topology import Cluster
 
 # Element-by-element operations that only show an array otherwise: reading through them is free.
 _VIEWS = frozenset(
@@ -33,6 +35,12 @@ class Fusion:
       prologues: products that may each compute an operand while they read it; one that more
         products read is written. Costly functions are never computed so.
       slices: what products read of a loop's stacked operands is copied out of the stack.
+      softmax: a product, the maximum of its rows and the exponentials are one loop, which computes
+        the product twice and writes the exponentials only.
+      relayout: a loop that writes single rows of an array has it laid out for that, in a copy;
+        of several such arrays all but one are copied into a donated place.
+      retile: arrays of two-byte numbers that a loop reads are copied out of the arguments, whose
+        tiles are those of four-byte numbers.
       late: what is needed only after a loop is computed after it, however much its operands take
         meanwhile.
     """
@@ -40,14 +48,27 @@ class Fusion:
     epilogues: bool
     prologues: int
     slices: bool
+    softmax: bool
+    relayout: bool
+    retile: bool
     late: bool
 
 
-# Seen in the buffer assignments of both compilers (experiments.planner_memory).
-FUSIONS: Mapping[str, Fusion] = {
-    "tpu": Fusion(epilogues=True, prologues=1, slices=False, late=False),
-    "gpu": Fusion(epilogues=False, prologues=0, slices=True, late=True),
+_TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout=True,
+              retile=False, late=False)  # fmt: skip
+_GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
+              retile=False, late=True)  # fmt: skip
+# Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
+# buffer assignments (experiments.planner_memory says how to dump them).
+_CHIPS: Mapping[str, Fusion] = {
+    "v6e": replace(_TPU, softmax=True),
+    "tpu7x": replace(_TPU, softmax=True, retile=True),
 }
+
+
+def fusion_of(cluster: Cluster) -> Fusion:
+    """What the compiler for a cluster's chips fuses; that of GPUs for machines without one."""
+    return _CHIPS.get(cluster.chip.name, _TPU if cluster.is_torus else _GPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +189,8 @@ class _Body:
         self._place()
 
     def _fusible(self, instruction: Instruction) -> bool:
-        return not instruction.bodies and instruction.name not in _IN_PLACE and rule_kind(
-            instruction.name) == "elementwise"  # fmt: skip
+        apart = instruction.bodies or instruction.name in (*_IN_PLACE, "device_put")
+        return not apart and rule_kind(instruction.name) == "elementwise"
 
     def _stored(self) -> set[int]:
         """Arrays that reach memory."""
@@ -185,7 +206,33 @@ class _Body:
                     found.add(id(end))
                 elif not self._fusible(instruction) or self._needs_memory(instruction, array):
                     found.add(id(array))
+        return found - self._within_softmax(found) if self.fusion.softmax else found
+
+    def _within_softmax(self, stored: set[int]) -> set[int]:
+        """Products that only a maximum and stored exponentials read."""
+        found: set[int] = set()
+        for instruction in self.instructions:
+            for array in instruction.outs:
+                if id(array) not in stored or id(array) in self.results:
+                    continue
+                readers = [self.instructions[i] for i in set(self.readers.get(id(array), []))]
+                kinds = {rule_kind(reader.name) for reader in readers}
+                if kinds == {"reduce", "elementwise"} and all(
+                    reader.name == "reduce_max" or self._leads_to_costly(reader, stored)
+                    for reader in readers
+                ):
+                    found.add(id(array))
         return found
+
+    def _leads_to_costly(self, instruction: Instruction, stored: set[int]) -> bool:
+        out = instruction.outs[0]
+        if instruction.name in TRANSCENDENTAL:
+            return id(out) in stored
+        readers = [self.instructions[i] for i in set(self.readers.get(id(out), []))]
+        return (
+            id(out) not in stored and len(readers) == 1 and self._fusible(readers[0])
+            and self._leads_to_costly(readers[0], stored)
+        )  # fmt: skip
 
     def _epilogue(self, product: Array) -> tuple[list[Array], Array]:
         """What is done to a product before it is written: arrays passed, and the one written.
@@ -246,13 +293,16 @@ class _Body:
             read: set[int] = set()
             for array in instruction.ins:
                 read |= self.roots.get(id(array), frozenset())
-            gathered = [m for m in instruction.moves if m.kind == "all-gather"]
-            for move in gathered:
-                size = move.bytes
+            for move in instruction.moves:
+                if move.kind not in ("all-gather", "all-to-all"):
+                    continue
                 key = -len(self.buffers) - 1
-                last = self._last_use(move.array, i)
-                self.buffers[key] = _Buffer(size, i, last, f"gathered {move.array.dtype}"
-                                            f"{move.array.shape}")  # fmt: skip
+                what = f"{move.kind} {move.array.dtype}{move.array.shape}"
+                size = move.array.bytes(self.mesh, move.target)
+                self.buffers[key] = _Buffer(size, i, self._last_use(move.array, i), what)
+                if instruction.name == "sharding_constraint":  # its readers read what was moved
+                    self.buffers[key].end = i
+                    read = {key}
             writes = [a for a in instruction.outs if id(a) in self.stored]
             if writes or not self._fusible(instruction):
                 for key in read:
@@ -270,10 +320,29 @@ class _Body:
                     self.roots[id(array)] = frozenset(read)
             if instruction.bodies:
                 self.extra[i] = self._inside(instruction)
+                for size, what in self._copies(instruction):
+                    self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
         end = len(self.instructions)
         for array in self.body.outputs:
             for key in self.roots.get(id(array), frozenset()):
                 self.buffers[key].end = end
+
+    def _copies(self, loop: Instruction) -> list[tuple[float, str]]:
+        """Operands of a loop that are copied into a layout of its own."""
+        if loop.name != "scan":
+            return []
+        held = [a for a in loop.ins if not self.roots.get(id(a)) and id(a) in self.outside]
+        if self.fusion.retile:
+            return [(a.bytes(self.mesh), f"tiled again {a.dtype}{a.shape}") for a in held
+                    if len(a.shape) > 2 and dtype_bytes(a.dtype) == 2]  # fmt: skip
+        if not self.fusion.relayout:
+            return []
+        (body,) = loop.bodies
+        written = {id(i.ins[0]) for i in body.instructions if i.name in _IN_PLACE
+                   and i.ins[1].shape[-2:-1] == (1,) != i.ins[0].shape[-2:-1]}  # fmt: skip
+        places = zip(body.inputs, loop.ins, strict=True)
+        sizes = [a.bytes(self.mesh) for mine, a in places if id(mine) in written and a in held]
+        return [(max(sizes), "laid out again for its writes")] if sizes else []
 
     def _last_use(self, array: Array, now: int) -> int:
         """The last instruction that reads an array as a product does."""

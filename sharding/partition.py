@@ -158,6 +158,9 @@ class _Flow:
         taken: set[str] = set(self.manual)
         operands = list(zip(instruction.ins, ins, strict=True))
         is_lookup = instruction.name in _LOOKUPS
+        agreed = self._agreed(graph, operands, zip(instruction.outs, applied.outs, strict=True))
+        for axes, spec in agreed:
+            self._claim(graph, axes, spec, held, taken)
         for array, axes in operands:
             if array.spec is not None and array.is_weight == is_lookup:
                 self._claim(graph, axes, array.spec, held, taken)
@@ -177,6 +180,10 @@ class _Flow:
                 array.spec = needed if not array.is_literal else None
             elif array.spec != needed:
                 instruction.moves += self._reshard(array, needed)
+        if applied.kind == "elementwise" and len(operands) == 1:  # what it repeats, changed
+            for out in instruction.outs:
+                if instruction.ins[0].shape == out.shape and out.repeats is None:
+                    out.repeats = instruction.ins[0].repeats
         is_weight = bool(operands) and all(a.is_weight or not a.shape for a, _ in operands)
         free = all(a.spec is None or not a.shape for a, _ in operands)
         for out, axes in zip(instruction.outs, applied.outs, strict=True):
@@ -190,6 +197,29 @@ class _Flow:
             summed = [a for entry in updates for a in entry if a not in kept]
         if summed and applied.kind in ("dot", "grouped_dot", "reduce", "gather", "scatter"):
             instruction.moves += self._sum(instruction, tuple(summed))
+
+    def _agreed(
+        self,
+        graph: DimensionGraph,
+        operands: Sequence[tuple[Array, Sequence[int]]],
+        results: Iterable[tuple[Array, Sequence[int]]],
+    ) -> list[tuple[Sequence[int], Spec]]:
+        """What an operand brings and the result wants: that stays, whatever else must move."""
+        wanted: dict[int, set[str]] = {}
+        for out, axes in results:
+            for axis, names in zip(axes, out.wanted or (), strict=False):
+                for atom in graph.atoms(axis):
+                    wanted.setdefault(atom, set()).update(names)
+        found = []
+        for array, axes in operands:
+            if array.spec is not None:
+                kept = tuple(
+                    names if names and all(set(names) <= wanted.get(atom, set())
+                                           for atom in graph.atoms(axis)[:1]) else ()
+                    for axis, names in zip(axes, array.spec, strict=True)
+                )  # fmt: skip
+                found.append((axes, kept))
+        return found
 
     def _sum(self, instruction: Instruction, summed: tuple[str, ...]) -> list[Move]:
         """Partial sums: scattered over the axes along which the result is wanted, else reduced."""
@@ -268,6 +298,11 @@ class _Flow:
             if not changed:
                 break
             goes |= changed
+        for mine, outer in zip(body.inputs[:consts], loop.ins[:consts], strict=True):
+            outer.spec = mine.spec if outer.spec is None else outer.spec
+        for mine, outer in xs:
+            if outer.spec is None and mine.spec is not None:
+                outer.spec = ((), *mine.spec)
         self.deliver(body.outputs[:carried], [goes[i] for i in rounds], body.instructions)
         for i in rounds:
             outer, spec = loop.ins[i], goes[i]

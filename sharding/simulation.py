@@ -96,7 +96,8 @@ def with_footprint(plan: Plan) -> Plan:
         plan.prediction,
         memory_bytes=held.total,
         memory_breakdown={"arguments": held.arguments, "results": held.results,
-                          "temporary": held.temporary},
+                          "temporary": held.temporary,
+                          "host": plan.prediction.memory_breakdown.get("host", 0.0)},
         collectives=found.collectives,
     )  # fmt: skip
     return dataclasses.replace(plan, prediction=prediction)
