@@ -14,17 +14,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import sharding
 from sharding.compile_check import Report
-from sharding.decoder import (
-    decoder_cache,
-    decoder_loss,
-    decoder_params,
-    decoder_prefill,
-    decoder_step,
-)
+from sharding.decoder import decoder_cache, decoder_params, decoder_problem, decoder_step
+from sharding.explain import Prediction
 from sharding.hlo import Group
 from sharding.simulation import find_cluster, with_footprint
 from sharding.transformer import TransformerConfig, named_model
@@ -73,19 +67,12 @@ class Case:
 def problem(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A case as a step and the shapes of its arguments."""
     config = case.config
-    params = decoder_params(config)
-
-    def tokens(length: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((case.batch, length), jnp.int32)
-
-    if case.mode == "train":
-        step = sharding.train_step(decoder_loss(config), optax.adamw(1e-4))
-        state = jax.eval_shape(step.optimizer.init, params)
-        return step, (params, state, tokens(case.length + 1))
-    if case.mode == "prefill":
-        return decoder_prefill(config), (params, tokens(case.length))
+    if case.mode != "decode":
+        return decoder_problem(config)
+    tokens = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    return decoder_step(config), (params, decoder_cache(config, case.length), tokens(1), position)
+    cache = decoder_cache(config, case.length)
+    return decoder_step(config), (decoder_params(config), cache, tokens, position)
 
 
 def planned(case: Case) -> sharding.Plan:
@@ -137,7 +124,7 @@ def predicted(case: Case, held: Mapping[str, Any]) -> tuple[sharding.Plan, Repor
     step, args = problem(case)
     cluster = find_cluster(case.cluster)
     bare = sharding.Plan.from_json(json.dumps(held["plan"]))
-    nothing = sharding.explain.Prediction(
+    nothing = Prediction(
         step_time_s=held["predicted_step_s"], memory_bytes=0.0, breakdown={}, memory_breakdown={}
     )
     plan = with_footprint(

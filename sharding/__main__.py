@@ -4,17 +4,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from sharding import calibrate, constants, evaluation, report
+from sharding.compile_check import Report
 from sharding.model_file import read_model
+from sharding.planner import plan
 from sharding.program import Program
 from sharding.runs import read_runs
 from sharding.solver import evaluate, solve
 from sharding.space import Constraints
-from sharding.strategies import REMAT, Strategy
+from sharding.strategies import REMAT, Strategies, Strategy
 from sharding.table import Table
 from sharding.topology import AXES, Cluster
 from sharding.transformer import named_model, transformer
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -76,6 +79,12 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--top", type=int, default=5, help="how many strategies to list")
     parser.add_argument("--pin", action="append", default=[], metavar="FIELD=VALUE",
                         help="a choice that is made, as tensor=1 or remat=full")  # fmt: skip
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compile the plan for the cluster, which need not be here, and compare; needs "
+        "jax[tpu] or jax-cuda13-plugin, and flatbuffers",
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -85,13 +94,35 @@ def _plan(options: argparse.Namespace) -> int:
     calibration = constants.load(options.calibration)
     found = solve(program, cluster, constraints=constraints, calibration=calibration,
                   top=max(1, options.top))  # fmt: skip
+    checked = _checked(options, cluster, found.best[0].strategy) if options.check else None
     if options.json:
         stages = report.stage_cuts(program, cluster, found.best[0].strategy)
         document = report.solution_json(program, cluster, found, stages=stages)
+        if checked is not None:
+            document["check"] = report.check_json(checked)
         print(json.dumps(document, indent=1))
-    else:
-        print(report.solution_text(program, cluster, found))
+        return 0
+    print(report.solution_text(program, cluster, found))
+    if checked is not None:
+        print(f"as a program (sharding.decoder: attention without a kernel):\n{checked}")
     return 0
+
+
+def _checked(options: argparse.Namespace, cluster: Cluster, strategy: Strategy) -> Report:
+    """A strategy compiled as the decoder's program, for the cluster's machines."""
+    from sharding.decoder import decoder_problem  # with the optimisers: half a second of import
+
+    if options.model.endswith(".json"):
+        raise ValueError("--check compiles published decoders; plan.check() compiles your own step")
+    said = {"global_batch": options.global_batch or 2 * cluster.device_count}
+    said |= {"seq_len": options.seq_len} if options.seq_len else {}
+    config = named_model(options.model, training=not options.inference, **said)
+    if options.inference:
+        config = replace(config, weight_dtype=config.compute_dtype)
+    step, args = decoder_problem(config)
+    pins = {field.name: getattr(strategy, field.name) for field in fields(Strategies)}
+    made = plan(step, args, cluster=cluster, constraints=Constraints(pinned=pins))
+    return made.check()
 
 
 def _pin(text: str) -> tuple[str, int | str]:
@@ -116,8 +147,8 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
 
 def _simulate(options: argparse.Namespace) -> int:
     program, cluster = _problem(options)
-    fields = (*AXES, "microbatches", "interleave", "zero", "remat", "offload")
-    strategy = Strategy(**{name: getattr(options, name) for name in fields})
+    names = (*AXES, "microbatches", "interleave", "zero", "remat", "offload")
+    strategy = Strategy(**{name: getattr(options, name) for name in names})
     calibration = constants.load(options.calibration)
     (found,) = evaluate(program, [strategy], cluster, calibration=calibration)
     fits = found.memory_bytes <= cluster.memory_bytes

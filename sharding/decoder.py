@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from sharding.execute import train_step
 from sharding.transformer import TransformerConfig
 
 # Rows that an expert computes for each row routed to it on average, where nothing else is said.
@@ -146,6 +148,20 @@ def decoder_step(config: TransformerConfig) -> Callable[..., Any]:
 
     step.__name__ = f"{config.name} decode"
     return step
+
+
+def decoder_problem(config: TransformerConfig) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What a description describes, as a step and the shapes of its arguments.
+
+    A train step with AdamW, or a prefill.
+    """
+    params = decoder_params(config)
+    batch, length = config.global_batch, config.seq_len
+    if not config.training:
+        return decoder_prefill(config), (params, jax.ShapeDtypeStruct((batch, length), jnp.int32))
+    step = train_step(decoder_loss(config), optax.adamw(1e-4))
+    state = jax.eval_shape(step.optimizer.init, params)
+    return step, (params, state, jax.ShapeDtypeStruct((batch, length + 1), jnp.int32))
 
 
 def _computing(params: Params, config: TransformerConfig) -> Params:

@@ -251,7 +251,8 @@ class _Flow:
             source, axes = array.repeats
             entries = {a: target[i] for i, a in enumerate(axes) if a is not None}
             array.spec = target
-            return self._reshard(source, tuple(entries.get(i, ()) for i in range(len(source.shape))))
+            needed = tuple(entries.get(i, ()) for i in range(len(source.shape)))
+            return self._reshard(source, needed)
         ours = {a: i for i, entry in enumerate(held) for a in entry}
         theirs = {a: i for i, entry in enumerate(target) for a in entry}
         crossing = tuple(a for a, i in ours.items() if theirs.get(a, i) != i)

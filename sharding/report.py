@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from sharding.compile_check import Report
 from sharding.cost import estimate
+from sharding.hlo import Traffic
 from sharding.pipeline import Cuts, cut_layers
 from sharding.program import Program
 from sharding.solver import Candidate, Solution
@@ -53,6 +55,24 @@ def solution_json(
         "costed": solution.costed,
         "alternatives": [candidate_json(c) for c in solution.best[1:]],
         "warnings": list(cluster.warnings),
+    }
+
+
+def check_json(checked: Report) -> dict[str, Any]:
+    """Predicted against compiled; bytes are of a device."""
+    return {
+        "predicted_bytes": checked.predicted_bytes,
+        "compiled_bytes": checked.peak_bytes,
+        "memory_error": checked.memory_error,
+        "collective_error": checked.collective_error,
+        "collectives": {
+            kind: {
+                "compiled_bytes": traffic.bytes,
+                "predicted_bytes": checked.predicted_collectives.get(kind, Traffic(0, 0)).bytes,
+            }
+            for kind, traffic in checked.collectives.items()
+        },
+        "compile_s": checked.compile_s,
     }
 
 

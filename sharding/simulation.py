@@ -86,7 +86,9 @@ def simulate(
 
 def with_footprint(plan: Plan) -> Plan:
     """A plan whose memory and collectives are those of the program that it will run."""
-    assert plan.step is not None and plan.args is not None and plan.where is not None
+    assert plan.step is not None
+    assert plan.args is not None
+    assert plan.where is not None
     assert plan.prediction is not None
     found = footprint(
         plan.step, plan.args, plan.execution(abstract_mesh(plan.mesh)), plan.where,

@@ -136,7 +136,7 @@ def trace(
     params = [v for v, role in zip(values, roles, strict=True) if role == "param"]
     whole = (*walk.layer_dims, *walk.loop_dims, *forward.layer_dims, *forward.loop_dims)
     splits = find_splits(graph, forward.stretches, data=data_values, params=params, whole=whole)
-    _reconsider(graph, values, splits)
+    _reconsider(graph, [*values, *results], splits)
     declared = _declared_names(args, len(flat))
     layers = frozenset(a for d in (*walk.layer_dims, *forward.layer_dims) for a in graph.atoms(d))
     names = _name(graph, values, splits, declared, layers)

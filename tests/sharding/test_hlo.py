@@ -7,7 +7,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.hlo import Traffic, collectives
+from sharding.hlo import Group, Traffic, groups
+from sharding.hlo import collectives as by_kind
+
+
+def collectives(text):
+    return by_kind(groups(text))
 
 
 def _compiled(run, *shapes_and_specs):
@@ -52,13 +57,84 @@ ENTRY %main (p: f32[8,4]) -> f32[2,4] {
   ROOT %s = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
-    # Of a start the largest shape is the result; a reduce-scatter takes in four times its result.
+    # Of a start the second half is the result; a reduce-scatter takes in four times its result.
     assert collectives(text) == {
         "all-gather": Traffic(1, 32 * 4 * 4),
         "reduce-scatter": Traffic(1, 4 * 2 * 4 * 2),
     }
 
 
+def test_groups_are_read_in_every_notation():
+    text = """HloModule m
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %a = f32[4]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %b = f32[4]{0} all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add
+  %c = f32[4]{0} all-reduce(%b), replica_groups=mesh['x'=8,'y'=2] {'x'}, to_apply=%add
+  %d = f32[4]{0} all-reduce(%c), replica_groups=mesh['x'=8,'y'=3] {'x':(2)4,'y'}, to_apply=%add
+  ROOT %e = f32[4]{0} all-reduce(%d), replica_groups={{0},{1}}, to_apply=%add
+}
+"""
+    assert groups(text) == [Group("all-reduce", n, 1, 16) for n in (2, 4, 8, 12)]
+
+
+def test_steps_of_one_asynchronous_collective_are_one():
+    text = """HloModule m
+
+%start (p: f32[2]) -> f32[8] {
+  ROOT %g = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4]
+}
+
+%step (p: f32[2]) -> f32[8] {
+  ROOT %h = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4]
+}
+
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %p = f32[2]{0} parameter(0)
+  %s = f32[8]{0} fusion(%p), kind=kCustom, calls=%start
+  ROOT %t = f32[8]{0} fusion(%p), kind=kCustom, calls=%step
+}
+"""
+    assert collectives(text) == {"all-gather": Traffic(1, 32)}
+
+
+def test_a_windowed_product_counts_as_the_gather_that_it_stands_for():
+    # Four devices, two parts sent in each of two rounds; an outer loop that runs three times.
+    text = """HloModule m
+
+%windowed_dot_general_body_ag (q: (f32[2], u32[])) -> (f32[2], u32[]) {
+  %q = (f32[2]{0}, u32[]) parameter(0)
+  %x = f32[2]{0} get-tuple-element(%q), index=0
+  %y = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %r = (f32[2]{0}, u32[]) tuple(%y, %n)
+}
+
+%body (q: (f32[2], s32[])) -> (f32[2], s32[]) {
+  %q = (f32[2]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%q), index=1
+  %two = s32[] constant(2)
+  %j = s32[] add(%i, %two)
+  %w = (f32[2]{0}, u32[]) while(%t), condition=%c, body=%windowed_dot_general_body_ag
+  ROOT %r = (f32[2]{0}, s32[]) tuple(%v, %j)
+}
+
+%condition (q: (f32[2], s32[])) -> pred[] {
+  %q = (f32[2]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%q), index=1
+  %six = s32[] constant(6)
+  ROOT %less = pred[] compare(%i, %six), direction=LT
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %w = (f32[2]{0}, s32[]) while(%t), condition=%condition, body=%body
+  ROOT %o = f32[2]{0} get-tuple-element(%w), index=0
+}
+"""
+    assert groups(text) == [Group("all-gather", 4, 3, 3 * 4 * 8)]
+
+
 def test_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
-        collectives("nothing")
+        groups("nothing")

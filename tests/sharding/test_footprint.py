@@ -1,0 +1,135 @@
+"""Memory and collectives of planned programs, against closed forms and XLA on 8 CPU devices."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import sharding
+from sharding.computation import computation
+from sharding.hlo import Traffic
+from sharding.liveness import fusion_of, peak
+from sharding.partition import partition
+from sharding.topology import Cluster
+
+MESH = {"data": 2, "tensor": 4}
+H100 = fusion_of(Cluster.from_name("h100:1x8"))
+V5E = fusion_of(Cluster.from_name("v5e:2x4"))
+
+
+def _shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _moves(step, args, inputs, outputs):
+    made = computation(step, args)
+    partition(made, MESH, inputs, outputs)
+    found = []
+
+    def walk(body, times):
+        for instruction in body.instructions:
+            found.extend((m.kind, m.axes, times * m.bytes) for m in instruction.moves)
+            for inner in instruction.bodies:
+                walk(inner, times * instruction.trips)
+
+    walk(made, 1)
+    return made, found
+
+
+def test_contracting_a_divided_dimension_reduces_the_result():
+    _, moves = _moves(
+        lambda x, w: x @ w, (_shape(8, 16), _shape(16, 4)),
+        [P("data", "tensor"), P("tensor", None)], [P("data", None)],
+    )  # fmt: skip
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+
+
+def test_partial_sums_that_are_wanted_divided_are_scattered():
+    _, moves = _moves(
+        lambda x, w: x @ w, (_shape(8, 16), _shape(16, 4)),
+        [P("data", "tensor"), P("tensor", None)], [P("data", "tensor")],
+    )  # fmt: skip
+    assert moves == [("reduce-scatter", ("tensor",), 4 * 4 * 4)]
+
+
+def test_a_weight_over_the_axis_of_the_batch_is_gathered_once():
+    def step(w, x):
+        return (x @ w).sum() + (2 * x @ w).sum()
+
+    _, moves = _moves(step, (_shape(16, 4), _shape(8, 16)), [P("data", None), P("data", None)],
+                      [P()])  # fmt: skip
+    assert moves[0] == ("all-gather", ("data",), 16 * 4 * 4)
+    assert [kind for kind, _, _ in moves].count("all-gather") == 1
+
+
+def test_a_loop_moves_as_often_as_it_runs():
+    def step(ws, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    _, moves = _moves(step, (_shape(5, 16, 16), _shape(8, 16)),
+                      [P(None, "data", None), P("data", None)], [P("data", None)])  # fmt: skip
+    assert moves == [("all-gather", ("data",), 5 * 16 * 16 * 4)]
+
+
+def test_what_is_fused_takes_no_memory_and_what_is_read_later_lives_until_then():
+    def step(x, w):
+        y = x @ w  # read by the exponential and by the last sum
+        z = jnp.exp(y) * 2  # element by element: never stored on a GPU
+        return (z.sum(0) @ y.T) @ y
+
+    args = _shape(1024, 64), _shape(64, 1024)
+    made, _ = _moves(step, args, [P(), P()], [P()])
+    found = peak(made, MESH, H100)
+    assert found.arguments == 2 * 1024 * 64 * 4
+    assert found.results == 1024 * 4
+    product, row = 1024 * 1024 * 4, 1024 * 4
+    assert found.temporary == pytest.approx(product + 2 * row, rel=0.01)
+
+
+def test_a_loop_holds_its_stack_and_writes_in_place():
+    def stacked(x):
+        return jax.lax.scan(lambda x, _: (x * 2, x @ x), x, None, length=6)[1].sum()
+
+    made, _ = _moves(stacked, (_shape(64, 64),), [P()], [P()])
+    assert peak(made, MESH, H100).temporary == pytest.approx(7 * 64 * 64 * 4, rel=0.2)
+
+    def written(cache, new):
+        def body(cache, i):
+            return jax.lax.dynamic_update_slice(cache, new, (i, 0)), None
+
+        return jax.lax.scan(body, cache, jnp.arange(64))[0]
+
+    made, _ = _moves(written, (_shape(64, 64), _shape(4, 64)), [P(), P()], [P()])
+    found = peak(made, MESH, H100, donated=(0,))
+    assert found.results == 0
+    assert found.temporary < 64 * 64 * 4 / 8
+
+
+def test_tpus_write_products_with_what_is_done_to_them():
+    def step(x, w):
+        y = (x @ w).astype(jnp.float32) * 2
+        return y.max(1), y.sum(1)
+
+    args = _shape(512, 64, dtype=jnp.bfloat16), _shape(64, 512, dtype=jnp.bfloat16)
+    made, _ = _moves(step, args, [P(), P()], [P(), P()])
+    assert peak(made, MESH, H100).temporary == 512 * 512 * 2
+    assert peak(made, MESH, V5E).temporary == 512 * 512 * 4
+
+
+@pytest.mark.parametrize("pins", [{"fsdp": 8}, {"data": 8, "fsdp": 1}], ids=["fsdp", "data"])
+def test_collectives_are_those_that_xla_compiles(models, pins):
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    step = sharding.train_step(models.decoder_loss, optax.sgd(1e-3))
+    params = jax.eval_shape(lambda: models.decoder_params(jax.random.key(0), width=64, hidden=256))
+    args = (params, jax.eval_shape(step.optimizer.init, params), _shape(16, 33, dtype=jnp.int32))
+    fixed = {"tensor": 1, "zero": 3, "remat": "none", "microbatches": 1, **pins}
+    plan = sharding.plan(step, args, cluster=jax.devices(),
+                         constraints=sharding.Constraints(pinned=fixed))  # fmt: skip
+    report = plan.check()
+    assert report.argument_bytes == pytest.approx(plan.prediction.memory_breakdown["arguments"],
+                                                  rel=0.01)  # fmt: skip
+    assert abs(report.collective_error) < 0.1
+    assert isinstance(plan.prediction.collectives["all-reduce"], Traffic)
+    again = sharding.Plan.from_json(plan.to_json())
+    assert again.prediction == plan.prediction
