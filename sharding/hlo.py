@@ -196,10 +196,8 @@ def _permutes(computations: Mapping[str, list[str]], name: str) -> list[tuple[in
 def _links(line: str) -> int:
     """Devices of the ring that a permutation sends along; 1 if it is none."""
     pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)
-    links = dict(
-        tuple(map(int, pair.split(",")))
-        for pair in re.findall(r"\d+,\d+", pairs[1] if pairs else "")
-    )
+    found = re.findall(r"(\d+),(\d+)", pairs[1] if pairs else "")
+    links = {int(source): int(target) for source, target in found}
     if not links:
         return 1
     start = next(iter(links))

@@ -59,7 +59,7 @@ _TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout
 _GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
               retile=False, late=True)  # fmt: skip
 # Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
-# buffer assignments (experiments.planner_memory says how to dump them).
+# buffer assignments (XLA_FLAGS=--xla_dump_to of a compilation by experiments.planner_memory).
 _CHIPS: Mapping[str, Fusion] = {
     "v6e": replace(_TPU, softmax=True),
     "tpu7x": replace(_TPU, softmax=True, retile=True),

@@ -14,7 +14,7 @@ a collective moves it. The rules:
 * An operand is gathered once, in the type that is read, however many operations read it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sharding.computation import Array, Computation, Instruction, Move, Spec
@@ -33,6 +33,7 @@ def partition(
     mesh: Mapping[str, int],
     inputs: Sequence[Any],
     outputs: Sequence[Any],
+    weights: Collection[int] | None = None,
 ) -> None:
     """Fills in where arrays lie and what moves.
 
@@ -41,16 +42,18 @@ def partition(
       mesh: axis name to size.
       inputs: the `PartitionSpec` of every input.
       outputs: the `PartitionSpec` of every output; None where the compiler may choose.
+      weights: positions of inputs that are parameters or lie as they do; None for all.
     """
-    for array, spec in zip(step.inputs, inputs, strict=True):
+    for i, (array, spec) in enumerate(zip(step.inputs, inputs, strict=True)):
         array.spec = _full(spec, len(array.shape))
-        array.is_weight = True
+        array.is_weight = weights is None or i in weights
     for array, spec in zip(step.outputs, outputs, strict=True):
         if spec is not None:
             array.wanted = _full(spec, len(array.shape))
     flow = _Flow(dict(mesh))
     flow.backward(step)
     flow.forward(step)
+    flow.settle(step)
     flow.deliver(step.outputs, [a.wanted for a in step.outputs], step.instructions)
 
 
@@ -342,6 +345,26 @@ class _Flow:
             held = mine.spec or ((),) * len(outer.shape)
             outer.spec = tuple(a + b for a, b in zip(by_hand, held, strict=True))
         self.manual = outside
+
+    def settle(self, body: Computation) -> None:
+        """Lays what is made of literals as its readers have it, which costs nothing."""
+        for instruction in reversed(body.instructions):
+            if instruction.name == "scan":
+                inner = instruction.bodies[0]
+                self.settle(inner)
+                consts = instruction.eqn.params["num_consts"]
+                for mine, outer in zip(inner.inputs[:consts], instruction.ins, strict=False):
+                    outer.spec = mine.spec if outer.spec is None else outer.spec
+            elif not instruction.bodies and any(a.spec is None for a in instruction.ins):
+                graph, ins, applied = _apply(instruction)
+                held: dict[int, tuple[str, ...]] = {}
+                taken = set(self.manual)
+                for out, axes in zip(instruction.outs, applied.outs, strict=True):
+                    if out.spec is not None:
+                        self._claim(graph, axes, out.spec, held, taken)
+                for array, axes in zip(instruction.ins, ins, strict=True):
+                    if array.spec is None and not array.is_literal and held:
+                        array.spec = self._spec(graph, axes, held)
 
     def deliver(
         self, results: Iterable[Array], wanted: Iterable[Spec | None], into: list[Instruction]

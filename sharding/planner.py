@@ -20,6 +20,7 @@ from sharding.simulation import (
     find_cluster,
     placement_of,
     predicted,
+    returned,
     with_footprint,
     without_rule,
 )
@@ -29,7 +30,7 @@ from sharding.specs import Layout, layout
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
-from sharding.trace import Leaf, Trace
+from sharding.trace import Trace
 
 # Strategies that are tried, fastest first, when specs are fixed and some cannot hold them.
 _TRIED = 64
@@ -114,9 +115,10 @@ def _fitting(
     for they may be too careful, and get less by as much as they turn out too hopeful.
     """
     limit = where.memory_bytes * allowed.memory_fraction
-    donate = _returned(args, traced)
+    donate = returned(args, traced)
     # The stages of a mixed cluster have memories of their own, which the search looks at.
     share = allowed.memory_fraction * (1.0 if where.is_mixed else _HOPE)
+    smallest = float("inf")
     for _ in range(_ROUNDS):
         found = solve(
             traced.program, where, constraints=dataclasses.replace(allowed, memory_fraction=share),
@@ -129,37 +131,14 @@ def _fitting(
         made = with_footprint(made)
         if where.is_mixed or made.memory_bytes <= limit:
             return found, made
+        smallest = min(smallest, made.memory_bytes)
         share *= max(_LEAST_CUT, min(limit / made.memory_bytes, _MOST_CUT))
     raise ValueError(
-        f"no plan of {traced.program.name} was found that fits {where.name}: the last needs "
-        f"{made.memory_bytes / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable "
-        f"({dict(made.mesh)}, remat {made.remat}); take more devices, chips with more memory, or "
-        "a smaller batch"
+        f"no plan of {traced.program.name} was found that fits {where.name}: the smallest of "
+        f"{_ROUNDS} needs {smallest / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable; take "
+        f"about {smallest / limit:.1f} times the devices, chips with more memory, or a smaller "
+        "batch"
     )
-
-
-def _returned(args: Sequence[Any], traced: Trace) -> tuple[int, ...]:
-    """Positions of arguments in whose place a result comes back: what a caller would donate."""
-
-    def parts(tree: Any, leaves: Sequence[Leaf]) -> list[Any]:
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        whole = jax.tree.unflatten(tree, shapes)
-        return list(whole) if isinstance(whole, (tuple, list)) else [whole]
-
-    def kind(tree: Any) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
-
-    free = [kind(part) for part in parts(traced.out_tree, traced.outputs)]
-    found, start = [], 0
-    for i, part in enumerate(parts(traced.in_tree, traced.inputs)):
-        count = len(jax.tree.leaves(args[i]))
-        held = any(leaf.role != "data" for leaf in traced.inputs[start : start + count])
-        start += count
-        if count and held and kind(part) in free:
-            free.remove(kind(part))
-            found.append(i)
-    return tuple(found)
 
 
 def _within_reach(

@@ -9,14 +9,16 @@ from jax.sharding import PartitionSpec
 
 from sharding.compile_check import abstract_mesh
 from sharding.constants import Calibration
+from sharding.execute import TrainStep
 from sharding.explain import Prediction
 from sharding.footprint import footprint
 from sharding.plan import Plan
 from sharding.solver import Candidate, evaluate
+from sharding.specs import layout
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategy
 from sharding.topology import AXES, Cluster
-from sharding.trace import Trace
+from sharding.trace import Leaf, Trace
 
 
 def simulate(
@@ -63,10 +65,24 @@ def simulate(
     (candidate,) = evaluate(traced.program, [strategy], where, calibration=calibration)
     notes = [f"mesh axis {axis} is taken for {use} parallelism" for axis, use in uses.items()]
     batch = tuple(a for a, use in uses.items() if use in ("data", "fsdp", "expert"))
+    # Results and activations lie as a plan of these degrees would have them.
+    named = {use: tuple(a for a, its in uses.items() if its == use) for use in AXES}
+    placed = layout(traced, strategy)
+    gradients = {}
+    if isinstance(step, TrainStep):
+        gradients = {path.partition("/")[2]: spec for path, spec in specs.items()
+                     if path.startswith("0/")}  # fmt: skip
     made = Plan(
         mesh=dict(mesh),
         inputs=specs,
+        outputs={path: _renamed(spec, named) for path, spec in placed.outputs.items()},
+        activations={
+            dim: tuple(a for use in held for a in named[use])
+            for dim, held in placed.activations.items()
+        },
+        gradients=gradients,
         batch=batch,
+        donate=returned(args, traced),
         remat=remat,
         accumulation_steps=microbatches if strategy.stage == 1 else 1,
         microbatches=microbatches if strategy.stage > 1 else 1,
@@ -82,6 +98,14 @@ def simulate(
         data=None if data is None else tuple(data),
     )
     return with_footprint(made)
+
+
+def _renamed(spec: PartitionSpec, named: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    entries = []
+    for entry in spec:
+        held = (entry,) if isinstance(entry, str) else entry or ()
+        entries.append(tuple(axis for use in held for axis in named[use]) or None)
+    return PartitionSpec(*entries)
 
 
 def with_footprint(plan: Plan) -> Plan:
@@ -103,6 +127,30 @@ def with_footprint(plan: Plan) -> Plan:
         collectives=found.collectives,
     )  # fmt: skip
     return dataclasses.replace(plan, prediction=prediction)
+
+
+def returned(args: Sequence[Any], traced: Trace) -> tuple[int, ...]:
+    """Positions of arguments in whose place a result comes back: what a caller would donate."""
+
+    def parts(tree: Any, leaves: Sequence[Leaf]) -> list[Any]:
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        whole = jax.tree.unflatten(tree, shapes)
+        return list(whole) if isinstance(whole, (tuple, list)) else [whole]
+
+    def kind(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+    free = [kind(part) for part in parts(traced.out_tree, traced.outputs)]
+    found, start = [], 0
+    for i, part in enumerate(parts(traced.in_tree, traced.inputs)):
+        count = len(jax.tree.leaves(args[i]))
+        held = any(leaf.role != "data" for leaf in traced.inputs[start : start + count])
+        start += count
+        if count and held and kind(part) in free:
+            free.remove(kind(part))
+            found.append(i)
+    return tuple(found)
 
 
 def find_cluster(cluster: str | Cluster | Sequence[Any]) -> Cluster:
