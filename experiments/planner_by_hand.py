@@ -1,12 +1,12 @@
 """Is the plan that is found at least as good, compiled, as what one would write by hand?
 
     python -m experiments.planner_by_hand
-    python -m experiments.planner_by_hand --compile True --problems decode
+    python -m experiments.planner_by_hand --compile --problems decode
 
 Every problem is compiled by the production compilers as planned, with plain FSDP, with FSDP and
 tensor parallelism, and as its community runs it; rematerialisation and micro-batches are the same
 for all, so that only the division differs. The first command reads the kept figures in
-results/planner_by_hand; with --compile True they are made again. Compared are the compiler's
+results/planner_by_hand; with --compile they are made again. Compared are the compiler's
 `peak_memory_in_bytes` and the time of the collectives in the optimised HLO, V·(n-1)/n over the
 bandwidth of the mesh axis that they run over, nothing overlapped. CPU only.
 """
@@ -160,7 +160,7 @@ def measure(problem: Problem, config: Config) -> list[dict[str, Any]]:
             rows.append(row | {"error": str(error)[:300]})
             continue
         if held is None:
-            rows.append(row | {"error": "not compiled yet: --missing True"})
+            rows.append(row | {"error": "not compiled yet: --missing"})
             continue
         rows.append(row | {
             "mesh": held["plan"]["mesh"],

@@ -1,14 +1,14 @@
 """How well does the planner predict memory and collectives, against the production compilers?
 
     python -m experiments.planner_memory
-    python -m experiments.planner_memory --compile True --programs h100
+    python -m experiments.planner_memory --compile --programs h100
 
 Decoders (dense and mixture of experts; training, prefill and decoding with a cache) are planned
 for clusters that need not be there and compiled by XLA for those machines. Plans and the compilers'
 figures are kept in results/planner_memory; the first command predicts the kept plans anew and
 compares: bytes of a device with `peak_memory_in_bytes`, bytes of all collectives with those of the
 optimised HLO. Wanted: median error of memory at most 5 %, worst at most 10 %, none more than 3 %
-too low; collectives within 2 %. CPU only. With --compile True the programs are planned and
+too low; collectives within 2 %. CPU only. With --compile the programs are planned and
 compiled again (about ten seconds each for H100s, minutes for training on TPUs); that needs
 `flatbuffers`, and jax[tpu] or jax-cuda13-plugin.
 """
@@ -118,7 +118,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         if config.compile or (config.missing and held is None):
             held = compile_case(case, config.figures)
         if held is None:
-            return row | {"error": "not compiled yet: --missing True"}
+            return row | {"error": "not compiled yet: --missing"}
         plan, report = predicted(case, held)
     except (ValueError, RuntimeError) as error:
         return row | {"error": str(error)[:300]}

@@ -175,12 +175,13 @@ class _Flow:
         for array, axes in operands:
             if array.spec is not None and array.is_weight != is_lookup:
                 self._claim(graph, axes, array.spec, held, taken)
+        free = all(a.spec is None or not a.shape for a, _ in operands)
         for array, axes in operands:
             needed = self._spec(graph, axes, held)
             if applied.kind == "opaque":
                 needed = ((),) * len(array.shape)
             if array.spec is None:
-                array.spec = needed if not array.is_literal else None
+                array.spec = needed if held and not array.is_literal else None
             elif array.spec != needed:
                 instruction.moves += self._reshard(array, needed)
         if applied.kind == "elementwise" and len(operands) == 1:  # what it repeats, changed
@@ -188,7 +189,6 @@ class _Flow:
                 if instruction.ins[0].shape == out.shape and out.repeats is None:
                     out.repeats = instruction.ins[0].repeats
         is_weight = bool(operands) and all(a.is_weight or not a.shape for a, _ in operands)
-        free = all(a.spec is None or not a.shape for a, _ in operands)
         for out, axes in zip(instruction.outs, applied.outs, strict=True):
             out.is_weight = is_weight and applied.kind == "elementwise" and bool(operands)
             out.spec = None if free and out.wanted is None else self._spec(graph, axes, held)

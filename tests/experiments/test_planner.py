@@ -130,7 +130,7 @@ def test_a_compiler_that_is_absent_is_a_row_and_not_the_end(tmp_path, monkeypatc
         raise RuntimeError(f"no compiler for {case.cluster}\nand more")
 
     monkeypatch.setattr(planner_memory, "compile_case", refuse)
-    summary = run(planner_memory, tmp_path, "--compile", "True")
+    summary = run(planner_memory, tmp_path, "--compile")
     assert summary["rows"][0]["error"] == "no compiler for h100:1x4\nand more"
 
 
@@ -167,7 +167,7 @@ def test_collectives_by_hand_take_the_time_of_their_axis():
 @pytest.mark.aot
 def test_memory_of_a_decoding_step(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="compiling for H100s needs jax-cuda13-plugin")
-    figures = ("--compile", "True", "--figures", str(tmp_path / "figures"))
+    figures = ("--compile", "--figures", str(tmp_path / "figures"))
     summary = run(planner_memory, tmp_path / "run", *figures)
     assert (summary["programs"], summary["failed"]) == (1, 0)
     assert summary["error_worst"] < 0.1
