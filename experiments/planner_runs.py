@@ -11,6 +11,7 @@ about two minutes; tests/sharding/test_two_processes.py does the same across two
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,86 @@ import optax
 import sharding
 from experiments import harness
 from experiments.harness import Report, RunOptions, Table
-from experiments.planner_memory import Case, loss, parameters
 
 WANTED = 1e-5
 DEVICES = 8
+HEAD = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A decoder and its batch."""
+
+    name: str
+    layers: int
+    width: int
+    hidden: int
+    batch: int
+    length: int
+    experts: int = 0
+    vocab: int = 32_000
+
+
+def parameters(case: Case) -> Any:
+    """Shapes of a decoder's parameters, in float32."""
+    heads = case.width // HEAD
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    n, d, f = case.layers, case.width, case.hidden
+    experts = (case.experts,) if case.experts else ()
+    layers = {
+        "query": leaf(n, d, heads, HEAD),
+        "key": leaf(n, d, heads // 2, HEAD),
+        "value": leaf(n, d, heads // 2, HEAD),
+        "out": leaf(n, heads, HEAD, d),
+        "gate": leaf(n, *experts, d, f),
+        "up": leaf(n, *experts, d, f),
+        "down": leaf(n, *experts, f, d),
+    }
+    if case.experts:
+        layers["router"] = leaf(n, d, case.experts)
+    return {"embed": leaf(case.vocab, d), "head": leaf(d, case.vocab), "layers": layers}
+
+
+def forward(params: Any, tokens: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Logits [batch, length, vocab], computed in a type of less precision than the parameters."""
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def norm(x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+        return (wide * scale).astype(x.dtype)
+
+    def layer(x: jax.Array, w: Mapping[str, jax.Array]) -> tuple[jax.Array, None]:
+        h = norm(x)
+        query = jnp.einsum("bsd,dkh->bskh", h, w["query"])
+        key = jnp.einsum("bsd,dkh->bskh", h, w["key"])
+        value = jnp.einsum("bsd,dkh->bskh", h, w["value"])
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + jnp.einsum("bskh,khd->bsd", attended, w["out"])
+        h = norm(x)
+        if "router" not in w:
+            hidden = jax.nn.silu(h @ w["gate"]) * (h @ w["up"])
+            return x + hidden @ w["down"], None
+        # Every token to every expert, weighted: memory is that of a capacity of all tokens.
+        weights = jax.nn.softmax(h @ w["router"], -1)
+        hidden = jax.nn.silu(jnp.einsum("bsd,edf->ebsf", h, w["gate"]))
+        hidden = hidden * jnp.einsum("bsd,edf->ebsf", h, w["up"])
+        out = jnp.einsum("ebsf,efd->ebsd", hidden, w["down"])
+        return x + jnp.einsum("ebsd,bse->bsd", out, weights), None
+
+    x, _ = jax.lax.scan(layer, jnp.take(params["embed"], tokens, axis=0), params["layers"])
+    return norm(x) @ params["head"]
+
+
+def loss(params: Any, tokens: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Mean cross entropy of the next token."""
+    logits = forward(params, tokens[:, :-1], dtype=dtype).astype(jnp.float32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
 DENSE = Case(name="dense", layers=3, width=256, hidden=512, batch=16, length=32, vocab=128)
 EXPERTS = Case(name="experts", layers=2, width=256, hidden=256, batch=16, length=32, vocab=128,
                experts=4)  # fmt: skip
