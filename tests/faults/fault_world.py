@@ -107,14 +107,20 @@ class ClaimingActor(Actor):
         return result
 
 
-def build(name, *, store, claims, secret="", kills=None, folder="", poll_s=0.02, patience_s=120.0):
+def build(
+    name, *, store, claims, secret="", kills=None, folder="", bad_seed=None, poll_s=0.02,
+    patience_s=120.0,
+):  # fmt: skip
     """An actor of a store, or of its URL or, with a secret, its address.
 
-    `kills` names the place where the actor of a name ends its process, once.
+    `kills` names the places where the actor of a name ends its process, once; with `bad_seed` one
+    delivery in ten is damaged.
     """
     opened = store
     if isinstance(store, str):
         opened = TcpStore(store, secret=secret, patience_s=30.0) if secret else FsspecStore(store)
+    if bad_seed is not None:
+        opened = BadStore(opened, bad_seed, rate=0.1)
     for kill in (kills or {}).get(name, ()):
         KILLS[kill](Path(folder) / f"killed in {kill}")
     return ClaimingActor(
@@ -147,7 +153,7 @@ class ClaimingPublisher(Publisher):
         return super().publish(params, version)
 
 
-def trainer(pool, store, folder, **options):
+def trainer(pool, store, folder, *, segment_bytes=4096, **options):
     folder = Path(folder)
     return AsynchronousTrainer(
         learner=LEARNER,
@@ -162,7 +168,7 @@ def trainer(pool, store, folder, **options):
         prompts_per_item=2,
         seed=3,
         **{
-            "journal": KeepingJournal(folder / "journal", segment_bytes=4096),
+            "journal": KeepingJournal(folder / "journal", segment_bytes=segment_bytes),
             "max_staleness": 3,
             "stall_s": 120.0,
         }
