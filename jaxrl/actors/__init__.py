@@ -11,6 +11,7 @@ from jaxrl.actors.journal import Journal, JournalError
 from jaxrl.actors.ledger import ActorStatistics
 from jaxrl.actors.pool import NoActorsLeft, Pool, PoolConfig
 from jaxrl.actors.processes import ActorFailed, Processes
+from jaxrl.actors.ray_actors import RayActors
 from jaxrl.actors.threads import Threads
 from jaxrl.actors.validation import RolloutChecks
 from jaxrl.actors.work import AbstractActor, Interrupted, Refusal, Result, Timings, WorkItem
@@ -29,6 +30,7 @@ __all__ = [
     "Pool",
     "PoolConfig",
     "Processes",
+    "RayActors",
     "Refusal",
     "Result",
     "RolloutChecks",

@@ -213,7 +213,7 @@ class _Remote:
             raise self._explained(error) from error
         if "failed" in header:
             raise ActorFailed(str(header["failed"]))
-        return _answer_to(item, header, body)
+        return answer_to(item, header, body)
 
     def _explained(self, error: ConnectionBroken) -> Exception:
         """The end of the process is the better reason, where there is one."""
@@ -225,7 +225,8 @@ class _Remote:
         return error
 
 
-def _answer_to(item: WorkItem, header: Mapping[str, Any], body: bytes) -> Result:
+def answer_to(item: WorkItem, header: Mapping[str, Any], body: bytes) -> Result:
+    """An actor's answer from its header and body; a refusal where they are no answer to `item`."""
     try:
         result = result_from_wire(header, body)
         if result.item != item.id:

@@ -3,6 +3,7 @@
 hand out items ─► actors ─► take what is acknowledged ─► (replay) ─► update ─► publish
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from jaxrl.data.batches import Demonstrations
 from jaxrl.learner import Learner, LearnerState
 from jaxrl.replay import Replay
 from jaxrl.sync import Published, Publisher, StoreError
+from jaxrl.train import processes
 from jaxrl.train.intake import Intake
 from jaxrl.train.synchronous import (
     NonFiniteUpdates,
@@ -59,7 +61,9 @@ class AsynchronousTrainer:
 
     Attributes:
       learner: updates the policy.
-      pool: the actors; started and closed by `run`.
+      pool: the actors; started and closed by `run`. A learner of several processes
+        (`jax.distributed`) makes a trainer in each, and gives pool, replay and journal to the
+        first one only, which leads.
       publisher: of the policy's weights.
       checks: what rollouts must look like; holds the training set.
       prompts_per_item: B of one work item; without replay also of one update.
@@ -80,7 +84,7 @@ class AsynchronousTrainer:
     """
 
     learner: Learner
-    pool: Pool
+    pool: Pool | None
     publisher: Publisher
     checks: RolloutChecks
     prompts_per_item: int
@@ -136,12 +140,14 @@ class AsynchronousTrainer:
           NonFiniteUpdates: more than `max_refused` updates in a row were skipped.
           SamplerDrift: a sampler's log-probabilities are not the learner's.
           NoActorsLeft: every actor was given up.
+          LeaderStopped: one of these came to the first process of several; this is another one.
           Stalled: no actor answered for `stall_s`.
         """
         if not self._recovered:
             self._intake.recover(None, start)
-        with self.pool:
-            self.pool.start(self._intake.accept)
+        with self.pool or contextlib.nullcontext():
+            if self.pool is not None:
+                self.pool.start(self._intake.accept)
             ended = time.perf_counter()
             for step in range(start, steps):
                 version = int(state.step)
@@ -189,7 +195,7 @@ class AsynchronousTrainer:
         The journal is cleared of what the oldest checkpoint on disk holds, which may be needed
         when a later one proves damaged.
         """
-        replay = None if self.replay is None else self.replay.state_dict()
+        replay = self._replay_state()
         metadata = {
             "intake": self._intake.state(),
             "replay": None if replay is None else replay["metadata"],
@@ -202,6 +208,14 @@ class AsynchronousTrainer:
             self._intake.collect(self._saved[oldest], oldest)
             self._saved = {at: kept for at, kept in self._saved.items() if at >= oldest}
 
+    def _replay_state(self) -> dict[str, Any] | None:
+        """The replay's state, in every process: each of them writes its part of a checkpoint."""
+        if not processes.leads():
+            return processes.tree_from_message(processes.hear())
+        state = None if self.replay is None else self.replay.state_dict()
+        processes.tell(*processes.tree_to_message(state))
+        return state
+
     def _tree(self, state: LearnerState, replay: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"learner": state, "replay": {} if replay is None else Replay.template(replay)}
 
@@ -213,6 +227,7 @@ class AsynchronousTrainer:
         if last is not None and version - last.version < self.sync_every:
             return None
         self._intake.flush()
+        processes.tell({"publish": version})
         try:
             with self.span("publish"):
                 self._published = self.publisher.publish(state.params["policy"], version)
@@ -227,6 +242,7 @@ class AsynchronousTrainer:
 
     def _hand_out(self, version: int) -> None:
         """Keeps the actors supplied, as far ahead as the staleness bound allows."""
+        assert self.pool is not None
         while self._published is not None:
             if self.replay is None:
                 # Each item is used up by one update: an item behind `ahead` others is used at
@@ -241,7 +257,28 @@ class AsynchronousTrainer:
             self.pool.submit(self._intake.next_item(used_at - self.max_staleness))
 
     def _next(self, step: int, state: LearnerState, version: int) -> "_Batch":
-        """Waits for what the next update trains on."""
+        """Waits for what the next update trains on, with all processes of the learner."""
+        if not processes.leads():
+            return self._follow(state, version)
+        try:
+            batch = self._lead(step, state, version)
+        except Exception as error:
+            processes.tell({"stop": f"{type(error).__name__}: {error}"})
+            raise
+        if jax.process_count() > 1:
+            processes.tell(*processes.rollouts_to_message(batch.rollouts))
+        return batch
+
+    def _follow(self, state: LearnerState, version: int) -> "_Batch":
+        """Does as the leader does until it has a batch."""
+        while "publish" in (message := processes.hear())[0]:
+            self._published = None  # the leader knows when it is due
+            self._publish(state, version)
+        return _Batch(results=[processes.rollouts_from_message(message)])
+
+    def _lead(self, step: int, state: LearnerState, version: int) -> "_Batch":
+        """Waits for what the next update trains on; publishes and hands out meanwhile."""
+        assert self.pool is not None, "the leader has the actors"
         batch = _Batch()
         repeated = self._intake.repeat(step)
         if repeated is not None:
@@ -284,6 +321,7 @@ class AsynchronousTrainer:
 
     def _collect(self, timeout_s: float, batch: "_Batch") -> None:
         """Takes in what the actors have done, waiting up to `timeout_s` for the first."""
+        assert self.pool is not None
         results = self.pool.poll(timeout_s)
         if any(result.refusal is None for result in results):
             self._refused = 0
@@ -304,7 +342,8 @@ class AsynchronousTrainer:
 
     def _observed(self, batch: "_Batch") -> dict[str, float]:
         """What a user watches of the two sides, as numbers."""
-        actors = self.pool.statistics.values()
+        actors = {} if self.pool is None else self.pool.statistics
+        actors = list(actors.values())
         seen = {f"refused_{reason}": float(n) for reason, n in self._intake.refused.items()}
         seen["duplicates"] = float(sum(actor.duplicates for actor in actors))
         seen["restarts"] = float(sum(actor.restarts for actor in actors))

@@ -1,5 +1,7 @@
 """Results that need no model: arrays of the right shapes, made from the item's number."""
 
+import textwrap
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,39 @@ from jaxrl.actors import Result, RolloutChecks, Timings, WorkItem
 from jaxrl.data.batches import PromptSet
 from jaxrl.types import REFERENCE_VERSION, Prompts, Rollouts
 
+ACTORS = '''
+    """Actors without a model, for tests."""
+    import os, signal, time
+    import numpy as np
+    from jaxrl.actors import Result
+    from jaxrl.types import Prompts, Rollouts
+
+    class Little:
+        def __init__(self, name, die_once, sleep_s):
+            self.name, self.die_once, self.sleep_s = name, die_once, sleep_s
+        def __enter__(self):
+            return self
+        def __exit__(self, *_):
+            pass
+        def interrupt(self):
+            pass
+        def run(self, item):
+            if self.die_once and not os.path.exists(self.die_once):
+                open(self.die_once, "x").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item.rows[0] == 13:
+                raise RuntimeError("unlucky row")
+            time.sleep(self.sleep_s)
+            whole = np.full((1, 1, 2), item.id, np.int32)
+            return Result(item=item.id, actor=self.name, version=os.getpid(), rollouts=Rollouts(
+                prompts=Prompts(tokens=whole[0], mask=whole[0] >= 0, ids=np.int32(item.rows)),
+                tokens=whole, mask=whole >= 0, policy_version=whole,
+                behaviour_log_probs=np.zeros((1, 1, 2), np.float32),
+                reference_log_probs=np.zeros((1, 1, 2), np.float32), rewards={}, costs={}))
+
+    def build(name, die_once="", sleep_s=0.0):
+        return Little(name, die_once, sleep_s)
+'''
 PROMPTS = PromptSet(
     texts=("a", "b", "c", "d", "e"),
     tokens=np.arange(20, dtype=np.int32).reshape(5, 4),
@@ -59,3 +94,10 @@ def make_result():
 @pytest.fixture
 def checks():
     return RolloutChecks(prompts=PROMPTS, group_size=3, completion_len=5, vocab_size=30)
+
+
+@pytest.fixture
+def little_actors(tmp_path):
+    """A folder with the module `little_actors`, for processes that import it by name."""
+    (tmp_path / "little_actors.py").write_text(textwrap.dedent(ACTORS))
+    return tmp_path

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -17,45 +16,11 @@ from jaxrl.sync import Refused
 from jaxrl.sync.connection import Connection
 
 ROOT = Path(__file__).resolve().parents[3]
-ACTORS = '''
-    """Actors without a model, for tests."""
-    import os, signal, time
-    import numpy as np
-    from jaxrl.actors import Result
-    from jaxrl.types import Prompts, Rollouts
-
-    class Little:
-        def __init__(self, name, die_once, sleep_s):
-            self.name, self.die_once, self.sleep_s = name, die_once, sleep_s
-        def __enter__(self):
-            return self
-        def __exit__(self, *_):
-            pass
-        def interrupt(self):
-            pass
-        def run(self, item):
-            if self.die_once and not os.path.exists(self.die_once):
-                open(self.die_once, "x").close()
-                os.kill(os.getpid(), signal.SIGKILL)
-            if item.rows[0] == 13:
-                raise RuntimeError("unlucky row")
-            time.sleep(self.sleep_s)
-            whole = np.full((1, 1, 2), item.id, np.int32)
-            return Result(item=item.id, actor=self.name, version=os.getpid(), rollouts=Rollouts(
-                prompts=Prompts(tokens=whole[0], mask=whole[0] >= 0, ids=np.int32(item.rows)),
-                tokens=whole, mask=whole >= 0, policy_version=whole,
-                behaviour_log_probs=np.zeros((1, 1, 2), np.float32),
-                reference_log_probs=np.zeros((1, 1, 2), np.float32), rewards={}, costs={}))
-
-    def build(name, die_once="", sleep_s=0.0):
-        return Little(name, die_once, sleep_s)
-'''
 
 
 @pytest.fixture
-def pool(tmp_path):
+def pool(little_actors):
     """Makes pools of little actors, and closes them."""
-    (tmp_path / "little_actors.py").write_text(textwrap.dedent(ACTORS))
     pools = []
 
     def make(size, config=None, **options):
@@ -63,7 +28,7 @@ def pool(tmp_path):
             Processes(
                 size,
                 Factory(target="little_actors:build", config=options),
-                environment=lambda name: {"PYTHONPATH": str(tmp_path)},
+                environment=lambda name: {"PYTHONPATH": str(little_actors)},
                 config=config or PoolConfig(backoff_s=0.0),
             )
         )
@@ -135,7 +100,7 @@ def test_a_factory_that_cannot_build_ends_the_run_with_its_reason(make_item):
             poll_for(actors, 120)
 
 
-def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, tmp_path, caplog):
+def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, little_actors, caplog):
     actors = pool(0)
     actors.start(accepted)
     with pytest.raises(Refused, match="refuses this secret"):
@@ -148,7 +113,7 @@ def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, tmp_p
             "--build", "little_actors:build", "--config", '{"sleep_s": 0.05}',
         ],
         cwd=ROOT,
-        env=os.environ | {"JAXRL_SECRET": actors.secret, "PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"JAXRL_SECRET": actors.secret, "PYTHONPATH": str(little_actors)},
     )  # fmt: skip
     cut = []
 
@@ -168,7 +133,7 @@ def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, tmp_p
     assert "turned away" in caplog.text
 
 
-def test_the_launcher_says_what_is_missing(tmp_path):
+def test_the_launcher_says_what_is_missing(little_actors):
     def started(secret, address):
         environment = {k: v for k, v in os.environ.items() if k != "JAXRL_SECRET"} | secret
         return subprocess.run(
@@ -176,19 +141,17 @@ def test_the_launcher_says_what_is_missing(tmp_path):
                 sys.executable, "-m", "jaxrl.actors", "--learner", address, "--patience", "0.1",
                 "--build", "little_actors:build",
             ],
-            cwd=ROOT, env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
+            cwd=ROOT, env=environment | {"PYTHONPATH": str(little_actors)}, capture_output=True,
             text=True, timeout=120, check=False,
         )  # fmt: skip
 
-    (tmp_path / "little_actors.py").write_text(textwrap.dedent(ACTORS))
     assert "JAXRL_SECRET is not set" in started({}, "127.0.0.1:1").stderr
     done = started({"JAXRL_SECRET": "s" * 32}, "127.0.0.1:1")
     assert done.returncode == 1
     assert "cannot connect to 127.0.0.1:1" in done.stderr
 
 
-def test_actors_end_with_the_process_that_started_them(tmp_path):
-    (tmp_path / "little_actors.py").write_text(textwrap.dedent(ACTORS))
+def test_actors_end_with_the_process_that_started_them(little_actors):
     script = """
 from jaxrl.actors import Factory, Processes, WorkItem
 import time
@@ -202,7 +165,7 @@ time.sleep(600)
 """
     learner = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env=os.environ | {"PYTHONPATH": f"{little_actors}:{ROOT}"},
     )  # fmt: skip
     actor = int(learner.stdout.readline())
     os.kill(actor, 0)  # it lives

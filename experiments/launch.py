@@ -1,0 +1,223 @@
+"""One small asynchronous run, wherever its parts run: the launch recipes of docs/launch.md, whole.
+
+Question: does the same run work with actors as threads, as processes, on Ray, and on machines of
+their own, with a learner of one process or of many, and does it resume after a kill?
+
+    python -m experiments.launch                                  # all in this process
+    python -m experiments.launch --actors processes --count 2     # processes of this machine
+    python -m experiments.launch --actors ray --count 2           # a Ray cluster
+
+The task: trajectory balance teaches a byte-sized decoder to write lowercase letters. What counts is
+how it is put together: `build` makes an actor from JSON wherever it is called, and everything else
+is in `main`. On several machines the learner listens for actors and lends them its weights:
+
+    JAXRL_SECRET=… python -m experiments.launch --actors remote --listen 0.0.0.0:7777 \
+        --weights 0.0.0.0:7778
+    JAXRL_SECRET=… python -m jaxrl.actors --learner LEARNER:7777 --build experiments.launch:build \
+        --config '{"weights": "LEARNER:7778"}'
+
+A learner of many processes starts the first command in each, with `--coordinator`, `--processes`
+and `--process`. Killed, it resumes when started again with the same folder.
+
+Hardware: two CPU cores, under a minute. Expected: the reward, the share of letters that are
+lowercase, rises from about .1 to above .5; the staleness stays within `--max-staleness`.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrl import recipes
+from jaxrl.actors import (
+    Actor,
+    Factory,
+    Journal,
+    Pool,
+    Processes,
+    RayActors,
+    RolloutChecks,
+    Threads,
+)
+from jaxrl.checkpoint import Checkpointer
+from jaxrl.data.batches import PromptSet
+from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
+from jaxrl.models import Decoder, DecoderConfig
+from jaxrl.rollouts import Collector, Sampling, Scorer
+from jaxrl.sync import FsspecStore, Publisher, Store, StoreServer, Subscriber, TcpStore
+from jaxrl.tokenizers import PLAIN, train_bpe
+from jaxrl.train import AsynchronousTrainer
+from sharding import Plan
+
+SECRET = "JAXRL_SECRET"
+RUN = "launch"
+GROUP, LENGTH = 8, 16
+TEXTS = tuple(f"Write word {i}:" for i in range(16))
+TOKENIZER = train_bpe(TEXTS, 260)  # bytes and special tokens
+PROMPTS = PromptSet.encode(TOKENIZER, TEXTS, PLAIN, max_len=16)
+MODEL = DecoderConfig(
+    vocab_size=TOKENIZER.vocab_size, layers=1, embed=32, heads=2, kv_heads=1, head_dim=16, mlp=64,
+    max_len=32, remat="none",
+)  # fmt: skip
+CHECKS = RolloutChecks(
+    prompts=PROMPTS, group_size=GROUP, completion_len=LENGTH, vocab_size=MODEL.vocab_size
+)
+
+
+def policy() -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and first parameters, which are also the reference: a function of nothing."""
+    return nnx.split(Decoder(MODEL, rngs=nnx.Rngs(0)))
+
+
+def lowercase(prompts: list[str], completions: list[str]) -> list[float]:
+    """The reward: share of the characters that are lowercase letters a–z."""
+    return [sum("a" <= c <= "z" for c in text) / max(len(text), 1) for text in completions]
+
+
+def nothing(prompts: list[str], completions: list[str]) -> np.ndarray:
+    """The cost: no completion is unsafe here."""
+    return np.zeros(len(completions))
+
+
+def build(name: str, *, weights: str) -> Actor:
+    """An actor of this run, in whatever process this is called.
+
+    Args:
+      name: of the actor.
+      weights: where the learner publishes: a folder or URL of fsspec's, or "host:port" of a
+        learner that lends them to who has the secret in JAXRL_SECRET.
+    """
+    graphdef, reference = policy()
+    return Actor(
+        name=name,
+        collector=Collector(
+            graphdef=graphdef,
+            sampling=Sampling(
+                max_new_tokens=LENGTH, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id
+            ),
+            group_size=GROUP,
+        ),
+        scorer=Scorer(
+            tokenizer=TOKENIZER, prompts=PROMPTS,
+            rewards={"reward": lowercase}, costs={"cost": nothing},
+        ),
+        prompts=PROMPTS,
+        reference=reference,
+        subscriber=Subscriber(
+            store_at(weights), run_id=RUN, like=jax.eval_shape(lambda: reference), name=name
+        ),
+    )  # fmt: skip
+
+
+def store_at(weights: str) -> Store:
+    """The store of a folder, URL or address."""
+    if weights.rpartition(":")[2].isdecimal():
+        return TcpStore(weights, secret=os.environ[SECRET])
+    return FsspecStore(weights)
+
+
+def pool_of(args: argparse.Namespace, folder: Path) -> Pool:
+    """The actors, where the command line wants them; they read the weights from the folder."""
+    factory = Factory(target="experiments.launch:build", config={"weights": str(folder)})
+    match args.actors:
+        case "threads":
+            return Threads(args.count, factory)
+        case "processes":
+            return Processes(args.count, factory)
+        case "ray":
+            return RayActors(args.count, factory)
+        case _:
+            return Processes(0, address=args.listen, secret=os.environ[SECRET])
+
+
+def learner_of(graphdef: nnx.GraphDef) -> Learner:
+    """Trajectory balance; over several processes the batch is split among all their devices."""
+    plan = Plan.single_device()
+    if jax.process_count() > 1:
+        plan = Plan.from_rules({}, mesh={"data": jax.device_count()}, rules={}, batch=("data",))
+    return Learner(
+        recipe=recipes.get("tba", group_size=GROUP),
+        apply=lm_apply(graphdef, None, temperature=1.0),
+        optimizer=lm_optimizer(OptimizerConfig(learning_rate=1e-2)),
+        plan=plan,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m experiments.launch", description=__doc__.splitlines()[0]
+    )
+    add = found.add_argument
+    add("--actors", choices=("threads", "processes", "ray", "remote"), default="threads",
+        help="where they run; remote ones join by `python -m jaxrl.actors`")  # fmt: skip
+    add("--count", type=int, default=2, help="actors to start; remote ones start themselves")
+    add("--listen", default="127.0.0.1:7777", help="address for remote actors")
+    add("--weights", default="", help="address to lend the weights at; else actors read the folder")
+    add(
+        "--coordinator",
+        default="",
+        help="host:port of process 0 of a learner of many processes; `auto` on TPU pods and Slurm",
+    )
+    add("--processes", type=int, default=1, help="processes of the learner")
+    add("--process", type=int, default=0, help="number of this process of the learner")
+    add("--steps", type=int, default=60, help="updates")
+    add("--max-staleness", type=int, default=3, help="versions that rollouts may lie behind")
+    add("--out", type=Path, default=Path("runs/launch"), help="folder of the run")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a learner, and its actors where it has to start them."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    # Harmless where there are accelerators; on CPUs it is what carries data between processes.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if args.coordinator == "auto":
+        jax.distributed.initialize()
+    elif args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    first = jax.process_index() == 0
+    store = FsspecStore(args.out / "weights")
+    graphdef, reference = policy()
+    learner = learner_of(graphdef)
+    state = learner.init({"policy": reference}, num_prompts=len(PROMPTS))
+    with contextlib.ExitStack() as stack:
+        if first and args.weights:
+            stack.enter_context(StoreServer(store, args.weights, secret=os.environ[SECRET]))
+        trainer = AsynchronousTrainer(
+            learner=learner,
+            pool=pool_of(args, args.out / "weights") if first else None,
+            publisher=Publisher(store, run_id=RUN),
+            checks=CHECKS,
+            prompts_per_item=8,
+            seed=0,
+            max_staleness=args.max_staleness,
+            journal=stack.enter_context(Journal(args.out / "journal")) if first else None,
+        )
+        checkpoints = stack.enter_context(Checkpointer(args.out / "checkpoints"))
+        start, state = trainer.restore(checkpoints, state)
+        row: dict[str, Any] = {}
+        for done, present, row, _ in trainer.run(state, start=start, steps=args.steps):
+            if first and (done % 10 == 0 or done == args.steps):
+                print(
+                    f"step {done:4d}  reward {row['reward']:.2f}  "
+                    f"staleness {row['staleness']:.1f}  "
+                    f"learner idle {row['learner_idle_share']:.0%}  "
+                    f"actors idle {row.get('actor_idle_share', 0.0):.0%}",
+                    flush=True,
+                )
+            if done % 20 == 0 or done == args.steps:
+                trainer.save(checkpoints, done, present)
+    if first and row:
+        (args.out / "summary.json").write_text(json.dumps(row, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

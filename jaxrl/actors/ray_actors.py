@@ -1,0 +1,151 @@
+"""Actors on a Ray cluster, placed and restarted by Ray; needs the extra `ray`."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from jaxrl.actors.factory import Factory
+from jaxrl.actors.pool import Pool, PoolConfig
+from jaxrl.actors.processes import ActorFailed, answer_to
+from jaxrl.actors.wire import item_from_json, item_to_json, result_to_wire
+from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Result, WorkItem
+
+_LOOK_S = 0.2
+
+
+class RayActors(Pool):
+    """Actors that Ray places on its cluster, starts, and starts again when they die.
+
+    Items and results cross the cluster as JSON and raw bytes, as between any processes here; what
+    Ray itself pickles stays within the cluster, which trusts its members. Weights come from the
+    store that the factory's config names.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        build: Factory,
+        *,
+        options: Mapping[str, Any] | None = None,
+        connect_s: float = 300.0,
+        config: PoolConfig | None = None,
+    ) -> None:
+        """Prepares; `start` connects to Ray where this process has not done so, and starts.
+
+        Args:
+          size: how many actors, named "actor-0", "actor-1", ….
+          build: makes them.
+          options: of each Ray actor, such as `num_gpus`, `resources` or `runtime_env`.
+          connect_s: the longest that an actor may need to come up, again after each death.
+          config: how actors are treated; defaults where None.
+
+        Raises:
+          ImportError: Ray is not installed.
+        """
+        super().__init__(size, config)
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError(
+                'actors on a Ray cluster need Ray: pip install "jaxrl-safe[ray]"'
+            ) from error
+        self._ray, self._build = ray, build
+        self._options, self._connect_s = dict(options or {}), connect_s
+        self._hosts: dict[str, Any] = {}
+
+    def start(self, accept: Accept) -> None:
+        if not self._ray.is_initialized():
+            self._ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
+        super().start(accept)
+
+    def close(self) -> None:
+        super().close()
+        for host in self._hosts.values():
+            self._ray.kill(host)
+        self._hosts = {}
+
+    def _hire(self, name: str) -> AbstractActor:
+        """The actor of a name, once Ray has it up."""
+        host = self._hosts.get(name)
+        if host is None:
+            host = self._hosts[name] = self._place(name)
+        remote = _OnRay(self._ray, host)
+        try:
+            remote.wait(host.process.remote(), self._connect_s)
+        except ActorFailed:
+            del self._hosts[name]  # Ray has given it up, as when it cannot be built
+            raise
+        return remote
+
+    def _place(self, name: str) -> Any:
+        # Restarts are Ray's; which item is handed out again is the ledger's to say.
+        options = {"num_cpus": 1} | self._options | {"max_restarts": -1, "max_task_retries": 0}
+        remote = self._ray.remote(_Host).options(**options)
+        return remote.remote(name, self._build.target, dict(self._build.config))
+
+
+class _Host:
+    """An actor in a process of Ray's."""
+
+    def __init__(self, name: str, target: str, config: dict[str, Any]) -> None:
+        self._actor = Factory(target=target, config=config)(name).__enter__()
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def run(self, item: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        return result_to_wire(self._actor.run(item_from_json(item)))
+
+
+class _OnRay:
+    """The actor behind a Ray handle."""
+
+    def __init__(self, ray: Any, host: Any) -> None:
+        self._ray, self._host = ray, host
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "_OnRay":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, ActorFailed) and isinstance(
+            error.__cause__, self._ray.exceptions.RayTaskError
+        ):
+            # It raised, so that its state is in doubt; Ray starts it afresh.
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(self._host, no_restart=False)
+
+    def interrupt(self) -> None:
+        self._stop.set()
+
+    def run(self, item: WorkItem) -> Result:
+        """Has an item answered.
+
+        Raises:
+          ActorFailed: the actor raised or died.
+          Interrupted: see `interrupt`.
+        """
+        header, body = self.wait(self._host.run.remote(item_to_json(item)))
+        return answer_to(item, header, body)
+
+    def wait(self, reference: Any, timeout_s: float = float("inf")) -> Any:
+        """The value of a reference."""
+        waited_s = 0.0
+        while not self._ray.wait([reference], timeout=_LOOK_S)[0]:
+            waited_s += _LOOK_S
+            if self._stop.is_set():
+                raise Interrupted("the pool closes")
+            if waited_s > timeout_s:
+                raise ActorFailed(f"Ray did not bring it up within {timeout_s:.0f} s (connect_s)")
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            raise ActorFailed(f"{type(error).__name__}: {error}") from error

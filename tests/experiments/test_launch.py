@@ -1,0 +1,95 @@
+"""The launch recipes of docs/launch.md, with their own commands."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+DOC = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+ENVIRONMENT = os.environ | {"JAXRL_SECRET": "of the launch tests", "XLA_FLAGS": ""}
+
+
+def started(command):
+    """A command as the page has it, with this interpreter."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    return subprocess.Popen(
+        [sys.executable, *words[1:]], cwd=ROOT, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finished(process):
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def documented(beginning):
+    """The first command of the page that begins so, its lines joined."""
+    commands = (" ".join(line.split()) for line in DOC.replace("\\\n", " ").splitlines())
+    return next(line for line in commands if line.startswith(beginning))
+
+
+def test_every_flag_on_the_page_exists():
+    known = {flag for action in launch.parser()._actions for flag in action.option_strings}
+    text = DOC.replace("\\\n", " ")
+    used = set()
+    for command in re.findall(r"python -m experiments\.launch([^\n`'\"]*)", text):
+        used |= set(re.findall(r"--[a-z-]+", command))
+    assert used
+    assert used <= known
+
+
+def test_the_default_runs_learns_and_goes_on_from_where_it_was(tmp_path):
+    first = finished(started(f"python -m experiments.launch --steps 40 --out {tmp_path}"))
+    assert first.splitlines()[-1].startswith("step   40 ")
+    rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", first)]
+    assert rewards[-1] > rewards[0]
+    second = finished(started(f"python -m experiments.launch --steps 50 --out {tmp_path}"))
+    assert second.splitlines()[0].startswith("step   50 ")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["staleness_max"] <= 3
+
+
+@pytest.mark.timeout(300)
+def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path):
+    """The page's commands for a pod: process K of N, and an actor as a job of its own."""
+    items, weights, coordinator = free_address(), free_address(), free_address()
+    learner = documented(
+        "python -m experiments.launch --actors remote --listen 0.0.0.0:7777 "
+        "--weights 0.0.0.0:7778 --coordinator HOST0:1234"
+    )
+    actor = documented("python -m jaxrl.actors --learner LEARNER:7777")
+    for placeholder, value in (
+        ("0.0.0.0:7777", items), ("LEARNER:7777", items), ("0.0.0.0:7778", weights),
+        ("LEARNER:7778", weights), ("HOST0:1234", coordinator), ("--processes N", "--processes 2"),
+        ("/mnt/run", str(tmp_path)),
+    ):  # fmt: skip
+        learner, actor = learner.replace(placeholder, value), actor.replace(placeholder, value)
+    running = [
+        started(f"{learner} --steps 6".replace("--process K", f"--process {k}")) for k in (0, 1)
+    ]
+    running.append(started(actor))
+    try:
+        leader, follower, far = map(finished, running)
+    finally:
+        for process in running:
+            process.kill()
+    assert leader.splitlines()[-1].startswith("step    6 ")
+    assert (follower, far) == ("", "")
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.json")] == ["00000006.json"]
