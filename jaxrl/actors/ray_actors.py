@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -72,13 +73,18 @@ class RayActors(Pool):
         host = self._hosts.get(name)
         if host is None:
             host = self._hosts[name] = self._place(name)
-        remote = _OnRay(self._ray, host)
-        try:
-            remote.wait(host.process.remote(), self._connect_s)
-        except ActorFailed:
-            del self._hosts[name]  # Ray has given it up, as when it cannot be built
-            raise
-        return remote
+        remote = _OnRay(self._ray, host, self._closed)
+        end = time.monotonic() + self._connect_s
+        while True:
+            try:
+                remote.wait(host.process.remote(), self._connect_s)
+                return remote
+            except ActorFailed as error:
+                unavailable = self._ray.exceptions.ActorUnavailableError
+                if not isinstance(error.__cause__, unavailable) or time.monotonic() > end:
+                    del self._hosts[name]  # Ray has given it up, as when it cannot be built
+                    raise
+            self._closed.wait(_LOOK_S)  # Ray is starting it again
 
     def _place(self, name: str) -> Any:
         # Restarts are Ray's; which item is handed out again is the ledger's to say.
@@ -103,9 +109,9 @@ class _Host:
 class _OnRay:
     """The actor behind a Ray handle."""
 
-    def __init__(self, ray: Any, host: Any) -> None:
+    def __init__(self, ray: Any, host: Any, closed: threading.Event) -> None:
         self._ray, self._host = ray, host
-        self._stop = threading.Event()
+        self._closed, self._stop = closed, threading.Event()
 
     def __enter__(self) -> "_OnRay":
         return self
@@ -141,7 +147,7 @@ class _OnRay:
         waited_s = 0.0
         while not self._ray.wait([reference], timeout=_LOOK_S)[0]:
             waited_s += _LOOK_S
-            if self._stop.is_set():
+            if self._stop.is_set() or self._closed.is_set():
                 raise Interrupted("the pool closes")
             if waited_s > timeout_s:
                 raise ActorFailed(f"Ray did not bring it up within {timeout_s:.0f} s (connect_s)")

@@ -213,7 +213,8 @@ class AsynchronousTrainer:
         if not processes.leads():
             return processes.tree_from_message(processes.hear())
         state = None if self.replay is None else self.replay.state_dict()
-        processes.tell(*processes.tree_to_message(state))
+        if jax.process_count() > 1:
+            processes.tell(*processes.tree_to_message(state))
         return state
 
     def _tree(self, state: LearnerState, replay: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -265,7 +266,7 @@ class AsynchronousTrainer:
         except Exception as error:
             processes.tell({"stop": f"{type(error).__name__}: {error}"})
             raise
-        if jax.process_count() > 1:
+        if jax.process_count() > 1:  # else nobody would read what is a copy of it all
             processes.tell(*processes.rollouts_to_message(batch.rollouts))
         return batch
 

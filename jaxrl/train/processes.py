@@ -26,8 +26,8 @@ def leads() -> bool:
 
 
 def tell(header: Mapping[str, Any], body: bytes = b"") -> None:
-    """Says something to the processes that follow, which wait in `hear`."""
-    if jax.process_count() > 1:
+    """Says something to the processes that follow, which wait in `hear`; those say nothing."""
+    if leads() and jax.process_count() > 1:
         text = json.dumps(dict(header)).encode()
         _broadcast(len(text).to_bytes(8, "little") + text + body)
 
