@@ -91,5 +91,5 @@ def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path):
         for process in running:
             process.kill()
     assert leader.splitlines()[-1].startswith("step    6 ")
-    assert (follower, far) == ("", "")
+    assert "step" not in follower + far  # the first process speaks for all
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.json")] == ["00000006.json"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl.actors import Factory, NoActorsLeft, PoolConfig, RayActors
+from jaxrl.actors import Factory, PoolConfig, RayActors
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install -e ".[ray]"')
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,34 +36,22 @@ def test_ray_restarts_what_dies_and_every_item_is_answered_once(
 ):
     build = Factory(target="little_actors:build", config={"sleep_s": 0.05})
     with RayActors(
-        2, build, options=options(little_actors), config=PoolConfig(backoff_s=0.0)
+        1, build, options=options(little_actors), config=PoolConfig(backoff_s=0.0, max_failures=2)
     ) as actors:
         actors.start(lambda result: None)
-        for number in range(30):
+        for number in range(12):
             actors.submit(make_item(number, rows=(13 if number == 7 else 0,)))
         results, killed, end = [], None, time.monotonic() + 120
-        while len(results) < 30 and time.monotonic() < end:
+        while len(results) < 12 and time.monotonic() < end:
             results += actors.poll(0.2)
             if killed is None and len(results) >= 4:
                 killed = results[0].version  # little actors tell their process so
                 handle = actors._hosts[results[0].actor]
                 os.kill(killed, signal.SIGKILL)
         assert actors._hosts[results[0].actor] is handle  # the same to Ray, in a new process
-    assert sorted(result.item for result in results) == list(range(30))
+    assert sorted(result.item for result in results) == list(range(12))
     refused = {r.item: r.refusal.reason for r in results if r.refusal is not None}
-    assert refused == {7: "fatal"}  # it raised in every actor that had it
+    assert refused == {7: "fatal"}  # it raised, twice
     assert "unlucky row" in caplog.text
-    assert len({r.version for r in results if r.actor == results[0].actor} - {-1}) >= 2
-    assert sum(actor.restarts for actor in actors.statistics.values()) == 4  # 1 killed, 3 raised
-
-    broken = Factory(target="no_such_module:build")
-    with RayActors(1, broken, config=PoolConfig(max_restarts=0)) as actors:
-        actors.start(lambda result: None)
-        with pytest.raises(NoActorsLeft, match="no_such_module"):
-            poll_for(actors, 60)
-
-
-def poll_for(pool, seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pool.poll(0.5)
+    assert len({result.version for result in results} - {-1}) == 4  # processes, one after another
+    assert actors.statistics["actor-0"].restarts == 3  # killed once, raised twice
