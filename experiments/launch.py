@@ -152,7 +152,7 @@ def learner_of(graphdef: nnx.GraphDef) -> Learner:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="python -m experiments.launch", description=__doc__.splitlines()[0]
+        prog="python -m experiments.launch", description=(__doc__ or "").partition("\n")[0]
     )
     add = found.add_argument
     add("--actors", choices=("threads", "processes", "ray", "remote"), default="threads",
