@@ -53,5 +53,6 @@ def test_ray_restarts_what_dies_and_every_item_is_answered_once(
     refused = {r.item: r.refusal.reason for r in results if r.refusal is not None}
     assert refused == {7: "fatal"}  # it raised, twice
     assert "unlucky row" in caplog.text
-    assert len({result.version for result in results} - {-1}) == 4  # processes, one after another
+    # Four processes, one after another; the third met item 7 first and delivered nothing.
+    assert len({result.version for result in results} - {-1}) == 3
     assert actors.statistics["actor-0"].restarts == 3  # killed once, raised twice
