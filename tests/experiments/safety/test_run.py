@@ -220,7 +220,7 @@ def test_files_that_are_no_run_are_kept(tmp_path, capsys):
 
 LONG = [
     *TINY, "--steps", "30", "--sft.steps", "4", "--checkpoint-every", "4", "--seed", "1",
-    "--algorithms", "repo_rloo,repo_tb", "--critic-free-learning-rate", "0.02",
+    "--algorithms", "repo_rloo,repo_tb_replay", "--critic-free-learning-rate", "0.02",
 ]  # fmt: skip
 
 
@@ -240,8 +240,8 @@ def test_killed_and_started_again_gives_the_same_numbers(tmp_path):
 
         def is_in_the_middle():
             """Past the first checkpoint of the second algorithm, in what was not yet saved."""
-            saved = tmp_path.glob("killed/checkpoints/repo_tb/*.json")
-            return any(saved) and '"repo_tb", "step": 7' in rows.read_text()
+            saved = tmp_path.glob("killed/checkpoints/repo_tb_replay/*.json")
+            return any(saved) and '"repo_tb_replay", "step": 7' in rows.read_text()
 
         try:
             wait_for(is_in_the_middle, process)
@@ -249,7 +249,7 @@ def test_killed_and_started_again_gives_the_same_numbers(tmp_path):
             process.send_signal(signal.SIGKILL)
             process.wait(timeout=60)
     assert not (tmp_path / "killed" / "summary.json").exists()
-    before = len([r for r in read_json_lines(rows) if r["stage"] == "repo_tb"])
+    before = len([r for r in read_json_lines(rows) if r["stage"] == "repo_tb_replay"])
     assert 7 <= before < 30
     main([*LONG, "--out", str(tmp_path / "killed")])
     main([*LONG, "--out", str(tmp_path / "whole")])
@@ -257,7 +257,7 @@ def test_killed_and_started_again_gives_the_same_numbers(tmp_path):
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole")
     )
     assert killed == whole
-    for file in ("table.txt", "samples/repo_tb.jsonl", "samples/repo_rloo.jsonl"):
+    for file in ("table.txt", "samples/repo_tb_replay.jsonl", "samples/repo_rloo.jsonl"):
         texts = [(tmp_path / name / file).read_text() for name in ("killed", "whole")]
         assert texts[0] == texts[1], file
 
