@@ -12,6 +12,9 @@ first compared with `reference` on the base, which XLA runs on the host; then ti
 tensors, one call each, as medians. Its speed counts the bytes that no implementation can avoid, and
 is set against a copy measured in the same run.
 
+Then weights go the whole way on the device: `diff`, `finish`, and the steps of `apply`, of which
+those that the device does are told from the host's.
+
 To expect on an H200: a copy of about 4.3 TB/s, at least 80 % of it for pack, 60 % for compact, and
 at most 12 ms each for the device halves of encode (compact) and apply (class_counts + expand).
 `compact_by_stores` is the one-pass variant that is off until it has run on a chip: where its bits
@@ -39,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments.delta_bench.round_trip import DEVICE_STEPS, round_trip
 from kernels.sparse_delta import reference
 from kernels.sparse_delta.digest import digest_box
 from kernels.sparse_delta.elements import element_format
@@ -61,6 +65,7 @@ LEAST_BYTES = {
 WANTED = {"pack": 80.0, "compact": 60.0, "compact_by_stores": 60.0}  # per cent of the copy
 WANTED_MS = {"encode": 12.0, "apply": 12.0}  # of ELEMENTS elements
 HALVES = {"encode": ("compact",), "apply": ("class_counts", "expand")}
+ROUND_TRIP_TENSORS = 8  # at most; what the host does takes longest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +157,14 @@ def run(
         else:
             with _recorded(found["errors"], "sweep"):
                 found["sweep"] = _sweep(weights, count, scale, device)
+            del weights
+            with _recorded(found["errors"], "round_trip"):
+                found["round_trip"] = round_trip(
+                    (scale.base[0] * scale.repeats, scale.base[1]),
+                    min(count, ROUND_TRIP_TENSORS),
+                    density=DENSITY,
+                    rounds=2,
+                )
     found["halves"] = _halves(found["kernels"])
     write()
     _print_table(found)
@@ -484,8 +497,23 @@ def _print_table(found: dict[str, Any]) -> None:
             f"{half}: {result['ms_for_8e9']:.1f} ms for 8·10⁹ elements, wanted ≤ "
             f"{result['wanted_ms']:.0f} ms"
         )
+    if "round_trip" in found:
+        _print_round_trip(console, found["round_trip"])
     for name, error in found["errors"].items():
         console.print(f"{name} failed: {error[:200]}")
+
+
+def _print_round_trip(console: Any, found: dict[str, Any]) -> None:
+    scale = ELEMENTS / found["elements"]
+    console.print(
+        f"diff, finish and apply of {found['elements']:.2e} elements: bits the same: "
+        f"{found['same_bits']}, {found['bits_per_change']:.2f} bits a change; ms for 8·10⁹:"
+    )
+    for half, steps in DEVICE_STEPS.items():
+        on_device = sum(found["ms"][step] for step in steps) * scale
+        console.print(f"  {half}, on the device ({', '.join(steps)}): {on_device:.1f}")
+    for step, ms in found["ms"].items():
+        console.print(f"  {step}: {ms * scale:.1f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 from types import ModuleType
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from kernels.sparse_delta import reference
+from kernels.sparse_delta.elements import element_format
 
 Backend = Literal["reference", "tpu", "gpu"]
 
@@ -37,12 +42,38 @@ def implementation(backend: Backend) -> ModuleType:
     return reference
 
 
+def operand(array: Array, backend: Backend) -> Array:
+    """An array as the kernels of a backend take it: its bits.
+
+    On a TPU a bit-cast by XLA is a copy (other elements may lie in registers in another order), so
+    the kernels there take bf16 and float32 as they are.
+    """
+    if backend == "tpu" and array.dtype in (jnp.bfloat16, jnp.float32):
+        return array
+    return reference.bits_of(array, element_format(array.dtype))
+
+
 def dispatch(name: str, backend: Backend, *args: Any, **options: Any) -> Any:
-    """Calls a kernel, or the jnp definition where the backend has none for these arguments."""
+    """Calls a kernel, or the jnp definition where the backend has none for these arguments.
+
+    Args:
+      name: of the function in `reference`.
+      backend: which kernels.
+      *args: of that function; boxes of weights as `operand` gives them.
+      **options: of that function.
+    """
     kernel = getattr(implementation(backend), name, None)
     if kernel is not None:
         try:
             return kernel(*args, **options)
         except NotImplementedError:
             pass  # for this shape or dtype; the definition takes any
-    return getattr(reference, name)(*args, **options)
+    fused = name.startswith("epilogue")  # whose first operand are float32 weights, no bits
+    bits = [arg if fused and k == 0 else _bits_of(arg) for k, arg in enumerate(args)]
+    return getattr(reference, name)(*bits, **options)
+
+
+def _bits_of(arg: Any) -> Any:
+    if isinstance(arg, jax.Array) and jnp.issubdtype(arg.dtype, jnp.floating):
+        return reference.bits_of(arg, element_format(arg.dtype))
+    return arg

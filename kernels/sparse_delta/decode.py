@@ -240,6 +240,7 @@ def _decode_all(
         sums.append(bases[index])
         if isinstance(content, ResidentLeaf):
             content.decode()
+            content.rehearse()
         elif twin != index:
             contents[index], sums[index] = contents[twin], sums[twin]
         elif tensor.same in unpacker.stored or manifest.kind == ANCHOR:

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
 from kernels.sparse_delta import reference
-from kernels.sparse_delta.backends import Backend, dispatch, platform_backend
+from kernels.sparse_delta.backends import Backend, dispatch, operand, platform_backend
 from kernels.sparse_delta.elements import ElementFormat, element_format
 from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records, Tile
 from kernels.sparse_delta.tiles import (
@@ -324,7 +324,7 @@ def _compare_local(
 ) -> tuple[_Found, ...]:
     """`_compare_group` on one device's shards."""
     olds = [
-        reference.bits_of(old, plan.fmt).reshape(plan.view)
+        operand(old, backend).reshape(plan.view)
         for (old, _), plan in zip(pairs, plans, strict=True)
     ]
     reached = {}
@@ -360,10 +360,10 @@ def _compare_shard(
     backend: Backend,
     cast: bool,
 ) -> tuple[Records, Any]:
-    """Records of a shard, of which `old` comes as bits in its view, and `new` if it was cast."""
+    """Records of a shard, whose `old` is an `operand` in its view, and `new` if it was cast."""
     options = {"fmt": fmt, "tile": tile, "capacity": capacity}
     if not cast:
-        box = reference.bits_of(new, fmt).reshape(view)
+        box = operand(new, backend).reshape(view)
         return dispatch("compact", backend, old, box, thresholds, **options), ()
     bits, records = dispatch(
         "epilogue_compact", backend, new.reshape(view), old, thresholds, **options
@@ -376,7 +376,7 @@ def _reached(box: Array, fmt: ElementFormat) -> Float32[Array, " 256"]:
     _, rows, cols = box.shape
     rows_step, cols_step = max(1, rows // _SAMPLE[0]), max(1, cols // _SAMPLE[1])
     sample = box[:: max(1, box.shape[0] // 4), ::rows_step, ::cols_step]
-    exponent = reference.exponents(sample, fmt).reshape(-1, 1)
+    exponent = reference.exponents(reference.bits_of(sample, fmt), fmt).reshape(-1, 1)
     bins = jnp.arange(256, dtype=jnp.int32)[None, :]
     return jnp.mean(exponent >= bins, axis=0, dtype=jnp.float32) * float(box.size)
 

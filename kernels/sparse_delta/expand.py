@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt, UInt32
 
 from kernels.sparse_delta import reference
-from kernels.sparse_delta.backends import Backend, dispatch
+from kernels.sparse_delta.backends import Backend, dispatch, operand
 from kernels.sparse_delta.digest import digest_box, strides_of
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import Slots
@@ -116,7 +116,8 @@ def _class_counts(
 ) -> Array:
     def local(shard: Array, chosen: Array | None, thresholds: Array) -> Array:
         options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
-        counts = dispatch("class_counts", backend, _view(shard, grid), thresholds, **options)
+        box = _view(shard, grid, backend)
+        counts = dispatch("class_counts", backend, box, thresholds, **options)
         return counts if chosen is None else counts[chosen]
 
     return _on_each(local, mesh, in_specs=(_EACH, _EACH, _ALL))(old, chosen, thresholds)
@@ -208,18 +209,19 @@ def _specs(edits: Edits) -> Edits:
     return each._replace(slots=tuple((slots, _ALL) for slots, _ in each.slots))
 
 
-def _view(shard: Array, grid: TileGrid) -> Array:
-    bits = reference.bits_of(shard, element_format(shard.dtype))
-    return bits.reshape(box_view(grid, shard.shape))
+def _view(shard: Array, grid: TileGrid, backend: Backend) -> Array:
+    return operand(shard, backend).reshape(box_view(grid, shard.shape))
 
 
 def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) -> Array:
     """One shard's new values."""
     options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
-    box = _view(shard, grid)
+    box = _view(shard, grid, backend)
     for slots, thresholds in edits.slots:
         own = slots._replace(used=slots.used[0])
-        box = dispatch("expand", backend, box, own, thresholds, **options)
+        new = dispatch("expand", backend, box, own, thresholds, **options)
+        # Tiles that the kernels do not take as they lie come back as bits.
+        box = new if new.dtype == box.dtype else lax.bitcast_convert_type(new, box.dtype)
     for patches in edits.patches:
         box = _patched(box, patches)
     new = box.reshape(shard.shape)
@@ -229,8 +231,12 @@ def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) 
 
 
 def _patched(box: Array, patches: Patches) -> Array:
+    tiles = patches.tiles
+    if tiles.dtype != box.dtype:
+        tiles = lax.bitcast_convert_type(tiles, box.dtype)
+
     def replace(i: Array, box: Array) -> Array:
-        return lax.dynamic_update_slice(box, patches.tiles[i][None], tuple(patches.starts[i]))
+        return lax.dynamic_update_slice(box, tiles[i][None], tuple(patches.starts[i]))
 
     return lax.fori_loop(0, patches.used[0], replace, box)
 

@@ -78,8 +78,8 @@ class ResidentLeaf:
     """One leaf, rebuilt where it lies.
 
     First `request`, which starts the counting on the devices; then `decode`, which reads the
-    streams on the host and starts making the new values. By `share` they can be checked, before
-    `array` hands them out.
+    streams on the host; then `rehearse`, after which `share` tells whether the new values will be
+    right; then `array` hands them out.
 
     Where a shard cuts tiles, the tensor is put together on one device, as long as it takes, and
     goes back to its shards from there.
@@ -160,8 +160,12 @@ class ResidentLeaf:
 
     # -------------------------------------------------------------------------------- class counts
 
-    def request(self) -> None:
-        """Has the devices count the classes of the tiles whose changes are named by class."""
+    def request(self) -> list[jax.Array]:
+        """Has the devices count the classes of the tiles whose changes are named by class.
+
+        Returns:
+          The counts, which come to the host meanwhile.
+        """
         old = None
         for table in sorted({step.table for step in self._steps() if step.by_class}):
             old = self._stack() if old is None else old
@@ -175,6 +179,7 @@ class ResidentLeaf:
             )
             counts.copy_to_host_async()
             self.counts[table] = counts, whole
+        return [counts for counts, _ in self.counts.values()]
 
     def _steps(self) -> list[_Step]:
         """The passes that the leaf needs, on any process."""
@@ -200,7 +205,7 @@ class ResidentLeaf:
     # -------------------------------------------------------------------------------------- decode
 
     def decode(self) -> None:
-        """Reads all streams, brings the changes to the devices, and has them make the result.
+        """Reads all streams, and brings the changes to the devices.
 
         Raises:
           Damaged: a stream is bad; nothing was written.
@@ -217,7 +222,7 @@ class ResidentLeaf:
             slots.append((self._slots(own, found), limits))
         self.counts.clear()
         patches = [list(self._patches(p, tiles)) for p, tiles in enumerate(dense)]
-        self._rehearse(Edits(tuple(slots), self._spread_patches(patches)))
+        self.edits = Edits(tuple(slots), self._spread_patches(patches))
 
     def _coded(self, own: _Own) -> codec.CodedTiles:
         tiles = self.stored.tiles
@@ -359,16 +364,22 @@ class ResidentLeaf:
 
     # --------------------------------------------------------------------------------------- write
 
-    def _rehearse(self, edits: Edits) -> None:
-        """Starts making the new values, or at least their digest sums, on the devices."""
+    def rehearse(self) -> jax.Array:
+        """Starts making the new values, or only their digest sums if they come in place.
+
+        Returns:
+          The sums, of every device's shard.
+        """
+        assert self.edits is not None, "decode comes first"
         options = {"grid": self.grid, "backend": self.backend}
         if self.in_place:
-            self.edits = edits
-            self.sums = expand.rewritten_sums(self._stack(), edits, self._origins(), **options)
-            return
+            self.sums = expand.rewritten_sums(self._stack(), self.edits, self._origins(), **options)
+            return self.sums
         # A tensor that was put together is nobody else's.
-        self.new = expand.rewrite(self._stack(), edits, donate=self.cut, **options)
+        self.new = expand.rewrite(self._stack(), self.edits, donate=self.cut, **options)
+        self.edits = None
         self.sums = expand.shard_sums(self.new, self._origins(), grid=self.grid)
+        return self.sums
 
     def _origins(self) -> jax.Array:
         strides = strides_of(self.leaf.shape)

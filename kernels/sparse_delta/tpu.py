@@ -1,5 +1,8 @@
 """Pallas kernels for the TensorCore of a TPU; they give the bits of `reference`.
 
+Weights come as bits, as those of `reference` do, or as bf16 and float32 themselves: what XLA would
+bit-cast for a kernel it copies, so the kernels do it in registers (`backends.operand`).
+
 One grid step takes one tile, R × C with C = 256·k, so that old and new are read once and nothing
 is transposed in memory. Any other tile is first laid out as a tile matrix, which costs one more
 read and write of its operands (`traffic` counts it). `tpu_layout` says how a tile is cut,
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float32, Int32, UInt, UInt32
+from jaxtyping import Array, Float32, Int32, Shaped, UInt32
 
 from kernels.sparse_delta import reference, tpu_bodies
 from kernels.sparse_delta.elements import ElementFormat
@@ -185,7 +188,9 @@ def class_counts_call(own: Layout, fmt: ElementFormat) -> Call:
     )
 
 
-def expand_call(own: Layout, fmt: ElementFormat, entries: int, room: int) -> Call:
+def expand_call(
+    own: Layout, fmt: ElementFormat, entries: int, room: int, dtype: Any = None
+) -> Call:
     down, across = own.grid
     tile = pl.BlockSpec(
         (own.rows, own.cols),
@@ -193,7 +198,7 @@ def expand_call(own: Layout, fmt: ElementFormat, entries: int, room: int) -> Cal
     )
     slots = pl.BlockSpec((1, room, own.subblocks), lambda entry, *_: (entry, 0, 0)), jnp.uint32
     n_slots = 2 if fmt.width_bits == 32 else 1
-    shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), fmt.bits_dtype)
+    shape = jax.ShapeDtypeStruct((down * own.rows, across * own.cols), dtype or fmt.bits_dtype)
     return Call(
         functools.partial(tpu_bodies.expand_kernel, own=own, fmt=fmt, room=room),
         own,
@@ -215,8 +220,8 @@ def _limits(thresholds: Array, fmt: ElementFormat) -> Array:
 
 
 def pack(
-    old: UInt[Array, "lead rows cols"],
-    new: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
+    new: Shaped[Array, "lead rows cols"],
     *,
     tile: Tile,
     interpret: Interpret = False,
@@ -235,11 +240,11 @@ def pack(
 
 def epilogue(
     master: Float32[Array, "lead rows cols"],
-    old: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
     *,
     tile: Tile,
     interpret: Interpret = False,
-) -> tuple[UInt[Array, "lead rows cols"], Packed]:
+) -> tuple[Shaped[Array, "lead rows cols"], Packed]:
     """`reference.epilogue` in one pass: the difference costs the mask's bytes and reading `old`.
 
     Raises:
@@ -254,14 +259,14 @@ def epilogue(
 
 def epilogue_compact(
     master: Float32[Array, "lead rows cols"],
-    old: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
     thresholds: Int32[Array, " 7"],
     *,
     fmt: ElementFormat,
     tile: Tile,
     capacity: int,
     interpret: Interpret = False,
-) -> tuple[UInt[Array, "lead rows cols"], Records]:
+) -> tuple[Shaped[Array, "lead rows cols"], Records]:
     """`reference.epilogue_compact` in one pass.
 
     Raises:
@@ -287,8 +292,8 @@ def _bits(new: Array, shape: tuple[int, ...]) -> Array:
 
 
 def compact(
-    old: UInt[Array, "lead rows cols"],
-    new: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
+    new: Shaped[Array, "lead rows cols"],
     thresholds: Int32[Array, " 7"],
     *,
     fmt: ElementFormat,
@@ -322,7 +327,7 @@ def _records(results: Sequence[Array], own: Layout) -> Records:
 
 
 def class_counts(
-    old: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
     thresholds: Int32[Array, " 7"],
     *,
     fmt: ElementFormat,
@@ -340,14 +345,14 @@ def class_counts(
 
 
 def expand(
-    old: UInt[Array, "lead rows cols"],
+    old: Shaped[Array, "lead rows cols"],
     slots: Slots,
     thresholds: Int32[Array, " 7"],
     *,
     fmt: ElementFormat,
     tile: Tile,
     interpret: Interpret = False,
-) -> UInt[Array, "lead rows cols"]:
+) -> Shaped[Array, "lead rows cols"]:
     """`reference.expand`, in place where `old` is donated; reads and writes listed tiles only.
 
     Raises:
@@ -361,9 +366,10 @@ def expand(
     if slots.changes is not None:
         words.append(jnp.pad(slots.changes, missing))
     entries, room, _ = words[0].shape
-    call = expand_call(own, fmt, entries, room)
+    box = lay_out(old, own)
+    call = expand_call(own, fmt, entries, room, box.dtype)
     scalars = slots.tiles, slots.used.reshape(1), _limits(thresholds, fmt)
-    (new,) = call(*scalars, lay_out(old, own), *words, interpret=interpret)
+    (new,) = call(*scalars, box, *words, interpret=interpret)
     if own.matrix:
         return reference.untile(new, old.shape, tile)
     return new.reshape(old.shape)

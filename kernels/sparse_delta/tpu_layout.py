@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from kernels.sparse_delta import reference
@@ -116,5 +118,7 @@ def layout(extents: tuple[int, ...], tile: Tile, width: int) -> Layout:
 def lay_out(box: Array, own: Layout) -> Array:
     """The box as the two-dimensional array that the kernels read."""
     if own.matrix:
+        if not jnp.issubdtype(box.dtype, jnp.unsignedinteger):
+            box = lax.bitcast_convert_type(box, f"uint{own.width}")
         return reference.tile_matrix(box, own.tile).reshape(-1, SUBBLOCK)
     return box.reshape(-1, box.shape[2])

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments.delta_bench import device
+from experiments.delta_bench.round_trip import DEVICE_STEPS, round_trip
 from kernels.sparse_delta import gpu
 
 
@@ -33,6 +34,17 @@ def test_a_kernel_that_raises_or_differs_is_recorded_and_the_rest_goes_on(tmp_pa
     written = json.loads((tmp_path / "device_cpu.json").read_text())
     assert written == json.loads(json.dumps(found))
     assert written["jax"] == jax.__version__
+
+
+def test_weights_go_all_the_way_and_every_step_is_timed():
+    found = round_trip((512, 512), 2, density=0.01, rounds=1)
+    assert found["same_bits"] is True
+    assert found["elements"] == 2 * 512 * 512
+    device_steps = {step for steps in DEVICE_STEPS.values() for step in steps}
+    assert device_steps | {"finish", "decode and upload"} <= set(found["ms"])
+    assert all(ms > 0 for ms in found["ms"].values())
+    # The entropy of the mask is 8.1 bits a change, and a sign 1; the exponents tell nothing here.
+    assert 8.5 < found["bits_per_change"] < 12
 
 
 def test_speed_counts_the_bytes_that_have_to_be_moved(tmp_path, monkeypatch):

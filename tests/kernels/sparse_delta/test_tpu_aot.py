@@ -66,7 +66,8 @@ def test_a_receiver_makes_no_copy_of_its_weights(compiled):
     for name in ("receiver", "receiver rehearsal", "receiver counts"):
         assert compiled[name]["collectives"] == [], name
     assert compiled["receiver"]["aliased_bytes"] == shard
-    assert compiled["receiver"]["temporary_bytes"] < shard / 4
+    # Beside it only the two tiles that come whole, and slots.
+    assert compiled["receiver"]["temporary_bytes"] < shard / 2
     assert compiled["receiver rehearsal"]["aliased_bytes"] == 0
     assert compiled["receiver rehearsal"]["temporary_bytes"] < 1.5 * shard  # a copy of the shard
 
@@ -83,6 +84,8 @@ def test_the_digest_reads_its_array_once(compiled):
 def test_nothing_is_gathered_from_other_devices(compiled):
     assert compiled["diff"]["collectives"] == ["all-reduce"]  # the thresholds' counters
     assert math.isclose(compiled["diff"]["kernels"], 1)
+    # Nor copied: not even bit-cast, which XLA would do by a copy.
+    assert compiled["diff"]["temporary_bytes"] < 1024 * 1024 * 2 / 2
 
 
 def test_compaction_runs_on_the_sparsecore_of_ironwood(compiled):
