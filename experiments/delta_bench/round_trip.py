@@ -85,7 +85,9 @@ def _weights(shape: tuple[int, int], count: int, density: float) -> tuple[Any, A
         return old, lax.bitcast_convert_type(new, jnp.bfloat16)
 
     pairs = {f"w{k:03d}": pair(jax.random.key(k)) for k in range(count)}
-    return tuple({name: both[k] for name, both in pairs.items()} for k in (0, 1))
+    return {name: old for name, (old, _) in pairs.items()}, {
+        name: new for name, (_, new) in pairs.items()
+    }
 
 
 def _received(receiver: Any, payload: bytes, backend: Backend, timed: _Timer) -> dict[str, Any]:

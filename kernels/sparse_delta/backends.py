@@ -5,12 +5,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from kernels.sparse_delta import reference
 from kernels.sparse_delta.elements import element_format
+from kernels.sparse_delta.tiles import TileGrid
+from kernels.sparse_delta.trees import Leaf
 
 Backend = Literal["reference", "tpu", "gpu"]
+
+# A leaf below this is copied to the host and back in less time than kernels are launched in.
+_LEAST_ELEMENTS = 1 << 14
+# What the kernels index with 32 bits, and the largest tile that they hold in fast memory.
+_MOST_ELEMENTS, _LARGEST_TILE = 1 << 31, 1 << 18
 
 
 def platform_backend(platform: str) -> Backend:
@@ -27,6 +35,28 @@ def device_backend(device: Any) -> Backend | None:
 
         return kernels if supports(device) else None
     return None if kernels == "reference" else kernels
+
+
+def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | None:
+    """Which kernels rebuild a leaf; None where the host does.
+
+    Args:
+      leaf: of the receiver.
+      grid: of its tiles.
+      wanted: what the caller asks for; the devices' own kernels, and on CPUs the host, where None.
+    """
+    value = leaf.value
+    if not isinstance(value, jax.Array) or not leaf.shape:
+        return None
+    sharding = value.sharding
+    platform = next(iter(sharding.device_set)).platform
+    shard = sharding.shard_shape(leaf.shape)
+    size = int(np.prod(shard, dtype=np.int64))
+    in_its_memory = sharding.memory_kind in (None, "device") or platform == "cpu"
+    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE and size < _MOST_ELEMENTS
+    if size < _LEAST_ELEMENTS or not in_its_memory or not handy:
+        return None
+    return wanted or device_backend(next(iter(sharding.device_set)))
 
 
 def implementation(backend: Backend) -> ModuleType:

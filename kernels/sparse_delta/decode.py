@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kernels.sparse_delta import host, parse
-from kernels.sparse_delta.backends import Backend
+from kernels.sparse_delta.backends import Backend, backend_of
 from kernels.sparse_delta.errors import (
     CorruptPayload,
     Damaged,
@@ -21,7 +21,7 @@ from kernels.sparse_delta.errors import (
 )
 from kernels.sparse_delta.needs import check_model, limits_of, wanted_buckets
 from kernels.sparse_delta.partial import PartialPayload
-from kernels.sparse_delta.resident import ResidentLeaf, backend_of
+from kernels.sparse_delta.resident import ResidentLeaf
 from kernels.sparse_delta.trees import Leaf, Sums, TreeDigest, add, named_leaves, tree_digest
 from kernels.sparse_delta.unpack import Unpacker
 from kernels.sparse_delta.wire import ANCHOR, Manifest

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from kernels.sparse_delta import codec, expand, host, locate
-from kernels.sparse_delta.backends import Backend, device_backend
+from kernels.sparse_delta.backends import Backend
 from kernels.sparse_delta.delta import shard_tiles
 from kernels.sparse_delta.digest import split_index, strides_of
 from kernels.sparse_delta.elements import element_format
@@ -20,35 +20,9 @@ from kernels.sparse_delta.tiles import Piece, TileGrid, box_view, parts, whole_b
 from kernels.sparse_delta.trees import Leaf, Sums, add
 from kernels.sparse_delta.unpack import Stored, Unpacker, lies_across
 
-# A leaf below this is copied to the host and back in less time than kernels are launched in.
-_LEAST_ELEMENTS = 1 << 14
-# What the kernels index with 32 bits, and the largest tile that they hold in fast memory.
-_MOST_ELEMENTS, _LARGEST_TILE = 1 << 31, 1 << 18
 # Each slot of a sub-block costs all its elements a comparison; a tile with a fuller one is
 # decoded on the host.
 _MOST_ROOM = 32
-
-
-def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | None:
-    """Which kernels rebuild a leaf; None where the host does.
-
-    Args:
-      leaf: of the receiver.
-      grid: of its tiles.
-      wanted: what the caller asks for; the devices' own kernels, and on CPUs the host, where None.
-    """
-    value = leaf.value
-    if not isinstance(value, jax.Array) or not leaf.shape:
-        return None
-    sharding = value.sharding
-    platform = next(iter(sharding.device_set)).platform
-    shard = sharding.shard_shape(leaf.shape)
-    size = int(np.prod(shard, dtype=np.int64))
-    in_its_memory = sharding.memory_kind in (None, "device") or platform == "cpu"
-    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE and size < _MOST_ELEMENTS
-    if size < _LEAST_ELEMENTS or not in_its_memory or not handy:
-        return None
-    return wanted or device_backend(next(iter(sharding.device_set)))
 
 
 class _Step(NamedTuple):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import sparse_delta
-from kernels.sparse_delta import codec, expand, gpu, resident, tiles, tpu, trees
+from kernels.sparse_delta import backends, codec, expand, gpu, resident, tiles, tpu, trees
 from kernels.sparse_delta.codec import Mode
 from kernels.sparse_delta.resident import ResidentLeaf
 from kernels.sparse_delta.unpack import Unpacker
@@ -52,9 +52,9 @@ def sharding(*spec, shape=(8,)):
 
 
 def placed(tree, where):
-    """Arrays in memory of their own, which XLA may write over."""
-    copy = jax.jit(jnp.copy, out_shardings=where)
-    return jax.block_until_ready(jax.tree.map(copy, tree))
+    """NumPy arrays in memory of XLA's own, which it may write over; theirs it may not."""
+    flipped_twice = jax.jit(lambda x: jnp.flip(jnp.flip(x, 0), 0), out_shardings=where)
+    return jax.block_until_ready(jax.tree.map(flipped_twice, tree))
 
 
 def raw(tree):
@@ -283,9 +283,9 @@ def test_the_host_decodes_what_no_kernel_takes():
     old, _ = pair((256, 512), 0.02)
     leaf = trees.named_leaves(placed({"w": old}, None), role="old")[0][0]
     grid = tiles.choose_grid(old.shape)
-    assert resident.backend_of(leaf, grid, "tpu") == "tpu"
-    assert resident.backend_of(leaf, grid, None) is None  # a CPU
+    assert backends.backend_of(leaf, grid, "tpu") == "tpu"
+    assert backends.backend_of(leaf, grid, None) is None  # a CPU
     huge = tiles.TileGrid((1 << 20,), (0, 0), (1, 1 << 19))
-    assert resident.backend_of(leaf, huge, "tpu") is None
+    assert backends.backend_of(leaf, huge, "tpu") is None
     numpy_leaf = trees.named_leaves({"w": old}, role="old")[0][0]
-    assert resident.backend_of(numpy_leaf, grid, "tpu") is None
+    assert backends.backend_of(numpy_leaf, grid, "tpu") is None
