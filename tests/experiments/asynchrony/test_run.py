@@ -1,0 +1,148 @@
+"""The command, from end to end with a model of nothing."""
+
+import json
+import math
+import re
+
+import pytest
+
+from experiments.asynchrony import results
+from experiments.asynchrony.__main__ import main
+from experiments.asynchrony.simulator import Activity, Durations
+from experiments.asynchrony.training import Snapshot, Trained
+
+METHODS = ("rloo", "one_step_off", "tba_2")
+ARGS = ("--preset", "tiny", "--methods", ",".join(METHODS))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("asynchrony") / "run"
+    main([*ARGS, "--out", str(folder)])
+    return folder
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_every_method_is_trained_measured_and_simulated(finished):
+    found = summary(finished)
+    assert tuple(found["methods"]) == tuple(found["simulated"]) == METHODS
+    for record in found["methods"].values():
+        assert len(record["step_s"]) == len(record["rewards"]) == 4
+        assert [s["step"] for s in record["snapshots"]] == [0, 2, 4]
+        assert record["items"] >= 3
+        assert record["refused"] == 0
+        assert record["available_cores"] > 0
+        for share in ("learner_idle", "actor_idle"):
+            assert 0 <= record[share] <= 1
+    for name in ("one_step_off", "tba_2"):
+        record = found["methods"][name]
+        assert sum(record["staleness"].values()) == pytest.approx(1)
+        assert record["durations"]["payload_bytes"] > 0
+    oldest = max(map(int, found["methods"]["one_step_off"]["staleness"]))
+    assert oldest == 1
+    assert all(math.isfinite(o["updates_per_s"]) for o in found["simulated"].values())
+
+
+def test_all_start_from_one_policy(finished):
+    found = summary(finished)["methods"].values()
+    starts = {(r["snapshots"][0]["greedy"], r["snapshots"][0]["sampled"]) for r in found}
+    assert len(starts) == 1
+
+
+def test_the_report_shows_what_was_asked(finished):
+    page = (finished / "report.html").read_text()
+    for text in ("idle", "versions behind", "Many actors", "simulated", "TBA, 2 actors"):
+        assert text in page
+    assert page.count("<figure>") == 6
+    samples = (finished / "samples" / "tba_2.jsonl").read_text().splitlines()
+    assert {"prompt", "completion", "gold", "right"} <= set(json.loads(samples[0]))
+
+
+def test_an_interrupted_run_keeps_its_finished_methods(finished, capsys):
+    before = summary(finished)
+    (finished / "summary.json").unlink()
+    (finished / "methods" / "tba_2.json").unlink()
+    main([*ARGS, "--out", str(finished)])
+    after = summary(finished)
+    for name in ("rloo", "one_step_off"):
+        assert after["methods"][name] == before["methods"][name]
+    assert after["methods"]["tba_2"]["step_s"] != before["methods"]["tba_2"]["step_s"]
+    rows = (finished / "metrics.jsonl").read_text().splitlines()
+    steps = [r["step"] for r in map(json.loads, rows) if r["stage"] == "tba_2"]
+    assert steps == [1, 2, 3, 4]
+    assert "sft" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--methods", "rloo,dpo"), "methods are one or more of ppo, grpo, .*tba_4"),
+        (("--methods", "rloo,rloo"), "each once"),
+        (("--steps", "0"), "steps must be 1 or more, got 0"),
+        (("--group-size", "1"), "group_size must be 2 or more"),
+        (("--link", "fast"), "fast"),
+        (("--worked-share", "1.5"), r"worked_share must lie in \[0, 1\]"),
+        (("--data", "nowhere.jsonl"), "no data file at nowhere.jsonl"),
+        (("--template", "fancy"), "template must be one of plain, problem"),
+        (("--levels", "0,1"), "levels are numbers of operations"),
+    ],
+)
+def test_wrong_values_end_with_what_is_allowed(tmp_path, capsys, argv, message):
+    with pytest.raises(SystemExit) as ended:
+        main([*ARGS, *argv, "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, said), said
+    assert "Traceback" not in said
+
+
+# --- numbers by hand ----------------------------------------------------------------------------
+
+
+def trained(*points, method="rloo", **changes):
+    """A method with snapshots (seconds, accuracy)."""
+    snapshots = tuple(
+        Snapshot(step=i, elapsed_s=s, written=8 * i, greedy=a, sampled=a)
+        for i, (s, a) in enumerate(points)
+    )
+    fields = {
+        "method": method,
+        "snapshots": snapshots,
+        "step_s": (1.0,) + (0.25,) * 19,
+        "rewards": (0.5,) * 20,
+        "items": 23,
+        "learner_idle": 0.5,
+        "actor_idle": 0.25,
+        "pause_s": None,
+        "staleness": {1: 0.25, 3: 0.75},
+        "refused": 0,
+        "durations": Durations(rollout=Activity.fixed(0.2), update=Activity.fixed(0.1)),
+        "available_cores": 2.0,
+    }
+    return Trained(**fields | changes)
+
+
+def test_seconds_to_a_level_are_read_between_snapshots():
+    found = trained((0.0, 0.3), (10.0, 0.5), (20.0, 0.9))
+    assert results.seconds_to(found, 0.3) == 0.0
+    assert results.seconds_to(found, 0.4) == pytest.approx(5.0)
+    assert results.seconds_to(found, 0.7) == pytest.approx(15.0)
+    assert results.seconds_to(found, 0.95) is None
+    slower = trained((0.0, 0.3), (10.0, 0.6), (20.0, 0.55))
+    assert results.common_level([found, slower]) == 0.6
+
+
+def test_rates_leave_the_start_out_and_ages_are_weighed():
+    found = trained((0.0, 0.3))
+    assert found.updates_per_s == pytest.approx(4.0)  # the first tenth is left out
+    assert found.items_per_s == pytest.approx(23 / 5.75)
+    assert results.mean_age(found.staleness) == pytest.approx(2.5)
+    assert results.mean_age({}) is None
+
+
+def test_what_was_trained_survives_json():
+    found = trained((0.0, 0.3), (1.0, 0.4), pause_s=0.01)
+    assert Trained.from_json(json.loads(json.dumps(found.to_json()))) == found
