@@ -35,7 +35,7 @@ def finish(run: Run, config: AsynchronyConfig, trained: Sequence[Trained]) -> No
         method_table(config, trained),
         agreement_table(trained, outcomes),
         parts_table(trained),
-        speedup_table(curves),
+        speedup_table(config, curves),
     ]
     notes = findings(config, trained, outcomes, typical)
     report = Report("What does asynchrony buy?", subtitle=f"{config.data}, seed {config.seed}")
@@ -68,8 +68,8 @@ def finish(run: Run, config: AsynchronyConfig, trained: Sequence[Trained]) -> No
     report.heading("Many actors, each with a machine of its own").table(tables[3])
     report.figure(
         figures.many_actors(curves),
-        "Simulated speed-up over one machine that alternates between generation and training; "
-        "thin lines are (G + T) / max(T, G/N).",
+        "Simulated speed-up over one machine that alternates between generation and training, on "
+        f"a link of {config.link}; thin lines are (G + T) / max(T, G/N).",
     )
     report.figure(
         figures.fourfold(grid, FOURFOLD_ACTORS, here=typical.ratio),
@@ -77,7 +77,7 @@ def finish(run: Run, config: AsynchronyConfig, trained: Sequence[Trained]) -> No
         "dots simulated with the measured spread of durations and the measured publications, which "
         "the lines leave out.",
     )
-    report.record("Config", to_json(config))
+    report.record("Config", to_json(config, cosmetics=False))
     report.write(run.folder / "report.html")
     run.finish(
         {
@@ -112,10 +112,10 @@ def speedup_curves(config: AsynchronyConfig, durations: Durations) -> dict[str, 
 
     measured = durations.ratio
     curves = {
-        f"this run, G/T = {measured:.2f}, free link": curve(measured, Network()),
-        f"this run, {config.link}": curve(measured, link),
+        f"G/T = {measured:.2f}, free link": curve(measured, Network()),
+        f"G/T = {measured:.2f}, as measured": curve(measured, link),
     }
-    return curves | {f"G/T = {r:g}, {config.link}": curve(r, link) for r in (3.0, 10.0, 100.0)}
+    return curves | {f"G/T = {r:g}": curve(r, link) for r in (3.0, 10.0, 100.0)}
 
 
 def _learning_curves(
@@ -244,12 +244,13 @@ def parts_table(trained: Sequence[Trained]) -> Table:
     )  # fmt: skip
 
 
-def speedup_table(curves: Mapping[str, Speedups]) -> Table:
+def speedup_table(config: AsynchronyConfig, curves: Mapping[str, Speedups]) -> Table:
     shown = [i for i, n in enumerate(ACTORS) if n in (1, 2, 4, 8, 16, 64, 256, 1024)]
     return Table(
         columns=("", *(f"{ACTORS[i]:,}" for i in shown)),
         rows=tuple((name, *(curve.speedups[i] for i in shown)) for name, curve in curves.items()),
-        caption="Simulated speed-up by number of actors, every completion trained on once.",
+        caption="Simulated speed-up by number of actors, every completion trained on once; "
+        f"link {config.link}.",
     )
 
 

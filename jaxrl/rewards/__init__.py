@@ -9,6 +9,7 @@ from jaxrl.rewards.functions import (
     is_refusal,
     weighted,
 )
+from jaxrl.rewards.verifier import last_number, numeric_verifier
 
 __all__ = [
     "RewardFunction",
@@ -17,5 +18,7 @@ __all__ = [
     "evaluate",
     "fluency",
     "is_refusal",
+    "last_number",
+    "numeric_verifier",
     "weighted",
 ]
