@@ -18,8 +18,8 @@ discrete-event model (`simulator`) with the durations that this run measures par
 measured throughputs stand beside what the model says for this very machine.
 
 Expected: from greedy accuracy .57 (sampled .34) all methods reach .76 to .81 (.54 to .58) in 300
-updates. TBA's learner never waits, but two cores have no room for its actors, and its replay,
-which drops repeated answers, learns a little less of each completion. Simulated and measured
-throughput differ by a fifth in the median on a busy machine. Four times faster takes a generation
+updates (one seed). TBA's learner never waits, but two cores have no room for its actors, and it
+learns a little less of each completion than the others do. Simulated and measured throughput
+differ by a fifth in the median, measured on a busy machine. Four times faster takes a generation
 that is at least three times as long as an update; publications raise that to about four here.
 """
