@@ -41,7 +41,7 @@ def test_base_install_needs_neither_cuda_nor_tpu_packages_nor_torch():
 
 def test_accelerators_are_what_the_extras_bring():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"cuda", "tpu", "aot", "hub", "wandb", "peers", "test", "docs"}
+    assert set(extras) == {"cuda", "tpu", "aot", "hub", "ray", "wandb", "peers", "test", "docs"}
     assert "cuda" in extras["cuda"][0]
     assert "tpu" in extras["tpu"][0]
 
