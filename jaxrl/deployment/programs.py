@@ -97,9 +97,16 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
 
     cache = jax.eval_shape(lambda p, x: prefill(p, x)[1].with_room(t), params, batch)
 
-    def decode(params, cache, tokens, step):
-        model = nnx.merge(graphdef, params)
-        hidden, cache = model.decode(model.layer_weights(), cache, tokens, step)
+    # The loop reads weights layer by layer, cast and joined once before it.
+    flat = dict(nnx.to_flat_state(params))
+    head = {path: x for path, x in flat.items() if path[0] != "layers"}
+    layers = jax.eval_shape(lambda p: nnx.merge(graphdef, p).layer_weights(), params)
+
+    def decode(weights, cache, tokens, step):
+        head, layers = weights
+        unread = {path: jnp.zeros(x.shape, x.dtype) for path, x in flat.items() if path not in head}
+        model = nnx.merge(graphdef, nnx.from_flat_state((head | unread).items()))
+        hidden, cache = model.decode(layers, cache, tokens, step)
         return model.logits(hidden), cache
 
     def reference(params, prompts, tokens, mask):
@@ -112,7 +119,7 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     programs = [
         Program(name="prefill", side="actor", step=prefill, args=(params, batch),
                 experts=moe, state=(0,), data=(1,)),
-        Program(name="decode", side="actor", step=decode, args=(params, cache, one, step),
+        Program(name="decode", side="actor", step=decode, args=((head, layers), cache, one, step),
                 calls=t, donate=(1,), experts=moe, state=(0, 1), data=(2,)),
         Program(name="reference", side="actor", step=reference,
                 args=(params, batch, tokens, mask), parameters="reference",
