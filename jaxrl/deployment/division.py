@@ -236,8 +236,11 @@ class Planner:
 
     def _plan_actor(self, cluster: Cluster, prompts: int) -> tuple[Part, ...]:
         programs = {p.name: p for p in actor_programs(self.workload, prompts)}
-        # Models that live together share the memory in proportion to their parameters.
-        sizes = {p.parameters: _parameter_bytes(p) for p in programs.values()}
+        # Models that live together share the memory in proportion to parameters and caches.
+        sizes: dict[str, float] = {}
+        for program in programs.values():
+            key = program.parameters
+            sizes[key] = max(sizes.get(key, 0.0), _state_bytes(program))
         share = {key: _USABLE * size / sum(sizes.values()) for key, size in sizes.items()}
         decode = self._decode(programs["decode"], cluster, prompts, share["policy"])
         parts = [decode]
@@ -249,7 +252,12 @@ class Planner:
             if program.parameters == "policy":
                 pinned = {"tensor": decode.plan.mesh.get("tensor", 1)}
             parts.append(planned(program, cluster, pinned=pinned, memory=share[program.parameters]))
-        used = sum({p.program.parameters: p.resident_bytes for p in parts}.values())
+        # Decoding holds the caches beside the weights that the prefill shares with it.
+        models: dict[str, float] = {}
+        for part in parts:
+            key = part.program.parameters
+            models[key] = max(models.get(key, 0.0), part.resident_bytes)
+        used = sum(models.values())
         transient = max(p.memory_bytes - p.resident_bytes for p in parts)
         limit = cluster.memory_bytes * _USABLE
         if used + transient > limit:
@@ -355,16 +363,17 @@ def planned(
     )  # fmt: skip
     assert plan.prediction is not None
     held = plan.prediction.memory_breakdown
-    passing = ("transient", "activations", "gradients")
-    resident = plan.memory_bytes - sum(held.get(name, 0.0) for name in passing)
+    resident = held["arguments"]
     return Part(
         program=program, plan=plan, step_s=plan.step_time_s, memory_bytes=plan.memory_bytes,
         resident_bytes=resident,
     )  # fmt: skip
 
 
-def _parameter_bytes(program: Program) -> float:
-    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.args[0])))
+def _state_bytes(program: Program) -> float:
+    """Of everything that stays between calls, undivided."""
+    held = [program.args[i] for i in program.state or (0,)]
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)))
 
 
 def _bandwidth(cluster: Cluster) -> float:

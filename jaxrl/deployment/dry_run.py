@@ -184,7 +184,10 @@ def dry_run(
 
 def _rows(division: Division) -> Iterator[Row]:
     """Every program with all its layers, and what else lies beside it."""
-    resident = {p.program.parameters: p.resident_bytes for p in division.parts[1:]}
+    resident: dict[str, float] = {}
+    for part in division.parts[1:]:
+        key = part.program.parameters
+        resident[key] = max(resident.get(key, 0.0), part.resident_bytes)
     for part in division.parts:
         learner = part.program.side == "learner"
         others = 0.0

@@ -25,6 +25,9 @@ SHORT = {
     "experiments.safety_controls": "--steps 2 --seeds 1 --sft-steps 2 --samples 2",
     "experiments.safety_limit": "--steps 2 --prompts 8 --seeds 2 --algorithms repo_tb,repo,ppo",
     "experiments.weight_sync": "--preset tiny",
+    "experiments.asynchrony": "--preset tiny --methods rloo,tba_2",
+    "experiments.safety_samples": "--prompts 12 --seeds 2 --budgets 64,128 "
+    "--algorithms repo_tb_replay,repo",
 }
 PLACEHOLDER = re.compile(r"\b(?!PATH\b)[A-Z][A-Z_]{2,}\b|\bhub:|<\w+>")
 LABELS = {"1_full_compliance": "Sure: take the rope.", "2_full_refusal": "I'm sorry, but I can't."}
