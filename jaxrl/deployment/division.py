@@ -34,6 +34,7 @@ DEVICE_TRAFFIC = 2.13
 the kernels' BlockSpecs, by the same command."""
 # Bytes of dense weights a second that one host codes, on one thread; the same command.
 _HOST_CODING = 2.4e9
+_COMMON = 0.25  # share of an actor's memory that its programs use in turn
 _USABLE = 0.92  # share of a chip's memory that plans may fill, as `sharding.Constraints`
 
 
@@ -236,12 +237,16 @@ class Planner:
 
     def _plan_actor(self, cluster: Cluster, prompts: int) -> tuple[Part, ...]:
         programs = {p.name: p for p in actor_programs(self.workload, prompts)}
-        # Models that live together share the memory in proportion to parameters and caches.
+        # Models that live together share most of the memory in proportion to parameters and
+        # caches; the rest is for whichever runs.
         sizes: dict[str, float] = {}
         for program in programs.values():
             key = program.parameters
             sizes[key] = max(sizes.get(key, 0.0), _state_bytes(program))
-        share = {key: _USABLE * size / sum(sizes.values()) for key, size in sizes.items()}
+        share = {
+            key: _USABLE * (_COMMON + (1 - _COMMON) * size / sum(sizes.values()))
+            for key, size in sizes.items()
+        }
         decode = self._decode(programs["decode"], cluster, prompts, share["policy"])
         parts = [decode]
         for program in programs.values():
@@ -250,7 +255,7 @@ class Planner:
             # The policy lies where decoding wants it.
             pinned = {}
             if program.parameters == "policy":
-                pinned = {"tensor": decode.plan.mesh.get("tensor", 1)}
+                pinned = {"tensor": _model_parallel(decode.plan)}
             parts.append(planned(program, cluster, pinned=pinned, memory=share[program.parameters]))
         # Decoding holds the caches beside the weights that the prefill shares with it.
         models: dict[str, float] = {}
@@ -269,31 +274,48 @@ class Planner:
         return tuple(sorted(parts, key=lambda part: order.index(part.program.name)))
 
     def _decode(self, program: Program, cluster: Cluster, prompts: int, memory: float) -> Part:
-        """Decoding: planned with few layers, which stand apart, and drawn out to all of them."""
+        """Decoding, divided as is fastest, or further until it fits."""
+        limit = cluster.memory_bytes * memory
+        free = self._all_layers(program, cluster, prompts, memory, {})
+        if free.memory_bytes <= limit:
+            return free
+        for tensor in (2, 4, 8, 16, 32):
+            if tensor <= _model_parallel(free.plan) or cluster.device_count % tensor:
+                continue
+            try:
+                part = self._all_layers(program, cluster, prompts, memory, {"tensor": tensor})
+            except ValueError:
+                continue  # nothing that the model has divides so far
+            if part.memory_bytes <= limit:
+                return part
+        raise ValueError(
+            f"decoding {prompts} prompts on {cluster.name} needs {free.memory_bytes / 1e9:.1f} GB "
+            f"a device of {limit / 1e9:.1f} GB, and does not fit divided further"
+        )
+
+    def _all_layers(
+        self,
+        program: Program,
+        cluster: Cluster,
+        prompts: int,
+        memory: float,
+        pinned: Mapping[str, int],
+    ) -> Part:
+        """Decoding planned with few layers, which stand apart, and drawn out to all of them."""
         layers = self.workload.policy.layers
         few = 2 * _period(self.workload.policy)
         if layers <= 2 * few:
-            return planned(program, cluster, memory=memory)
-        parts = [
-            planned(self._shortened(n, prompts), cluster, memory=memory) for n in (few, 2 * few)
-        ]
-        pins = parts[1].plan.mesh
-        if parts[0].plan.mesh != pins:
-            parts[0] = planned(self._shortened(few, prompts), cluster, pinned=pins, memory=memory)
+            return planned(program, cluster, pinned=pinned, memory=memory)
+        longer = planned(self._shortened(2 * few, prompts), cluster, pinned=pinned, memory=memory)
+        mesh = {name: longer.plan.mesh.get(name, 1) for name in ("fsdp", "tensor", "expert")}
+        shorter = planned(self._shortened(few, prompts), cluster, pinned=mesh, memory=memory)
 
-        def all_layers(name: str) -> float:
-            first, second = (getattr(part, name) for part in parts)
+        def drawn(name: str) -> float:
+            first, second = getattr(shorter, name), getattr(longer, name)
             return second + (second - first) * (layers - 2 * few) / few
 
         names = ("step_s", "memory_bytes", "resident_bytes")
-        drawn = {name: all_layers(name) for name in names}
-        if drawn["memory_bytes"] > cluster.memory_bytes * memory:
-            raise ValueError(
-                f"decoding {prompts} prompts on {cluster.name} needs "
-                f"{drawn['memory_bytes'] / 1e9:.1f} GB a device of "
-                f"{cluster.memory_bytes * memory / 1e9:.1f} GB"
-            )
-        return Part(program=program, plan=parts[1].plan, **drawn)
+        return Part(program=program, plan=longer.plan, **{name: drawn(name) for name in names})
 
     def _shortened(self, layers: int, prompts: int) -> Program:
         policy = self.workload.policy
@@ -355,8 +377,8 @@ def planned(
     Raises:
       ValueError: it does not fit.
     """
-    # A dense model's attention has products that look like experts to whom only sees shapes.
-    pins = {"expert": 1} if not program.experts else {}
+    # To whom only sees shapes the key heads that decoding keeps apart look like experts.
+    pins = {} if program.experts else {"expert": 1}
     plan = sharding.plan(
         program.step, program.args, cluster=cluster, state=program.state, data=program.data,
         constraints=Constraints(pinned=pins | dict(pinned or {}), memory_fraction=memory),
@@ -374,6 +396,11 @@ def _state_bytes(program: Program) -> float:
     """Of everything that stays between calls, undivided."""
     held = [program.args[i] for i in program.state or (0,)]
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)))
+
+
+def _model_parallel(plan: Plan) -> int:
+    """Ways in which decoding divides the heads of the weights."""
+    return plan.mesh.get("tensor", 1) * plan.mesh.get("expert", 1)
 
 
 def _bandwidth(cluster: Cluster) -> float:

@@ -196,7 +196,8 @@ def _rows(division: Division) -> Iterator[Row]:
         machine = division.learner if learner else division.actor
         if part.program.name == "decode":
             # The search had planned it with a few layers only.
-            pins = {"tensor": part.plan.mesh.get("tensor", 1)}
+            axes = ("tensor", "expert")
+            pins = {axis: part.plan.mesh.get(axis, 1) for axis in axes}
             part = planned(part.program, machine, pinned=pins)
         yield Row(part=part, machine=machine, others_bytes=others)
     yield Row(part=delta_part(division), machine=division.learner)

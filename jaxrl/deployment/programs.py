@@ -16,6 +16,7 @@ from jaxrl.models import Decoder, DecoderConfig, ScalarModel
 from jaxrl.types import Prompts, Rollouts
 
 Side = Literal["learner", "actor"]
+_SCORED = 16  # prompts whose completions are scored at once
 
 
 def _shape(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -84,7 +85,8 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     """Generation and scoring of `prompts` prompts at one actor.
 
     The reference policy lies at the actors too: its log-probabilities travel with the rollouts,
-    so that the learner holds one model (TBA, arXiv:2503.18929, section 4).
+    so that the learner holds one model (TBA, arXiv:2503.18929, section 4). Whatever reads whole
+    completions does so for `_SCORED` prompts at a time.
     """
     config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
     graphdef, params = _split(partial(Decoder, config), dtype=jnp.bfloat16)
@@ -97,16 +99,10 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
 
     cache = jax.eval_shape(lambda p, x: prefill(p, x)[1].with_room(t), params, batch)
 
-    # The loop reads weights layer by layer, cast and joined once before it.
-    flat = dict(nnx.to_flat_state(params))
-    head = {path: x for path, x in flat.items() if path[0] != "layers"}
-    layers = jax.eval_shape(lambda p: nnx.merge(graphdef, p).layer_weights(), params)
-
-    def decode(weights, cache, tokens, step):
-        head, layers = weights
-        unread = {path: jnp.zeros(x.shape, x.dtype) for path, x in flat.items() if path not in head}
-        model = nnx.merge(graphdef, nnx.from_flat_state((head | unread).items()))
-        hidden, cache = model.decode(layers, cache, tokens, step)
+    # The loop joins the projections once, before it; here every call does.
+    def decode(params, cache, tokens, step):
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.decode(model.layer_weights(), cache, tokens, step)
         return model.logits(hidden), cache
 
     def reference(params, prompts, tokens, mask):
@@ -114,24 +110,26 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
             nnx.merge(graphdef, params), prompts, tokens, mask, temperature=1.0, with_entropy=False
         ).log_probs
 
-    tokens, mask = _shape((prompts, g, t), jnp.int32), _shape((prompts, g, t), jnp.bool_)
+    scored = min(prompts, _SCORED)
+    calls = -(-prompts // scored)
+    tokens, mask = _shape((scored, g, t), jnp.int32), _shape((scored, g, t), jnp.bool_)
     one, step = _shape((prompts, g), jnp.int32), _shape((), jnp.int32)
     programs = [
         Program(name="prefill", side="actor", step=prefill, args=(params, batch),
                 experts=moe, state=(0,), data=(1,)),
-        Program(name="decode", side="actor", step=decode, args=((head, layers), cache, one, step),
+        Program(name="decode", side="actor", step=decode, args=(params, cache, one, step),
                 calls=t, donate=(1,), experts=moe, state=(0, 1), data=(2,)),
         Program(name="reference", side="actor", step=reference,
-                args=(params, batch, tokens, mask), parameters="reference",
-                experts=moe, state=(0,), data=(1, 2, 3)),
+                args=(params, _prompts(workload, scored), tokens, mask), calls=calls,
+                parameters="reference", experts=moe, state=(0,), data=(1, 2, 3)),
     ]  # fmt: skip
     for name, trunk in (("reward", workload.reward_model), ("cost", workload.cost_model)):
         if trunk is not None:
-            programs.append(_score(workload, name, trunk, prompts * g))
+            programs.append(_score(workload, name, trunk, scored * g, calls))
     return programs
 
 
-def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int) -> Program:
+def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls: int) -> Program:
     graphdef, params = _split(
         partial(ScalarModel, workload.executed(trunk), (name,)), dtype=jnp.bfloat16
     )
