@@ -54,3 +54,18 @@ def _names_for_doctests(doctest_namespace):
     import numpy as np
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np)
+
+
+# Every compiled program holds mappings of memory, of which a process may have 65,530 on Linux;
+# beyond that the compiler crashes.
+_MOST_MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs_before_there_are_too_many():
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()

@@ -240,7 +240,7 @@ def _plan(
         spread = layout(traced, dataclasses.replace(strategy, zero=3))
         divided = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
                    for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
-        whole = {path: placed.inputs[f"0/{path}"] for path in divided}
+        whole = {path: placed.inputs[f"0/{path}".rstrip("/")] for path in divided}
         gradients = divided if strategy.zero == 2 else whole
         if strategy.zero in (1, 2) and strategy.fsdp > 1:
             updates = {path: spec for path, spec in divided.items() if spec != whole[path]}

@@ -192,7 +192,7 @@ class Cluster:
           first at the front, axes of size one left out; {} without a torus.
 
         >>> Cluster.from_name("v5e:4x8").placement((4, 1, 1, 8, 1, 1), "tensor")
-        {'tensor': (1, 4, 1, 1), 'fsdp': (1, 1, 8, 1)}
+        {'tensor': (1, 2, 2, 1), 'fsdp': (1, 2, 4, 1)}
         """
         found = assign(self._torus, tuple(degrees), first) if self.is_torus else None
         if found is None:
