@@ -71,7 +71,7 @@ def demonstrated(
 
     >>> problem = Problem(question="2 + 3 + 4?", solution="2 + 3 = 5. 5 + 4 = 9.", answer="9")
     >>> demonstrated([problem], worked_share=0.0, seed=0)
-    [('2 + 3 + 4?', 'About 8.')]
+    [('2 + 3 + 4?', 'About 11.')]
     """
     rng = np.random.default_rng([seed, 3])
     works = rng.random(len(problems)) < worked_share

@@ -72,7 +72,9 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
             return
         try:
             result = actor.run(item_from_json(header["item"]))
-        except Exception as error:
+        except (
+            Exception
+        ) as error:  # whatever it was, the pool must learn it before this process ends
             connection.send({"failed": f"{type(error).__name__}: {error}"}, b"")
             raise
         connection.send(*result_to_wire(result))

@@ -263,7 +263,7 @@ class AsynchronousTrainer:
             return self._follow(state, version)
         try:
             batch = self._lead(step, state, version)
-        except Exception as error:
+        except Exception as error:  # whatever it was, else the other processes would wait forever
             processes.tell({"stop": f"{type(error).__name__}: {error}"})
             raise
         if jax.process_count() > 1:  # else nobody would read what is a copy of it all

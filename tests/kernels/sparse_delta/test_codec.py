@@ -74,7 +74,7 @@ def optimizer_step(density, shape=(4, 512, 512), steps=12):
     return sides
 
 
-def roundtrip(old, new, fmt, tile, threads=1, frame=None, conditional=True):
+def assert_round_trip(old, new, fmt, tile, threads=1, frame=None, conditional=True):
     tables = codec.make_tables(fmt, [(old, new)], tile, conditional)
     coded = codec.encode_box(old, new, fmt, tile, tables, threads, frame)
     again, used = codec.Tables.from_bytes(tables.to_bytes(), fmt)
@@ -100,7 +100,7 @@ def roundtrip(old, new, fmt, tile, threads=1, frame=None, conditional=True):
 @pytest.mark.parametrize("density", [0.0, 0.002, 0.1, 0.6, 1.0])
 def test_round_trip(dtype, density, step):
     old = normal((2, 70, 300), dtype)
-    roundtrip(old, changed(old, density, 1, step), element_format(dtype), (32, 256))
+    assert_round_trip(old, changed(old, density, 1, step), element_format(dtype), (32, 256))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +111,7 @@ def test_round_trip_with_one_class(dtype, shape, density):
     old = normal(shape, dtype)
     frame = DigestFrame(2**32 - 9, 10**5, shape[2] + 3)
     new = changed(old, density, 1, 3)
-    coded, tables = roundtrip(
+    coded, tables = assert_round_trip(
         old, new, element_format(dtype), (32, 256), 2, frame, conditional=False
     )
     assert not (tables.lengths.size and tables.thresholds.any())
@@ -131,7 +131,7 @@ def test_round_trip_of_any_bits_shapes_and_tiles(data):
     density = data.draw(st.sampled_from([0, 0.001, 0.01, 0.2, 0.5, 0.99, 1]))
     new = changed(old, density, 5, data.draw(st.sampled_from([None, 1, 3, 1000])))
     threads, conditional = data.draw(st.integers(1, 3)), data.draw(st.booleans())
-    coded, _ = roundtrip(old, new, fmt, tile, threads, conditional=conditional)
+    coded, _ = assert_round_trip(old, new, fmt, tile, threads, conditional=conditional)
     assert coded.data.size <= new.nbytes
 
 
@@ -145,14 +145,14 @@ def test_every_change_between_special_values():
     """±0, subnormals, exponent carries, infinities and NaN payloads are values like any other."""
     pairs = np.array([(a, b) for a in SPECIAL for b in SPECIAL], np.uint16)
     old, new = (np.tile(side, 60).reshape(1, 60, -1) for side in pairs.T)
-    roundtrip(np.ascontiguousarray(old), np.ascontiguousarray(new), BF16, (60, 256))
+    assert_round_trip(np.ascontiguousarray(old), np.ascontiguousarray(new), BF16, (60, 256))
 
 
 def test_a_lone_change_after_the_longest_gap():
     old = normal((1, 1024, 1024), jnp.bfloat16)
     new = old.copy()
     new[0, -1, -1] ^= 1
-    coded, _ = roundtrip(old, new, BF16, (1024, 1024))
+    coded, _ = assert_round_trip(old, new, BF16, (1024, 1024))
     assert coded.mode[0] == Mode.ENTROPY
     assert coded.size[0] < 32
 
@@ -161,8 +161,8 @@ def test_threads_and_dense_tiles_change_nothing():
     old = normal((3, 64, 512), jnp.bfloat16)
     new = changed(old, 0.05, 2, 2)
     new[1] = changed(old[1], 1.0, 3)
-    one, _ = roundtrip(old, new, BF16, (32, 256), threads=1)
-    many, _ = roundtrip(old, new, BF16, (32, 256), threads=4)
+    one, _ = assert_round_trip(old, new, BF16, (32, 256), threads=1)
+    many, _ = assert_round_trip(old, new, BF16, (32, 256), threads=4)
     assert np.array_equal(one.data, many.data)
     # Nothing fits tables that are made for both, but the tiles of few changes are not dense.
     assert Mode.DENSE in one.mode
@@ -218,7 +218,7 @@ def test_the_change_of_the_digest_is_that_of_the_whole_box(density, dtype):
     frame = DigestFrame(2**32 - 700, 5000, 90)
     old = normal((2, 20, 80), dtype)
     new = changed(old, density, 2)
-    coded, tables = roundtrip(old, new, element_format(dtype), (8, 64), frame=frame)
+    coded, tables = assert_round_trip(old, new, element_format(dtype), (8, 64), frame=frame)
     expected = np.subtract(slow_digest(new, frame), slow_digest(old, frame)) % 2**32
     assert coded.digest_change == tuple(expected)
     anchor = codec.encode_box(None, new, element_format(dtype), (8, 64), tables)
@@ -274,7 +274,7 @@ def test_changes_anywhere_cost_their_entropy(density, excess):
     old = np.full((4, 256, 512), 100, np.uint8)
     new = changed(old, density, 8, 1)
     fmt = element_format(jnp.uint8)
-    coded, _ = roundtrip(old, new, fmt, (256, 512))
+    coded, _ = assert_round_trip(old, new, fmt, (256, 512))
     p = (old != new).mean()
     entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) + p
     assert 8 * coded.data.size <= (1 + excess) * old.size * entropy + 4 * 100
@@ -328,7 +328,7 @@ def test_full_versions_of_weights_are_smaller_by_planes(dtype):
 def test_no_tile_is_larger_than_dense():
     old = normal((1, 64, 512), jnp.bfloat16)
     new = changed(old, 1.0, 1)
-    coded, _ = roundtrip(old, new, BF16, (16, 512))
+    coded, _ = assert_round_trip(old, new, BF16, (16, 512))
     assert set(coded.mode) == {Mode.DENSE}
     assert coded.data.size == new.nbytes
 
