@@ -1,4 +1,4 @@
-"""Every command of the README runs, with two steps."""
+"""Every command of the README and of its page on safety runs, with two steps."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SAFETY = (ROOT / "docs" / "safety.md").read_text(encoding="utf-8")
 
 # What makes a documented command short; its own flags come first, so these win.
 _MODEL = (
@@ -35,7 +36,7 @@ LABELS = {"1_full_compliance": "Sure: take the rope.", "2_full_refusal": "I'm so
 
 def documented():
     """Commands in code blocks and in inline code, without what a shell would add around them."""
-    found = re.findall(r"python -m experiments\.[^`\n|&#]+", README)
+    found = re.findall(r"python -m experiments\.[^`\n|&#]+", README + SAFETY)
     return list(dict.fromkeys(" ".join(command.split()) for command in found))
 
 
