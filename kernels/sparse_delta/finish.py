@@ -15,9 +15,7 @@ import jax
 import numpy as np
 
 from kernels.sparse_delta import codec, host
-from kernels.sparse_delta.delta import Delta, ShardRecords, shard_records
-from kernels.sparse_delta.elements import ElementFormat, element_format, order
-from kernels.sparse_delta.encode import (
+from kernels.sparse_delta.assemble import (
     base_sums,
     checked_version,
     matched,
@@ -25,6 +23,8 @@ from kernels.sparse_delta.encode import (
     sharding_trees,
     ties,
 )
+from kernels.sparse_delta.delta import Delta, ShardRecords, shard_records
+from kernels.sparse_delta.elements import ElementFormat, element_format, order
 from kernels.sparse_delta.records import encode_records, tables_of_records
 from kernels.sparse_delta.routing import Coded, routed
 from kernels.sparse_delta.tiles import TileGrid, box_view
