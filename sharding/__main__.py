@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sharding import calibrate, constants, evaluation, report
+from sharding.candidate import TIE_TOLERANCE
 from sharding.compile_check import Report
 from sharding.model_file import read_model
 from sharding.planner import plan
@@ -77,6 +78,12 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("plan", help="find the fastest division of a model that fits")
     _add_problem(parser)
     parser.add_argument("--top", type=int, default=5, help="how many strategies to list")
+    parser.add_argument(
+        "--tie",
+        type=float,
+        default=TIE_TOLERANCE,
+        help="predicted times within this share tie, and memory decides; 0 for the fastest",
+    )
     parser.add_argument("--pin", action="append", default=[], metavar="FIELD=VALUE",
                         help="a choice that is made, as tensor=1 or remat=full")  # fmt: skip
     parser.add_argument(
@@ -93,7 +100,7 @@ def _plan(options: argparse.Namespace) -> int:
     constraints = Constraints(pinned=dict(_pin(text) for text in options.pin))
     calibration = constants.load(options.calibration)
     found = solve(program, cluster, constraints=constraints, calibration=calibration,
-                  top=max(1, options.top))  # fmt: skip
+                  top=max(1, options.top), tie_tolerance=options.tie)  # fmt: skip
     checked = _checked(options, cluster, found.best[0].strategy) if options.check else None
     if options.json:
         stages = report.stage_cuts(program, cluster, found.best[0].strategy)

@@ -7,7 +7,8 @@ import numpy as np
 
 from sharding.constants import Calibration
 from sharding.program import Program
-from sharding.solver import Candidate, evaluate
+from sharding.candidate import MEMORY_STEP, TIE_TOLERANCE, Candidate
+from sharding.solver import evaluate
 from sharding.space import Constraints, candidates
 from sharding.topology import Cluster
 
@@ -18,8 +19,11 @@ def best_strategy(
     *,
     constraints: Constraints | None = None,
     calibration: Calibration | None = None,
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> Candidate:
-    """Costs every strategy of the space one by one and returns the fastest that fits.
+    """Costs every strategy of the space one by one and returns the best that fits.
+
+    The fastest, or with a tolerance of ties the smallest of those nearly as fast.
 
     Raises:
       ValueError: none fits.
@@ -27,14 +31,20 @@ def best_strategy(
     constraints = constraints or Constraints()
     limit = cluster.memory_bytes * constraints.memory_fraction
     space = candidates(program, cluster, constraints)
-    best: Candidate | None = None
+    fitting: list[Candidate] = []
     for row in range(len(space)):
         (found,) = evaluate(program, [space.row(row)], cluster, calibration=calibration)
-        if found.memory_bytes <= limit and (best is None or found.step_s < best.step_s):
-            best = found
-    if best is None:
+        if found.memory_bytes <= limit:
+            fitting.append(found)
+    if not fitting:
         raise ValueError(f"none of {len(space)} strategies fits into {limit / 1e9:.1f} GB")
-    return best
+    slowest = min(found.step_s for found in fitting) * (1 + tie_tolerance)
+
+    def size(found: Candidate) -> tuple[float, int, float]:
+        held = found.memory_bytes // (MEMORY_STEP * cluster.memory_bytes)
+        return held, len(found.strategy.mesh) + (found.strategy.offload != "none"), found.step_s
+
+    return min((found for found in fitting if found.step_s <= slowest), key=size)
 
 
 def best_cuts(

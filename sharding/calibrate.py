@@ -29,7 +29,8 @@ _SIGMA = {"attention": 0.4}
 _SIGMA_CHIP = 0.4
 # What is known of a stack before any run. XLA's collectives on TPUs are asynchronous and its
 # programs are one launch, without what nobody reads; PyTorch and Megatron launch every kernel from
-# the host, and Megatron's checkpointing repeats a layer to its end.
+# the host, and Megatron's checkpointing repeats a layer to its end. A step of Megatron gathers new
+# parameters while the next one begins.
 PRIORS = {
     "xla_tpu": Constants(matmul=0.85, overlap_tensor=0.7, overlap_fsdp=0.95, overlap_data=0.6,
                          launch_s=1e-7, kernel_s=2e-6),
@@ -37,7 +38,8 @@ PRIORS = {
     "megatron_fp16": Constants(unaligned=0.4, sync_s=1e-4, launch_s=7e-5, overlap_fsdp=0.3,
                                overlap_data=0.1, overlap_tensor=0.02, kernel_s=3e-6, link_s=1e-5,
                                dead=0.97),
-    "megatron": Constants(launch_s=2e-5, overlap_tensor=0.4, kernel_s=3e-6, dead=0.97),
+    "megatron": Constants(launch_s=2e-5, overlap_tensor=0.4, overlap_update=0.8, kernel_s=3e-6,
+                          dead=0.97),
     "fsdp": Constants(launch_s=2e-5, kernel_s=3e-6),
 }  # fmt: skip
 # The constants that the runs of a stack can tell; the others stay what is known without them.

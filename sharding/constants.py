@@ -40,6 +40,8 @@ class Constants:
       network_s: seconds a step of a collective between nodes or slices.
       overlap_fsdp: share of compute behind which gathers of parameters hide.
       overlap_data: share of the backward pass behind which gradients' reduction hides.
+      overlap_update: share of the next forward pass behind which gathers of updated parameters
+        hide (ZeRO-1 and 2): nothing where a step is a program of its own.
       overlap_tensor: share of layers' own collectives that hide behind compute.
       dead: share of a layer's results that no gradient reads which recomputation computes all the
         same: 0 where a compiler removes them.
@@ -66,6 +68,7 @@ class Constants:
     network_s: float = 2e-5
     overlap_fsdp: float = 0.8
     overlap_data: float = 0.8
+    overlap_update: float = 0.0
     overlap_tensor: float = 0.2
     dead: float = 0.02
     step_s: float = 1e-3
@@ -82,7 +85,8 @@ class Constants:
 
 
 SHARES = ("matmul", "unaligned", "grouped", "attention", "hbm", "scatter", "link", "network",
-          "low_precision", "overlap_fsdp", "overlap_data", "overlap_tensor", "dead")  # fmt: skip
+          "low_precision", "overlap_fsdp", "overlap_data", "overlap_update",
+          "overlap_tensor", "dead")  # fmt: skip
 
 # Which software runs a program when nothing says so.
 STACKS = ("xla_tpu", "xla_gpu", "megatron_fp16", "megatron", "fsdp")

@@ -16,8 +16,8 @@ from sharding import collectives
 from sharding.constants import Calibration, shipped
 from sharding.local import View
 from sharding.machine import Machine, machine
-from sharding.memory import Memory, kept_bytes, memory
-from sharding.program import Block, dtype_bytes
+from sharding.memory import Memory, kept_bytes, memory, parameter_width
+from sharding.program import Block
 from sharding.roofline import op_time
 from sharding.strategies import Strategies
 from sharding.topology import Cluster
@@ -187,6 +187,8 @@ def _step(
     reduction = _gradient_comm(view, repeats, machine)
     last_backward = terms["backward"] / count
     terms["gradient_comm"] = _exposed(reduction, last_backward, constants.overlap_data)
+    gathered = _parameter_comm(view, repeats, machine)
+    terms["parameter_comm"] = _exposed(gathered, terms["forward"] / count, constants.overlap_update)
     update, accumulate = _update(view, repeats, machine)
     terms["accumulate"] = accumulate
     terms["update"] = update
@@ -243,7 +245,10 @@ def _stage_comm(view: View, machine: Machine) -> np.ndarray:
 
 
 def _gradient_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.ndarray:
-    """Sums of gradients over what `fsdp_comm` has not summed them over, once a step."""
+    """Sums of gradients over what `fsdp_comm` has not summed them over, once a step.
+
+    Whose optimiser is divided (ZeRO-1) needs its part of a sum only: a scatter, no all-reduce.
+    """
     program, strategies = view.program, view.strategies
     if not program.training:
         return 0.0 * view.one
@@ -256,10 +261,22 @@ def _gradient_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.n
         if axis == "fsdp":
             members = np.where(strategies.zero >= 2, 1, members)
         count = dense if axis == "expert" else dense + routed
-        total = total + collectives.all_reduce(
-            width * count / ways, members, machine.speed(axis), machine.latency(axis)
-        )
+        speed, latency = machine.speed(axis), machine.latency(axis)
+        once = collectives.reduce_scatter(width * count / ways, members, speed, latency)
+        passes = np.where(strategies.zero == 1, 1, 2) if axis == "fsdp" else 2
+        total = total + passes * once
     return total
+
+
+def _parameter_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.ndarray:
+    """Gathers of new parameters, once a step, where only their update is divided: ZeRO-1 and 2."""
+    program, strategies = view.program, view.strategies
+    if not program.training:
+        return 0.0 * view.one
+    count = sum(local_params(view, repeats)) * program.trained
+    members = np.where(np.isin(strategies.zero, (1, 2)), strategies.fsdp, 1)
+    size = parameter_width(view) * count
+    return collectives.all_gather(size, members, machine.speed("fsdp"), machine.latency("fsdp"))
 
 
 def local_params(view: View, repeats: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -282,7 +299,7 @@ def _update(view: View, repeats: Sequence[Any], machine: Machine) -> tuple[np.nd
     if not program.training:
         return 0.0 * view.one, 0.0 * view.one
     count = sum(local_params(view, repeats))
-    width = max(dtype_bytes(t.dtype) for t in program.tensors.values() if t.role == "param")
+    width = parameter_width(view)
     gradient = program.gradient_bytes
     bandwidth = machine.hbm * machine.constants.hbm
     moved = 2 * width * program.trained + 2 * program.state_bytes + _GRADIENT_READS * gradient

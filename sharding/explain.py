@@ -24,6 +24,7 @@ class Prediction:
       gap: distance to a proven lower bound of the search space, as a share of the step.
       search_time_s: of the search; 0 if there was none.
       space: strategies in the space; 0 if there was no search.
+      tied: of these as fast as the model can tell, the chosen one included: memory decided.
     """
 
     step_time_s: float
@@ -34,6 +35,7 @@ class Prediction:
     gap: float = 0.0
     search_time_s: float = 0.0
     space: int = 0
+    tied: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,8 @@ def _predicted(found: Prediction) -> list[str]:
             f"  within {found.gap:.2%} of the best of {found.space} strategies, "
             f"searched in {found.search_time_s:.2f} s"
         )
+    if found.tied > 1:
+        lines.append(f"  {found.tied} strategies are as fast as can be told: the smallest is taken")
     return lines
 
 

@@ -62,7 +62,7 @@ def memory(view: View, repeats: Sequence[Any]) -> Memory:
             ends = np.where(strategies.stage > 1, np.maximum(ends, outside), ends + outside)
         transient = np.maximum(transient, _working_set(view, block))
     count = dense + routed + ends
-    width = _param_width(view)
+    width = parameter_width(view)
     fsdp = strategies.fsdp
     training = float(program.training)
     gradient = program.gradient_bytes
@@ -130,6 +130,7 @@ def _working_set(view: View, block: Block) -> np.ndarray:
     return largest
 
 
-def _param_width(view: View) -> float:
+def parameter_width(view: View) -> float:
+    """Bytes of a stored parameter: of the widest type that there is."""
     widths = [dtype_bytes(t.dtype) for t in view.program.tensors.values() if t.role == "param"]
     return max(widths, default=4.0)

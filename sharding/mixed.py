@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sharding.candidate import Candidate, Solution, candidate
+from sharding.candidate import Candidate, Solution, candidate, choose
 from sharding.constants import Calibration
 from sharding.mixed_costs import Bytes, Costs
 from sharding.pipeline import Cuts, cut_layers
@@ -44,6 +44,7 @@ def solve(
     *,
     top: int,
     budget: int | None,
+    tie_tolerance: float,
 ) -> Solution:
     """As `solver.solve`, for a cluster whose chips differ.
 
@@ -59,7 +60,7 @@ def solve(
     found: list[tuple[float, int, Candidate]] = []
     best, tried, end = np.inf, 0, len(order)
     for position, row in enumerate(order.tolist()):
-        if bounds[row] >= best or (tried >= limit and found):
+        if bounds[row] >= best * (1 + tie_tolerance) or (tried >= limit and found):
             end = position
             break
         tried += 1
@@ -67,6 +68,7 @@ def solve(
         if one is not None:
             found.append((one.step_s, row, one))
             best = min(best, one.step_s)
+    remaining = float(bounds[order[end]]) if end < len(order) else np.inf
     if not found:
         raise ValueError(
             f"no plan of {program.name} fits {cluster.name}: none of {len(space)} strategies can "
@@ -74,12 +76,22 @@ def solve(
             "with more memory, a smaller batch, or shorter sequences"
         )
     found.sort(key=lambda entry: entry[:2])
-    remaining = float(bounds[order[end]]) if end < len(order) else np.inf
+    costed = [one for _, _, one in found]
+    times = np.asarray([one.step_s for one in costed])
+    first, tied = choose(
+        times,
+        np.asarray([one.memory_bytes for one in costed]),
+        Strategies.stack([one.strategy for one in costed]),
+        limit=cluster.memory_bytes,
+        tolerance=tie_tolerance,
+    )
+    chosen = costed[first]
     bound = min(best, remaining)
     return Solution(
-        best=tuple(_distinct([one for _, _, one in found], top)),
+        best=tuple(_distinct([chosen, *costed], top)),
         bound_s=bound,
-        gap=max(0.0, (best - bound) / best),
+        gap=max(0.0, (chosen.step_s - bound) / chosen.step_s),
+        tied=tied,
         space=len(space),
         fitting=len(found),
         costed=tried,

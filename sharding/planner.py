@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from sharding import stages
+from sharding.candidate import TIE_TOLERANCE
 from sharding.constants import Calibration
 from sharding.cost import estimate
 from sharding.execute import TrainStep
@@ -52,6 +53,7 @@ def plan(
     data: Sequence[int] | None = None,
     calibration: Calibration | None = None,
     top: int = 5,
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> Plan:
     """Finds how to divide a step over a cluster.
 
@@ -67,6 +69,8 @@ def plan(
       data: positions of arguments whose leading axis is the batch; inferred when None.
       calibration: constants of the cost model; the shipped ones when None.
       top: how many plans to list, the chosen one included.
+      tie_tolerance: predicted times that differ by less than this share are not told apart, and
+        the plan that takes less memory is chosen; 0 for the fastest whatever it takes.
 
     Raises:
       ValueError: nothing divides the step, nothing fits (the message names the smallest
@@ -81,6 +85,7 @@ def plan(
         step, args, traced, where, allowed, fixed,
         calibration=calibration,
         top=max(top, _TRIED if fixed else 1),
+        tie_tolerance=tie_tolerance,
         notes=(*where.warnings, *notes),
         state=None if state is None else tuple(state),
         data=None if data is None else tuple(data),
@@ -90,6 +95,7 @@ def plan(
         gap=max(0.0, 1 - found.bound_s / made.prediction.step_time_s),
         search_time_s=found.search_time_s,
         space=found.space,
+        tied=found.tied,
     )
     others = [c for c in found.best if c.step_s != prediction.step_time_s][: max(0, top - 1)]
     return dataclasses.replace(
@@ -107,9 +113,10 @@ def _fitting(
     *,
     calibration: Calibration | None,
     top: int,
+    tie_tolerance: float,
     **fields: Any,
 ) -> tuple[Solution, Any]:
-    """The fastest plan that fits as the program that will run.
+    """The best plan that fits as the program that will run.
 
     The search's own sums decide what is looked at. They start with more memory than there is,
     for they may be too careful, and get less by as much as they turn out too hopeful.
@@ -122,7 +129,7 @@ def _fitting(
     for _ in range(_ROUNDS):
         found = solve(
             traced.program, where, constraints=dataclasses.replace(allowed, memory_fraction=share),
-            calibration=calibration, top=top)  # fmt: skip
+            calibration=calibration, top=top, tie_tolerance=tie_tolerance)  # fmt: skip
         chosen, placed = _first_that_holds(traced, found.best, fixed)
         made = _plan(
             traced, where, chosen.strategy, placed, prediction=predicted(chosen), step=step,
@@ -241,7 +248,9 @@ def _plan(
         divided = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
                    for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
         whole = {path: placed.inputs[f"0/{path}".rstrip("/")] for path in divided}
-        gradients = divided if strategy.zero == 2 else whole
+        # Sums over micro-batches stay whole in ZeRO-1; of one micro-batch no sum is needed.
+        scattered = strategy.zero == 2 or (strategy.zero == 1 and strategy.microbatches == 1)
+        gradients = divided if scattered else whole
         if strategy.zero in (1, 2) and strategy.fsdp > 1:
             updates = {path: spec for path, spec in divided.items() if spec != whole[path]}
     return Plan(

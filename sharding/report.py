@@ -53,6 +53,7 @@ def solution_json(
         "search_time_s": solution.search_time_s,
         "space": solution.space,
         "costed": solution.costed,
+        "tied": solution.tied,
         "alternatives": [candidate_json(c) for c in solution.best[1:]],
         "warnings": list(cluster.warnings),
     }
@@ -109,7 +110,30 @@ def stage_cuts(program: Program, cluster: Cluster, strategy: Strategy) -> Cuts |
 def candidate_text(candidate: Candidate) -> str:
     """One strategy, its time and memory, term by term."""
     strategy = candidate.strategy
-    mesh = " x ".join(f"{axis} {size}" for axis, size in strategy.mesh.items()) or "one device"
+    mesh, choices = _divided(strategy), _choices(strategy)
+    time = ", ".join(
+        f"{name} {seconds / candidate.step_s:.1%}"
+        for name, seconds in sorted(candidate.terms.items(), key=lambda item: -item[1])
+        if seconds > _SMALL * candidate.step_s
+    )
+    uses = dict(candidate.memory_terms)
+    away = uses.pop("host", 0.0)
+    memory = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in uses.items() if size)
+    if away:
+        memory += f"; {away / 1e9:.2f} GB a device in the host's memory"
+    return (
+        f"{mesh}; {', '.join(choices)}\n"
+        f"  step {candidate.step_s:.4g} s: {time}\n"
+        f"  memory {candidate.memory_bytes / 1e9:.2f} GB a device: {memory}"
+    )
+
+
+def _divided(strategy: Strategy) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in strategy.mesh.items()) or "one device"
+
+
+def _choices(strategy: Strategy) -> list[str]:
+    """What a strategy chooses beside its mesh, in words."""
     choices = [f"remat {strategy.remat}", f"micro-batches {strategy.microbatches}"]
     if strategy.fsdp > 1:
         choices.append(f"ZeRO-{strategy.zero}")
@@ -121,19 +145,7 @@ def candidate_text(candidate: Candidate) -> str:
         choices.append(f"samples of the replicas {list(strategy.shares)}")
     if strategy.offload != "none":
         choices.append(f"{strategy.offload} in host memory")
-    time = ", ".join(
-        f"{name} {seconds / candidate.step_s:.1%}"
-        for name, seconds in sorted(candidate.terms.items(), key=lambda item: -item[1])
-        if seconds > _SMALL * candidate.step_s
-    )
-    memory = ", ".join(
-        f"{name} {size / 1e9:.2f} GB" for name, size in candidate.memory_terms.items() if size
-    )
-    return (
-        f"{mesh}; {', '.join(choices)}\n"
-        f"  step {candidate.step_s:.4g} s: {time}\n"
-        f"  memory {candidate.memory_bytes / 1e9:.2f} GB a device: {memory}"
-    )
+    return choices
 
 
 def solution_text(program: Program, cluster: Cluster, solution: Solution) -> str:
@@ -148,7 +160,20 @@ def solution_text(program: Program, cluster: Cluster, solution: Solution) -> str
         f"  within {solution.gap:.2%} of the best of {solution.space} strategies "
         f"({solution.costed} costed in {solution.search_time_s:.2f} s)",
     ]
-    for other in solution.best[1:]:
-        slower = other.step_s / best.step_s - 1
-        lines += [f"alternative, {slower:.1%} slower:", candidate_text(other)]
+    if solution.tied > 1:
+        lines.append(
+            f"  {solution.tied} strategies are as fast as can be told: the smallest is taken"
+        )
+    others = [
+        (f"{other.step_s:.4g} s", f"{other.step_s / best.step_s - 1:+.1%}",
+         f"{other.memory_bytes / 1e9:.1f} GB", _divided(other.strategy),
+         ", ".join(_choices(other.strategy)))
+        for other in solution.best[1:]
+    ]  # fmt: skip
+    if others:
+        lines.append("the fastest with other meshes:")
+        widths = [max(map(len, column)) for column in zip(*others, strict=True)]
+        for *numbers, mesh, choices in others:
+            cells = [f"{n:>{w}}" for n, w in zip(numbers, widths, strict=False)]
+            lines.append(f"  {'  '.join(cells)}  {mesh:<{widths[-2]}}  {choices}")
     return "\n".join(lines)

@@ -3,11 +3,13 @@
 A lower bound that costs almost nothing (products and passes over memory at the calibrated rates,
 unpadded and divided by all devices, with the bubble and the recomputation that a strategy asks
 for, and no communication at all) orders the candidates. They are costed exactly in that order,
-many at once, until the bound of the next candidate is above the best found: nothing that is left
-can be better. If a budget ends the search earlier, the gap to the smallest bound left is reported.
+many at once, until the bound of the next candidate is above the best found and what ties with it:
+nothing that is left can be better. If a budget ends the search earlier, the gap to the smallest
+bound left is reported. Of candidates whose times tie, the smallest is taken (`candidate.choose`).
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from sharding import mixed
 from sharding.candidate import Candidate as Candidate
 from sharding.candidate import Solution as Solution
-from sharding.candidate import candidate
+from sharding.candidate import TIE_TOLERANCE, candidate, choose
 from sharding.constants import Calibration, shipped
 from sharding.cost import estimate
 from sharding.local import View
@@ -40,8 +42,9 @@ def solve(
     stack: str = "",
     top: int = 5,
     budget: int | None = None,
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> Solution:
-    """Finds the fastest strategies that fit into memory.
+    """Finds the fastest strategies that fit into memory; of equally fast ones, the smallest.
 
     Args:
       program: what is run.
@@ -51,17 +54,20 @@ def solve(
       stack: software; XLA when "".
       top: how many strategies to return.
       budget: most candidates to cost; None searches until the best is proven.
+      tie_tolerance: share of the fastest time within which memory decides; 0 for time alone.
 
     Raises:
       ValueError: no strategy divides the program, or none fits; the message names the smallest
-        overshoot and what would fix it.
+        overshoot and what would fix it. Or a tolerance below zero.
     """
     began = time.perf_counter()
+    if not tie_tolerance >= 0:
+        raise ValueError(f"a tolerance of ties is a share of the time, at least 0: {tie_tolerance=}")
     constraints = constraints or Constraints()
     calibration = calibration or shipped()
     if cluster.is_mixed:
         return mixed.solve(program, cluster, constraints, calibration, stack, top=top,
-                           budget=budget)  # fmt: skip
+                           budget=budget, tie_tolerance=tie_tolerance)  # fmt: skip
     constants = calibration.constants(cluster.chip.name, stack, cluster.measured)
     space = candidates(program, cluster, constraints)
     limit = cluster.memory_bytes * constraints.memory_fraction
@@ -75,7 +81,7 @@ def solve(
     fitting, bounds = fitting[order], bounds[order]
     times = np.full(len(fitting), np.inf)
     done, best, end = 0, np.inf, min(len(fitting), budget or len(fitting))
-    while done < end and bounds[done] < best:
+    while done < end and bounds[done] < best * (1 + tie_tolerance):
         rows = slice(done, min(done + _CHUNK, end))
         some = space[fitting[rows]]
         times[rows] = estimate(program, some, machine(cluster, some, constants)).step_s
@@ -83,14 +89,19 @@ def solve(
         done = rows.stop
     remaining = float(bounds[done]) if done < len(fitting) else np.inf
     bound = min(best, remaining)
-    leaders = np.lexsort((fitting[:done], times[:done]))
-    chosen = _distinct(space, fitting, leaders, top)
+    costed, times = fitting[:done], times[:done]
+    first, tied = choose(times, used[costed], space[costed], limit=cluster.memory_bytes,
+                         tolerance=tie_tolerance)  # fmt: skip
+    leaders = [first, *np.lexsort((costed, times)).tolist()]
+    chosen = _distinct(space, costed, leaders, top)
     found = evaluate(program, [space.row(int(i)) for i in chosen], cluster,
                      calibration=calibration, stack=stack)  # fmt: skip
+    chosen_s = float(times[first])
     return Solution(
         best=tuple(found),
         bound_s=bound,
-        gap=max(0.0, (best - bound) / best),
+        gap=max(0.0, (chosen_s - bound) / chosen_s),
+        tied=tied,
         space=len(space),
         fitting=len(fitting),
         costed=done,
@@ -173,12 +184,14 @@ def _memory_in_chunks(program: Program, space: Strategies) -> tuple[np.ndarray, 
     return np.concatenate([p.total for p in parts]), np.concatenate([p.host for p in parts])
 
 
-def _distinct(space: Strategies, fitting: np.ndarray, order: np.ndarray, top: int) -> list[int]:
+def _distinct(
+    space: Strategies, fitting: np.ndarray, order: Sequence[int], top: int
+) -> list[int]:
     """The first of each mesh: alternatives that differ, not the same with another micro-batch."""
     seen: set[tuple[int, ...]] = set()
     chosen: list[int] = []
     degrees = space.degrees
-    for position in order.tolist():
+    for position in order:
         row = int(fitting[position])
         key = tuple(degrees[row].tolist())
         if key not in seen:

@@ -246,6 +246,8 @@ def _with_choices(
     keep = np.ones(len(everything), bool)
     zero_one = everything.fsdp == 1  # nothing to divide: one stage of ZeRO stands for all
     keep &= ~zero_one | (index[1] == 0)
+    if len(choices["zero"]) > 1:  # an axis that divides nothing is data parallelism
+        keep &= zero_one | (everything.zero > 0)
     # What is moved to the host has to have a name: results that a policy picks.
     named = np.isin(everything.remat, ("dots", "projections"))
     keep &= (everything.offload != "activations") | named

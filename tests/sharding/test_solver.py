@@ -35,8 +35,8 @@ def small(**changes):
 def test_the_search_finds_what_trying_everything_finds(name, changes):
     program, cluster = small(**changes), Cluster.from_name(name)
     constraints = Constraints(remat=("none", "full"), offload=("none",), zero=(3,))
-    found = solve(program, cluster, constraints=constraints)
-    reference = best_strategy(program, cluster, constraints=constraints)
+    found = solve(program, cluster, constraints=constraints, tie_tolerance=0.0)
+    reference = best_strategy(program, cluster, constraints=constraints, tie_tolerance=0.0)
     assert found.gap == 0
     assert np.isclose(found.best[0].step_s, reference.step_s, rtol=1e-12)
     assert [c.step_s for c in found.best] == sorted(c.step_s for c in found.best)
@@ -82,8 +82,8 @@ def test_pins_hold():
 def test_a_budget_leaves_a_gap_that_holds():
     program, cluster = transformer(named_model("llama3-8b", global_batch=64)), None
     cluster = Cluster.from_name("v5e:8x8")
-    whole = solve(program, cluster)
-    part = solve(program, cluster, budget=50)
+    whole = solve(program, cluster, tie_tolerance=0.0)
+    part = solve(program, cluster, budget=50, tie_tolerance=0.0)
     assert whole.gap == 0
     assert part.costed <= 50 < whole.costed
     assert part.bound_s <= whole.best[0].step_s <= part.best[0].step_s
@@ -177,3 +177,27 @@ def test_pins_that_leave_nothing_are_named_with_what_may_be_pinned():
     assert search(fsdp=4, data=2, microbatches=2).best[0].strategy.microbatches == 2
     with pytest.raises(ValueError, match="offload 'activations' needs another remat than 'full'"):
         search(offload="activations", remat="full")
+
+
+def test_of_equally_fast_strategies_the_smallest_is_taken():
+    program = small(layers=24, d_model=2048, d_ff=8192, vocab=32768, global_batch=16, seq_len=4096)
+    cluster = Cluster.from_name("h100:1x4")
+    constraints = Constraints(remat=("none", "full"), offload=("none",),
+                              forbidden=("context", "stage"))  # fmt: skip
+    fastest = solve(program, cluster, constraints=constraints, tie_tolerance=0.0).best[0]
+    for tolerance in (0.05, 0.3):
+        found = solve(program, cluster, constraints=constraints, tie_tolerance=tolerance)
+        reference = best_strategy(program, cluster, constraints=constraints,
+                                  tie_tolerance=tolerance)  # fmt: skip
+        chosen = found.best[0]
+        assert chosen.strategy == reference.strategy
+        assert chosen.step_s <= fastest.step_s * (1 + tolerance)
+        assert chosen.memory_bytes < fastest.memory_bytes - 0.02 * cluster.memory_bytes
+        assert found.tied > 1
+        # The gap is that of the time, whatever decided.
+        assert np.isclose(found.gap, 1 - fastest.step_s / chosen.step_s, rtol=1e-9)
+
+
+def test_a_tolerance_of_ties_is_a_share():
+    with pytest.raises(ValueError, match="tolerance of ties is a share of the time"):
+        solve(small(), Cluster.from_name("h100:1x4"), tie_tolerance=-0.1)
