@@ -4,11 +4,11 @@
     python -m experiments.planner_by_hand --compile --problems decode
 
 Every problem is compiled by the production compilers as planned, with plain FSDP, with FSDP and
-tensor parallelism, and as its community runs it; rematerialisation and micro-batches are the same
-for all, so that only the division differs. The first command reads the kept figures in
-results/planner_by_hand; with --compile they are made again. Compared are the compiler's
-`peak_memory_in_bytes` and the time of the collectives in the optimised HLO, V·(n-1)/n over the
-bandwidth of the mesh axis that they run over, nothing overlapped. CPU only.
+tensor parallelism, and as its community runs models of the kind (sizes and batches are ours);
+rematerialisation and micro-batches are the same for all, so that only the division differs. The
+first command reads the kept figures in results/planner_by_hand; with --compile they are made again.
+Compared are the compiler's `peak_memory_in_bytes` and the time of the collectives in the optimised
+HLO, V·(n-1)/n over the bandwidth of the mesh axis that they run over, nothing overlapped. CPU only.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ from sharding.topology import AXES
 FIGURES = Path(__file__).resolve().parent.parent / "results" / "planner_by_hand"
 # The chosen plan may be this much above the best of the others and still count as no worse.
 _TOLERANCE = 0.005
-_EXPERTS = {"experts": 16, "experts_per_token": 2, "moe_d_ff": 3072, "tied": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Problem:
       common: fields of `Strategy` that all plans share.
       tensor: degree of tensor parallelism beside FSDP.
       published: degrees that the source names; others are one.
-      source: who runs it so.
+      source: who runs it so, and where that is written.
     """
 
     case: Case
@@ -71,28 +70,49 @@ def _degrees(**given: int) -> dict[str, Any]:
 def _problem(
     name: str, model: str, cluster: str, mode: Any, batch: int, length: int, **rest: Any
 ) -> Problem:
-    changes = rest.pop("changes", {})
-    case = Case(name=name, model=model, cluster=cluster, mode=mode, batch=batch, length=length,
-                changes=changes)  # fmt: skip
+    case = Case(name=name, model=model, cluster=cluster, mode=mode, batch=batch, length=length)
     common = {"microbatches": 1, "remat": "full"} if mode == "train" else {}
     return Problem(case=case, common=common, **rest)
 
 
+# Whose configurations are compared with, and where each says so.
+_TORCHTITAN = (
+    "torchtitan: FSDP over all GPUs (pytorch/torchtitan@01424cb2, "
+    "torchtitan/models/llama3/train_configs/llama3_8b.toml: data_parallel_shard_degree = -1)"
+)
+_TPU_RECIPES = (
+    "MaxText: FSDP over all chips (AI-Hypercomputer/tpu-recipes@43e52ff5, "
+    "training/trillium/Llama3.1-8B-MaxText/v6e-16/README.md: ici_fsdp_parallelism -1)"
+)
+_MEGATRON_BRIDGE = (
+    "Megatron Bridge: experts over all GPUs (docs.nvidia.com/nemo/megatron-bridge, "
+    "bridge.perf_recipes.qwen.h100.qwen3_moe: 16x H100, BF16, EP=16)"
+)
+_VLLM = "docs.vllm.ai/en/v0.8.3/serving/distributed_serving.html"
+_VLLM_SPLIT = f"vLLM: what does not fit one GPU is divided by tensor over the node's ({_VLLM})"
+_VLLM_WHOLE = f"vLLM: what fits one GPU runs on one; four of them are replicas ({_VLLM})"
+_MAXTEXT = (
+    "MaxText: tensor over all chips (AI-Hypercomputer/maxtext@4be7accd, MaxText/benchmarks/"
+    "decode_paged_attention-7b.sh: ici_fsdp_parallelism=1 ici_tensor_parallelism=-1)"
+)
+
 PROBLEMS = (
     _problem("train llama3-8b h100", "llama3-8b", "h100:2x8", "train", 32, 2048, tensor=2,
-             published={"fsdp": 16}, source="torchtitan: FSDP over all GPUs"),
-    _problem("train gpt3-5b h100", "gpt3-5b", "h100:2x8", "train", 64, 1024, tensor=2,
-             published={"data": 16, "zero": 1}, source="NeMo: data parallel, ZeRO-1"),
-    _problem("train experts h100", "qwen3-1.7b", "h100:2x8", "train", 32, 1024, tensor=2,
-             published={"expert": 16}, source="NeMo: experts over all GPUs", changes=_EXPERTS),
+             published={"fsdp": 16}, source=_TORCHTITAN),
+    _problem("train llama3-8b v6e", "llama3-8b", "v6e:4x4", "train", 32, 2048, tensor=2,
+             published={"fsdp": 16}, source=_TPU_RECIPES),
+    _problem("train qwen3-30b-a3b h100", "qwen3-30b-a3b", "h100:2x8", "train", 16, 4096, tensor=2,
+             published={"expert": 16}, source=_MEGATRON_BRIDGE),
     _problem("prefill llama3-8b h100", "llama3-8b", "h100:1x4", "prefill", 8, 2048, tensor=2,
-             published={"tensor": 4}, source="vLLM: tensor parallel over all GPUs"),
-    _problem("decode llama3-8b h100", "llama3-8b", "h100:1x4", "decode", 64, 2048, tensor=2,
-             published={"tensor": 4}, source="vLLM: tensor parallel over all GPUs"),
+             published={"data": 4}, source=_VLLM_WHOLE),
+    _problem("prefill llama3-70b h100", "llama3-70b", "h100:1x4", "prefill", 8, 2048, tensor=2,
+             published={"tensor": 4}, source=_VLLM_SPLIT),
+    _problem("decode llama3-70b h100", "llama3-70b", "h100:1x4", "decode", 64, 2048, tensor=2,
+             published={"tensor": 4}, source=_VLLM_SPLIT),
     _problem("decode qwen3-14b v4", "qwen3-14b", "v4:2x2x2", "decode", 64, 4096, tensor=2,
-             published={"tensor": 8}, source="JetStream: tensor parallel over all chips"),
+             published={"tensor": 8}, source=_MAXTEXT),
     _problem("decode llama3-8b v6e", "llama3-8b", "v6e:2x2", "decode", 64, 2048, tensor=2,
-             published={"tensor": 4}, source="JetStream: tensor parallel over all chips"),
+             published={"tensor": 4}, source=_MAXTEXT),
 )  # fmt: skip
 
 
@@ -122,7 +142,7 @@ class Config(RunOptions):
         return [p for p in PROBLEMS if not parts or any(part in p.case.name for part in parts)]
 
 
-PRESETS = {"full": Config(), "quick": Config(problems=("decode llama3-8b h100",))}
+PRESETS = {"full": Config(), "quick": Config(problems=("decode llama3-8b v6e",))}
 
 
 def collective_s(held: Mapping[str, Any], cluster_name: str) -> float:

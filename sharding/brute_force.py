@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sharding.candidate import MEMORY_STEP, TIE_TOLERANCE, Candidate
 from sharding.constants import Calibration
 from sharding.program import Program
-from sharding.candidate import MEMORY_STEP, TIE_TOLERANCE, Candidate
 from sharding.solver import evaluate
 from sharding.space import Constraints, candidates
 from sharding.topology import Cluster

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from sharding import mixed
+from sharding.candidate import TIE_TOLERANCE, candidate, choose
 from sharding.candidate import Candidate as Candidate
 from sharding.candidate import Solution as Solution
-from sharding.candidate import TIE_TOLERANCE, candidate, choose
 from sharding.constants import Calibration, shipped
 from sharding.cost import estimate
 from sharding.local import View
@@ -62,7 +62,9 @@ def solve(
     """
     began = time.perf_counter()
     if not tie_tolerance >= 0:
-        raise ValueError(f"a tolerance of ties is a share of the time, at least 0: {tie_tolerance=}")
+        raise ValueError(
+            f"a tolerance of ties is a share of the time, at least 0: {tie_tolerance=}"
+        )
     constraints = constraints or Constraints()
     calibration = calibration or shipped()
     if cluster.is_mixed:
@@ -184,9 +186,7 @@ def _memory_in_chunks(program: Program, space: Strategies) -> tuple[np.ndarray, 
     return np.concatenate([p.total for p in parts]), np.concatenate([p.host for p in parts])
 
 
-def _distinct(
-    space: Strategies, fitting: np.ndarray, order: Sequence[int], top: int
-) -> list[int]:
+def _distinct(space: Strategies, fitting: np.ndarray, order: Sequence[int], top: int) -> list[int]:
     """The first of each mesh: alternatives that differ, not the same with another micro-batch."""
     seen: set[tuple[int, ...]] = set()
     chosen: list[int] = []
