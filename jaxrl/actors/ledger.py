@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from jaxrl.actors.work import Accept, Refusal, Result, Timings, WorkItem
+from jaxrl.actors.work import Accept, Refusal, Result, Supply, Timings, WorkItem
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +51,29 @@ class _Open:
 class Ledger:
     """The book of open items; every method may be called from any thread.
 
-    Items go out lowest id first. An item comes back to the queue when its actor dies, and is
-    handed to a second actor when nothing else is left to do and the first has had it for
-    `lease_s`; whoever answers second is a duplicate.
+    Items go out lowest id first; where none is left, a `supply` is asked for more. An item comes
+    back to the queue when its actor dies, and is handed to a second actor when nothing else is left
+    to do and the first has had it for `lease_s`; whoever answers second is a duplicate.
     """
 
-    def __init__(self, accept: Accept, *, lease_s: float, max_failures: int) -> None:
+    def __init__(
+        self, accept: Accept, *, supply: Supply | None = None, lease_s: float, max_failures: int
+    ) -> None:
         """An empty book.
 
         Args:
           accept: makes a result durable before it is acknowledged.
+          supply: gives the next item to an actor that would have none, or None for now; called
+            by one actor's thread at a time.
           lease_s: seconds after which an idle actor may get an item that another one holds.
           max_failures: deaths of actors over one item after which the item is refused.
         """
-        self._accept, self._lease_s, self._max_failures = accept, lease_s, max_failures
+        self._accept, self._supply = accept, supply
+        self._lease_s, self._max_failures = lease_s, max_failures
         self._open: dict[int, _Open] = {}
         self._done: list[Result] = []
         self._statistics: dict[str, ActorStatistics] = {}
-        self._closed = False
+        self._closed = self._woken = False
         self._changed = threading.Condition()
         self._receiving = threading.Lock()  # one result at a time: accepted in one order
 
@@ -79,10 +84,14 @@ class Ledger:
           ValueError: an item of this id is open.
         """
         with self._changed:
-            if item.id in self._open:
-                raise ValueError(f"an item is submitted once: {item.id=} is open already")
-            self._open[item.id] = _Open(item)
+            self._queue(item)
             self._changed.notify_all()
+
+    def _queue(self, item: WorkItem) -> _Open:
+        if item.id in self._open:
+            raise ValueError(f"an item is submitted once: {item.id=} is open already")
+        entry = self._open[item.id] = _Open(item)
+        return entry
 
     def take(self, actor: str, timeout_s: float | None = None) -> WorkItem | None:
         """The next item for `actor`; None when the book is closed, or after `timeout_s`."""
@@ -104,6 +113,8 @@ class Ledger:
 
     def _next(self, actor: str, now: float) -> _Open | None:
         free = [x for x in self._open.values() if not x.holders]
+        if not free and self._supply is not None and (item := self._supply()) is not None:
+            free = [self._queue(item)]
         if not free:
             free = [
                 x
@@ -189,11 +200,26 @@ class Ledger:
         _log.warning("lost %s (%s); what it held is handed out again: items %s", actor, why, ids)
 
     def poll(self, timeout_s: float) -> list[Result]:
-        """All results that came in since the last call, waiting up to `timeout_s` for the first."""
+        """All results that came in since the last call.
+
+        Waits up to `timeout_s` for the first, or until `wake`.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._done or self._closed, timeout_s)
-            done, self._done = self._done, []
+            self._changed.wait_for(lambda: self._done or self._closed or self._woken, timeout_s)
+            done, self._done, self._woken = self._done, [], False
+            self._changed.notify_all()  # the supply may depend on what has been taken in
         return done
+
+    def wake(self) -> None:
+        """Ends the present or next `poll` at once, and lets idle actors ask the supply again."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    @property
+    def unread(self) -> int:
+        """Results that `poll` has not given out yet."""
+        return len(self._done)
 
     def close(self) -> None:
         """Ends every wait; actors get no more items."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from jaxrl.actors.ledger import ActorStatistics, Ledger
-from jaxrl.actors.work import AbstractActor, Accept, Result, WorkItem
+from jaxrl.actors.work import AbstractActor, Accept, Result, Supply, WorkItem
 from jaxrl.sync import ConnectionBroken
 
 _log = logging.getLogger(__name__)
@@ -76,11 +76,13 @@ class Pool(abc.ABC):
     def _hire(self, name: str) -> AbstractActor:
         """Makes the actor of a name, anew after its death; called in the actor's thread."""
 
-    def start(self, accept: Accept) -> None:
+    def start(self, accept: Accept, supply: Supply | None = None) -> None:
         """Starts the actors.
 
         Args:
           accept: makes a result durable before it is acknowledged, or says why it is refused.
+          supply: gives an item to an actor for which none is queued; called from any thread, by
+            one at a time. None: items are those that are submitted.
 
         Raises:
           RuntimeError: it was started before.
@@ -88,7 +90,10 @@ class Pool(abc.ABC):
         if self._ledger is not None:
             raise RuntimeError("a pool is started once; make a new one for another run")
         self._ledger = Ledger(
-            accept, lease_s=self.config.lease_s, max_failures=self.config.max_failures
+            accept,
+            supply=supply,
+            lease_s=self.config.lease_s,
+            max_failures=self.config.max_failures,
         )
         for index in range(self.size):
             self._spawn(self._employ, f"actor-{index}")
@@ -98,7 +103,7 @@ class Pool(abc.ABC):
         self._book.submit(item)
 
     def poll(self, timeout_s: float) -> list[Result]:
-        """Settled items, waiting up to `timeout_s` for the first.
+        """Settled items, waiting up to `timeout_s` for the first, or until `wake`.
 
         Raises:
           NoActorsLeft: all actors were given up; names the last error.
@@ -111,6 +116,16 @@ class Pool(abc.ABC):
                 f"were given up; the last error, of {name}: {why}"
             )
         return done
+
+    def wake(self) -> None:
+        """Ends the present or next wait in `poll`, from any thread; asks the supply again."""
+        if self._ledger is not None:
+            self._ledger.wake()
+
+    @property
+    def unread(self) -> int:
+        """Settled items that `poll` has not given out yet."""
+        return 0 if self._ledger is None else self._ledger.unread
 
     def close(self) -> None:
         """Ends all actors and waits for them; what they are writing is lost."""

@@ -19,7 +19,7 @@ from typing import Any
 from jaxrl.actors.factory import Factory
 from jaxrl.actors.pool import Pool, PoolConfig
 from jaxrl.actors.wire import Malformed, item_to_json, result_from_wire
-from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Refusal, Result, WorkItem
+from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Refusal, Result, Supply, WorkItem
 from jaxrl.sync import ConnectionBroken, SyncError
 from jaxrl.sync.connection import Connection, checked_secret, split_address
 
@@ -91,8 +91,8 @@ class Processes(Pool):
         host, port = self._listener.getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def start(self, accept: Accept) -> None:
-        super().start(accept)
+    def start(self, accept: Accept, supply: Supply | None = None) -> None:
+        super().start(accept, supply)
         self._spawn(self._listen, "actors-listen")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from jaxrl.actors.factory import Factory
 from jaxrl.actors.pool import Pool, PoolConfig
 from jaxrl.actors.processes import ActorFailed, answer_to
 from jaxrl.actors.wire import item_from_json, item_to_json, result_to_wire
-from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Result, WorkItem
+from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Result, Supply, WorkItem
 
 _LOOK_S = 0.2
 
@@ -57,10 +57,10 @@ class RayActors(Pool):
         self._options, self._connect_s = dict(options or {}), connect_s
         self._hosts: dict[str, Any] = {}
 
-    def start(self, accept: Accept) -> None:
+    def start(self, accept: Accept, supply: Supply | None = None) -> None:
         if not self._ray.is_initialized():
             self._ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
-        super().start(accept)
+        super().start(accept, supply)
 
     def close(self) -> None:
         super().close()

@@ -133,3 +133,6 @@ Build = Callable[[str], AbstractActor]
 
 Accept = Callable[[Result], Refusal | None]
 """Makes a result durable, or says why it is refused; an OSError means: offer it again later."""
+
+Supply = Callable[[], WorkItem | None]
+"""Makes the next item for an actor that would be idle; None where there shall be none for now."""

@@ -5,6 +5,7 @@
 A store is any place for blobs: this process, a folder or bucket, another process over TCP.
 """
 
+from jaxrl.sync.background import BackgroundPublisher
 from jaxrl.sync.config import SyncConfig
 from jaxrl.sync.connection import Connection
 from jaxrl.sync.errors import (
@@ -22,11 +23,12 @@ from jaxrl.sync.files import FsspecStore
 from jaxrl.sync.link import Link, PacedStore
 from jaxrl.sync.publisher import Published, Publisher
 from jaxrl.sync.quantise import Quantised, dequantise, quantise, quantised_like
-from jaxrl.sync.stores import MemoryStore, Store
+from jaxrl.sync.stores import MemoryStore, RangeStore, Store
 from jaxrl.sync.subscriber import Subscriber, Update
 from jaxrl.sync.tcp import StoreServer, TcpStore
 
 __all__ = [
+    "BackgroundPublisher",
     "Connection",
     "ConnectionBroken",
     "DamagedManifest",
@@ -38,6 +40,7 @@ __all__ = [
     "Published",
     "Publisher",
     "Quantised",
+    "RangeStore",
     "Refused",
     "Store",
     "StoreError",

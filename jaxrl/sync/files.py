@@ -61,8 +61,14 @@ class FsspecStore:
             raise self._failure("write", key, error) from error
 
     def get(self, key: str) -> bytes:
+        return self._read(key)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return self._read(key, start=start, end=stop)
+
+    def _read(self, key: str, **edges: int) -> bytes:
         try:
-            return self._fs.cat_file(self._path(key))
+            return self._fs.cat_file(self._path(key), **edges)
         except FileNotFoundError:
             raise NotInStore(f"no blob {key!r} in {self.url}") from None
         except OSError as error:

@@ -70,6 +70,13 @@ class Index:
         found = (m for m in self.manifests.values() if m.id == identity)
         return next(found, None)
 
+    def payload(self, name: str) -> Payload | None:
+        """The payload whose key ends with a name, if a manifest or shortcut has it."""
+        own = (p for m in self.manifests.values() for p in m.payloads)
+        made = (p for payloads in self.shortcuts.values() for p in payloads)
+        found = (p for p in (*own, *made) if p.key.rsplit("/", 1)[-1] == name)
+        return next(found, None)
+
     def _guess(self, key: str) -> None:
         """Reads a manifest that may not be there; the listing tells, and of trouble, too."""
         with contextlib.suppress(SyncError):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxrl.sync.stores import Store
+from jaxrl.sync.stores import Store, get_range
 
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _TIME = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -102,6 +102,11 @@ class PacedStore:
 
     def get(self, key: str) -> bytes:
         data = self._store.get(key)
+        self._wait(len(data))
+        return data
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        data = get_range(self._store, key, start, stop)
         self._wait(len(data))
         return data
 

@@ -13,6 +13,8 @@ within its octave, and a scale that moved with each step would rewrite its whole
 A block with an element that is not finite gets the scale NaN (e = 255), and stands for NaNs.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,16 +92,28 @@ def dequantise(tree: Any, dtype: Any = jnp.bfloat16) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Quantised):
-            return leaf
-        exponents = leaf.exponents.astype(jnp.int32) - (_BIAS + _FORMATS[leaf.how].fraction)
-        last = leaf.values.shape[-1]
-        spread = jnp.repeat(exponents, BLOCK, axis=-1)[..., :last]
-        values = jnp.ldexp(leaf.values.astype(jnp.float32), spread)
-        nan = jnp.repeat(leaf.exponents == _NAN, BLOCK, axis=-1)[..., :last]
-        return jnp.where(nan, jnp.nan, values).astype(dtype)
+        return _dequantised(leaf, dtype) if isinstance(leaf, Quantised) else leaf
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Quantised))
+
+
+def dequantiser(like: Any) -> Callable[[Any], Any]:
+    """A function to the trees that quantised ones stand for, compiled once.
+
+    Args:
+      like: pytree of `jax.ShapeDtypeStruct` or arrays: dtypes and, where they have one, shardings
+        of what comes out. Leaves that were not quantised keep their own dtype.
+    """
+    shardings = jax.tree.map(lambda own: getattr(own, "sharding", None), like)
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def expand(tree: Any) -> Any:
+        def one(own: Any, leaf: Any) -> Any:
+            return _dequantised(leaf, own.dtype) if isinstance(leaf, Quantised) else leaf
+
+        return jax.tree.map(one, like, tree)
+
+    return expand
 
 
 def quantised_like(like: Any, how: Quantisation, *, kept: tuple[str, ...] = KEPT) -> Any:
@@ -146,6 +160,15 @@ def scale_sharding(sharding: Any, shape: tuple[int, ...]) -> Any:
         return sharding
     axes = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     return NamedSharding(sharding.mesh, PartitionSpec(*axes[:-1], None))
+
+
+def _dequantised(leaf: Quantised, dtype: Any) -> Array:
+    exponents = leaf.exponents.astype(jnp.int32) - (_BIAS + _FORMATS[leaf.how].fraction)
+    last = leaf.values.shape[-1]
+    spread = jnp.repeat(exponents, BLOCK, axis=-1)[..., :last]
+    values = jnp.ldexp(leaf.values.astype(jnp.float32), spread)
+    nan = jnp.repeat(leaf.exponents == _NAN, BLOCK, axis=-1)[..., :last]
+    return jnp.where(nan, jnp.nan, values).astype(dtype)
 
 
 def _is_matrix(path: Any, leaf: Any, kept: tuple[str, ...]) -> bool:

@@ -1,53 +1,30 @@
 """From payloads to weights, of which not a bit is in doubt."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrl.sync.manifest import Payload
+import jax
+import jax.numpy as jnp
+
+from jaxrl.sync.fetching import BadPayload
 from jaxrl.sync.routes import Step
-from jaxrl.sync.stores import Store
+from jaxrl.sync.trees import size_bytes
 from kernels import sparse_delta
 
-
-class BadPayload(Exception):
-    """A payload that must not be used; another way may exist.
-
-    Attributes:
-      key: of the payload.
-    """
-
-    def __init__(self, key: str, reason: object) -> None:
-        super().__init__(f"{key}: {reason}")
-        self.key = key
-
-
-def fetch(store: Store, payload: Payload) -> bytes:
-    """The bytes of a payload as they were written.
-
-    Raises:
-      BadPayload: they are gone, or others.
-      StoreError: the store failed.
-    """
-    try:
-        data = store.get(payload.key)
-    except KeyError as error:
-        raise BadPayload(payload.key, "it is not in the store") from error
-    if len(data) != payload.size_bytes or hashlib.sha256(data).hexdigest() != payload.sha256:
-        raise BadPayload(
-            payload.key,
-            f"damaged: {len(data)} bytes, not the {payload.size_bytes} that were written",
-        )
-    return data
+_COPIED = 1 / 8
+"""Share of the weights up to which it pays to copy what did not change, to donate the rest."""
 
 
 def rebuild(
     params: Any,
     known: sparse_delta.TreeDigest | None,
     steps: Sequence[Step],
-    payloads: Sequence[bytes],
+    payloads: Sequence[bytes | sparse_delta.PartialPayload],
 ) -> tuple[Any, sparse_delta.TreeDigest | None]:
     """Applies payloads one after the other; what it is given stays as it is.
+
+    Weights in between are given up as soon as the next ones stand, so that a chain of any length
+    needs the memory of two versions: the one that was given and the one that is made.
 
     Args:
       params: the weights before; for an anchor shapes and shardings are enough.
@@ -62,10 +39,13 @@ def rebuild(
       BadPayload: one is damaged, or leads elsewhere than its manifest says.
       WrongModel: they are of weights of other names, shapes or dtypes.
     """
-    for step, data in zip(steps, payloads, strict=True):
-        base = None if step.payload.kind == "anchor" else known
+    given = {id(leaf) for leaf in jax.tree.leaves(params)}
+    for number, (step, data) in enumerate(zip(steps, payloads, strict=True)):
+        base, donate = None if step.payload.kind == "anchor" else known, False
+        if number:
+            params, donate = _given_up(params, given)
         try:
-            params = sparse_delta.apply(params, data, base)
+            params = sparse_delta.apply(params, data, base, donate=donate)
             known = sparse_delta.inspect(data).target_digest
         except sparse_delta.WrongModel:
             raise
@@ -74,3 +54,14 @@ def rebuild(
         if known is None or known.root.hex() != step.target.digest:
             raise BadPayload(step.payload.key, "it leads to other weights than its manifest says")
     return params, known
+
+
+def _given_up(params: Any, given: set[int]) -> tuple[Any, bool]:
+    """Weights of which no array is one that was given, and whether they may be donated.
+
+    What a delta does not change is the same array before and after it.
+    """
+    shared = [leaf for leaf in jax.tree.leaves(params) if id(leaf) in given]
+    if size_bytes(shared) > _COPIED * size_bytes(params):
+        return params, False
+    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in given else x, params), True

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from jaxrl.sync.fetching import BadPayload, fetch_whole
 from jaxrl.sync.index import Index
 from jaxrl.sync.manifest import Manifest, Shortcut, entry_of, index_key, seal
-from jaxrl.sync.rebuild import BadPayload, fetch, rebuild
+from jaxrl.sync.rebuild import rebuild
 from jaxrl.sync.routes import Step, route
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
@@ -84,7 +85,7 @@ class Shortener:
         if not self._rebuild(index, start, template):
             return
         assert self._mirror is not None
-        payloads = [fetch(self._store, step.payload) for step in steps]
+        payloads = [fetch_whole(self._store, step.payload) for step in steps]
         _, weights, digest = self._mirror
         squashed = sparse_delta.squash(weights, *payloads, base_digest=digest, receivers=receivers)
         goal = steps[-1].target
@@ -101,7 +102,7 @@ class Shortener:
         steps = route(index.manifests.values(), goal.id, have=have, shortcuts=index.shortcuts)
         if steps is None:
             return False
-        payloads = [fetch(self._store, step.payload) for step in steps]
+        payloads = [fetch_whole(self._store, step.payload) for step in steps]
         weights, known = rebuild(weights, known, steps, payloads)
         assert known is not None, "a way that begins nowhere begins with an anchor"
         self._mirror = goal.id, weights, known

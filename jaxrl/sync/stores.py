@@ -53,6 +53,30 @@ class Store(Protocol):
         ...
 
 
+@runtime_checkable
+class RangeStore(Store, Protocol):
+    """A store that reads parts of blobs, as all of this package do.
+
+    From one that does not, subscribers of many processes fetch each payload whole in each of them.
+    """
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Reads bytes start … stop − 1 of a blob; fewer where it ends before.
+
+        Raises:
+          KeyError: there is none.
+          StoreError: the store failed.
+        """
+        ...
+
+
+def get_range(store: Store, key: str, start: int, stop: int) -> bytes:
+    """Bytes start … stop − 1 of a blob, from any store; see `RangeStore.get_range`."""
+    if isinstance(store, RangeStore):
+        return store.get_range(key, start, stop)
+    return store.get(key)[start:stop]
+
+
 def checked_key(key: str) -> str:
     """The key, if it is one.
 
@@ -104,6 +128,9 @@ class MemoryStore:
                 return self._blobs[checked_key(key)]
             except KeyError:
                 raise NotInStore(f"no blob {key!r} in memory") from None
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return self.get(key)[start:stop]
 
     def keys(self, prefix: str) -> list[str]:
         checked_prefix(prefix)

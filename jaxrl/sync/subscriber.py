@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxrl.sync import processes, trees
+from jaxrl.sync import multihost, trees
 from jaxrl.sync.acks import Acker
 from jaxrl.sync.errors import StoreError, SyncError
+from jaxrl.sync.fetching import BadPayload, Fetched, fetch
 from jaxrl.sync.index import Index
 from jaxrl.sync.manifest import Manifest, Payload, checked_name, read_manifest, seal
-from jaxrl.sync.quantise import quantised_like
-from jaxrl.sync.rebuild import BadPayload, fetch, rebuild
+from jaxrl.sync.quantise import dequantiser, quantised_like
+from jaxrl.sync.rebuild import rebuild
 from jaxrl.sync.routes import Step, route
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
@@ -51,11 +52,19 @@ class Update:
 
 @dataclass(frozen=True)
 class _Weights:
-    """A complete, verified version, and what it took to make it."""
+    """A complete, verified version, and what it took to make it.
+
+    Attributes:
+      manifest: of the version.
+      params: as published.
+      digest: of them.
+      usable: what a model computes with; the same unless they are quantised.
+    """
 
     manifest: Manifest
     params: Any
     digest: sparse_delta.TreeDigest
+    usable: Any
     kinds: tuple[str, ...] = ()
     size_bytes: int = 0
     fetch_s: float = 0.0
@@ -92,6 +101,7 @@ class Subscriber:
         run_id: str,
         like: Any,
         name: str = "actor",
+        dequantise: bool = False,
         heartbeat_s: float = 60.0,
     ) -> None:
         """Prepares to subscribe; reads nothing yet.
@@ -102,6 +112,8 @@ class Subscriber:
           like: pytree of `jax.ShapeDtypeStruct` or arrays: shapes, dtypes and, where they have
             one, shardings of the weights here. Mesh and layout may differ from the learner's.
           name: of this subscriber, different from every other's.
+          dequantise: for models that know no `Quantised`: `params` then are as `like` says, however
+            they are published, made beside generation and kept beside what was published.
           heartbeat_s: seconds between signs of life in the store; well below the publisher's
             `ack_expiry_s`.
 
@@ -111,9 +123,11 @@ class Subscriber:
         self._store = store
         self.run_id, self.name = checked_name("run_id", run_id), checked_name("name", name)
         self._like = jax.tree.map(_shape, like)
-        self._shared = processes.is_spread(self._like)
+        self._shared = multihost.is_spread(self._like)
         self._index = Index(store, run_id, ahead=True)
         self._acker = Acker(store, run_id, name, every_s=heartbeat_s)
+        self._expand = dequantiser(self._like) if dequantise else None
+        self._said: set[str] = set()  # problems and complaints since the last success
         self._serving: _Weights | None = None
         self._next: _Weights | None = None
         self._preparing, self._swapping = threading.Lock(), threading.Lock()
@@ -132,15 +146,29 @@ class Subscriber:
         Raises:
           SyncError: none do yet.
         """
+        return self._served.usable
+
+    @property
+    def published(self) -> Any:
+        """The weights that serve, bit for bit as they were published: quantised if they were.
+
+        Raises:
+          SyncError: none do yet.
+        """
+        return self._served.params
+
+    @property
+    def _served(self) -> _Weights:
         if self._serving is None:
             raise SyncError("no version serves yet: call prepare() until it is true, then flip()")
-        return self._serving.params
+        return self._serving
 
     def prepare(self, version: int | None = None) -> bool:
         """Fetches, rebuilds and verifies a version beside the one that serves.
 
-        What damage, delay or a broken connection prevents is logged, kept in `problem`, and tried
-        again by the next call.
+        What damage, delay or a broken connection prevents is logged (once, until a version
+        arrives), kept in `problem`, and tried again by the next call. Of a damaged payload the
+        publisher is told, which makes a way past it.
 
         Args:
           version: which one; the newest that can be had where None.
@@ -156,10 +184,10 @@ class Subscriber:
             self.problem = None
             started = time.perf_counter()
             try:
-                processes.on_first(self._index.refresh, shared=self._shared)
+                multihost.on_first(self._index.refresh, shared=self._shared)
                 self._prepare(version, started)
                 # Last, as nobody waits for it.
-                processes.on_first(self._acknowledge, shared=self._shared)
+                multihost.on_first(self._acknowledge, shared=self._shared)
             except StoreError as error:
                 self._complain(error)
             return self._next is not None
@@ -203,6 +231,7 @@ class Subscriber:
                 new = self._build(start, steps, started)
             except BadPayload as bad:
                 self._complain(bad)
+                self._tell_publisher(next(s.payload for s in steps if s.payload.key == bad.key))
                 avoid.add(bad.key)
             except _BadBase as bad:
                 self._complain(bad)
@@ -211,6 +240,7 @@ class Subscriber:
             else:
                 with self._swapping:
                     self._next = new
+                self._said = set()
                 return
 
     def _plan(self, version: int | None, start: _Weights | None, avoid: set[str]) -> list[Step]:
@@ -242,19 +272,19 @@ class Subscriber:
             return plan()
         return [
             Step(Payload(**payload), read_manifest(target.encode()))
-            for payload, target in processes.on_first(act)
+            for payload, target in multihost.on_first(act)
         ]
 
     def _build(self, start: _Weights | None, steps: Sequence[Step], started: float) -> _Weights:
         """The weights that the steps lead to, verified where they lie."""
         goal = steps[-1].target
-        payloads = [self._fetch(step.payload) for step in steps]
-        fetched = time.perf_counter()
         if start is None or steps[0].payload.kind == "anchor":
             params, known = self._template(goal), None
         else:
             params, known = start.params, start.digest
-        params, _ = rebuild(params, known, steps, payloads)
+        found = [self._fetch(step.payload, params) for step in steps]
+        fetched = time.perf_counter()
+        params, _ = rebuild(params, known, steps, [each.data for each in found])
         # The checks so far are of what was computed; this one is of what lies on the devices.
         digest = trees.digest(params)
         if digest.root.hex() != goal.digest:
@@ -262,27 +292,29 @@ class Subscriber:
                 f"version {goal.version} came out as {digest}, not as {goal.digest}: the weights "
                 "that it was made from, or this machine's memory, are damaged"
             )
+        usable = params if self._expand is None else self._expand(params)
         return _Weights(
             manifest=goal,
             params=params,
             digest=digest,
+            usable=jax.block_until_ready(usable),
             kinds=tuple(step.payload.kind for step in steps),
-            size_bytes=sum(map(len, payloads)),
+            size_bytes=sum(each.size_bytes for each in found),
             fetch_s=fetched - started,
             apply_s=time.perf_counter() - fetched,
         )
 
-    def _fetch(self, payload: Payload) -> bytes:
-        """The bytes of a payload; where one process does not get them, none goes on."""
+    def _fetch(self, payload: Payload, receiver: Any) -> Fetched:
+        """A payload, or what this process needs of it; where one does not get it, none goes on."""
         failure: Exception | None = None
-        data = b""
+        found = Fetched(b"", 0)
         try:
-            data = fetch(self._store, payload)
-        except (BadPayload, StoreError) as error:
+            found = fetch(self._store, payload, receiver=receiver if self._shared else None)
+        except (BadPayload, StoreError, sparse_delta.WrongModel) as error:
             failure = error
-        if not processes.all_well(failure is None, shared=self._shared):
+        if not multihost.all_well(failure is None, shared=self._shared):
             raise failure or BadPayload(payload.key, "another process did not get it")
-        return data
+        return found
 
     def _template(self, goal: Manifest) -> Any:
         if goal.quantise is None:
@@ -292,7 +324,15 @@ class Subscriber:
     def _complain(self, error: Exception) -> None:
         serving = "none" if self.version is None else str(self.version)
         self.problem = str(error)
-        _log.warning("%s: version %s goes on serving: %s", self.name, serving, error)
+        level = logging.DEBUG if self.problem in self._said else logging.WARNING
+        self._said.add(self.problem)
+        _log.log(level, "%s: version %s goes on serving: %s", self.name, serving, error)
+
+    def _tell_publisher(self, payload: Payload) -> None:
+        """Complains of a payload, once."""
+        if payload.key not in self._said:
+            self._said.add(payload.key)
+            multihost.on_first(lambda: self._acker.complain(payload), shared=self._shared)
 
 
 def _shape(leaf: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxrl.sync.connection import MAX_BODY_BYTES, Connection, checked_secret, split_address
 from jaxrl.sync.errors import ConnectionBroken, NotInStore, Refused, StoreError, StoreFull
-from jaxrl.sync.stores import Store, checked_key, checked_prefix
+from jaxrl.sync.stores import Store, checked_key, checked_prefix, get_range
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.25  # how soon an idle thread sees that its server closes
@@ -115,6 +115,8 @@ class StoreServer:
                 case {"put": str(key)}:
                     self._store.put(checked_key(key), body)
                     return {}, b""
+                case {"get": str(key), "start": int(start), "stop": int(stop)}:
+                    return {}, get_range(self._store, checked_key(key), *_range(start, stop))
                 case {"get": str(key)}:
                     return {}, self._store.get(checked_key(key))
                 case {"keys": str(prefix)}:
@@ -187,13 +189,16 @@ class TcpStore:
     def get(self, key: str) -> bytes:
         return self._request({"get": checked_key(key)})
 
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return self._request({"get": checked_key(key), "start": start, "stop": stop})
+
     def keys(self, prefix: str) -> list[str]:
         return json.loads(self._request({"keys": checked_prefix(prefix)}))
 
     def delete(self, key: str) -> None:
         self._request({"delete": checked_key(key)})
 
-    def _request(self, request: dict[str, str], body: bytes = b"") -> bytes:
+    def _request(self, request: dict[str, Any], body: bytes = b"") -> bytes:
         """Asks until there is an answer or patience ends.
 
         Raises:
@@ -212,7 +217,7 @@ class TcpStore:
             case _:
                 raise StoreError(f"{self.address}: {message}")
 
-    def _asked(self, request: dict[str, str], body: bytes) -> tuple[dict[str, Any], bytes]:
+    def _asked(self, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         end, pause_s = time.monotonic() + self._patience_s, _FIRST_PAUSE_S
         while True:
             try:
@@ -256,3 +261,9 @@ class TcpStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _range(start: int, stop: int) -> tuple[int, int]:
+    if not 0 <= start <= stop:
+        raise ValueError(f"a range needs 0 ≤ start ≤ stop: {start=}, {stop=}")
+    return start, stop

@@ -14,10 +14,10 @@ from kernels import sparse_delta
 
 
 def actors_view(params: Any, config: SyncConfig) -> Any:
-    """What actors get of the learner's parameters, once it is there.
+    """What actors get of the learner's parameters: a copy throughout, that lies where they do.
 
-    It is a copy throughout, as the learner may donate its arrays to the next step, and lies where
-    `params` do.
+    It is only dispatched, not waited for; what is dispatched later, such as a step that `params`
+    are donated to, leaves it as it is.
 
     Args:
       params: pytree of arrays.
@@ -35,7 +35,7 @@ def actors_view(params: Any, config: SyncConfig) -> Any:
         else leaf
         for leaf, own in zip(leaves, jax.tree.leaves(like), strict=True)
     ]
-    return jax.block_until_ready(jax.tree.unflatten(structure, placed))
+    return jax.tree.unflatten(structure, placed)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

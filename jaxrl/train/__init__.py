@@ -5,7 +5,7 @@ from jaxrl.rollouts import Scorer as Scorer
 from jaxrl.train.asynchronous import AsynchronousTrainer as AsynchronousTrainer
 from jaxrl.train.asynchronous import Stalled as Stalled
 from jaxrl.train.asynchronous import TooManyRefusals as TooManyRefusals
-from jaxrl.train.processes import LeaderStopped as LeaderStopped
+from jaxrl.train.multihost import LeaderStopped as LeaderStopped
 from jaxrl.train.synchronous import NonFiniteUpdates as NonFiniteUpdates
 from jaxrl.train.synchronous import SamplerDrift as SamplerDrift
 from jaxrl.train.synchronous import Span as Span

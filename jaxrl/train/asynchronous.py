@@ -1,6 +1,8 @@
 """The asynchronous loop: actors write and score; the learner updates and publishes its weights.
 
-hand out items ─► actors ─► take what is acknowledged ─► (replay) ─► update ─► publish
+hand out items ─► actors ─► take what is acknowledged ─► (replay) ─► update ─┐
+        ▲                                                                    │
+        └── new weights ◄── encode, write (in a thread of its own) ◄── copy ◄┘
 """
 
 import contextlib
@@ -14,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.actors import Journal, Pool, Refusal, Result, RolloutChecks
+from jaxrl.actors import Journal, Pool, Refusal, Result, RolloutChecks, WorkItem
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import Demonstrations
 from jaxrl.learner import Learner, LearnerState
 from jaxrl.replay import Replay
-from jaxrl.sync import Published, Publisher, StoreError
-from jaxrl.train import processes
+from jaxrl.sync import BackgroundPublisher, Published, Publisher, StoreError
+from jaxrl.train import multihost
 from jaxrl.train.intake import Intake
 from jaxrl.train.synchronous import (
     NonFiniteUpdates,
@@ -33,6 +35,7 @@ from jaxrl.train.synchronous import (
 from jaxrl.types import Rollouts
 
 _log = logging.getLogger(__name__)
+_LOOK_EVERY_S = 2.0  # at what waiting actors complain of
 
 Step = tuple[int, LearnerState, dict[str, float], list[Refusal]]
 
@@ -59,6 +62,12 @@ class AsynchronousTrainer:
     with `max_staleness=1` generation of the next batch overlaps the update (one-step off-policy);
     N actors are all busy from `max_staleness=N` on.
 
+    A version is published beside the updates that follow it: the learner waits for a copy of its
+    weights to be dispatched, no longer. One publication is under way at a time; versions that
+    become due meanwhile are passed over for the newest. With several processes all that is
+    collective of a publication is done between updates, when the first process says so; see
+    `jaxrl.sync.background`.
+
     Attributes:
       learner: updates the policy.
       pool: the actors; started and closed by `run`. A learner of several processes
@@ -72,11 +81,14 @@ class AsynchronousTrainer:
         rollouts are used first: trained on, or added to the replay, which has a bound of its own.
       sync_every: updates between two publications.
       replay: where given, updates draw from it (trajectory balance); actors and learner then
-        never wait for each other, once the first rollouts are there.
+        never wait for each other, once the first rollouts are there, up to `max_unread`.
       journal: keeps acknowledged rollouts over a crash of the learner; without one what was
         acknowledged after the last checkpoint is written again.
       prompts_per_update: B of an update drawn from `replay`; `prompts_per_item` where None.
-      sampler_tolerance: see `Trainer`; holds for tokens of the learner's present version.
+      max_unread: with a replay, answers that may wait for the end of an update before actors get
+        no more items; bounds memory where updates are long.
+      sampler_tolerance: see `Trainer`; holds for tokens of the learner's present version. Actors
+        with quantised weights differ from the learner by right: it must be above that.
       max_refused: items in a row that may be refused, or updates that may be skipped.
       stall_s: the longest wait for any answer.
       demonstrations: what the learner's `ptx` loss imitates, as many as completions.
@@ -94,6 +106,7 @@ class AsynchronousTrainer:
     replay: Replay | None = None
     journal: Journal | None = None
     prompts_per_update: int | None = None
+    max_unread: int = 256
     sampler_tolerance: float = 1e-2
     max_refused: int = 16
     stall_s: float = 1800.0
@@ -101,10 +114,10 @@ class AsynchronousTrainer:
     span: Span = field(default=no_span)
 
     def __post_init__(self) -> None:
-        if self.sync_every < 1 or self.prompts_per_item < 1:
+        if min(self.sync_every, self.prompts_per_item, self.max_unread) < 1:
             raise ValueError(
-                "sync_every and prompts_per_item must be at least 1: "
-                f"{self.sync_every=}, {self.prompts_per_item=}"
+                "sync_every, prompts_per_item and max_unread must be at least 1: "
+                f"{self.sync_every=}, {self.prompts_per_item=}, {self.max_unread=}"
             )
         if self.max_staleness < self.sync_every - 1:
             raise ValueError(
@@ -125,7 +138,13 @@ class AsynchronousTrainer:
         )
         self._recovered = False
         self._saved: dict[int, Mapping[str, Any]] = {}
+        self._background = BackgroundPublisher(
+            self.publisher, before=self._intake.flush, on_turn=self._wake
+        )
         self._published: Published | None = None
+        self._promised: int | None = None  # the version under way, or published last
+        self._version = 0
+        self._looked_at = 0.0
         self._refused = self._skipped = 0
 
     def run(self, state: LearnerState, *, start: int, steps: int) -> Iterator[Step]:
@@ -145,9 +164,9 @@ class AsynchronousTrainer:
         """
         if not self._recovered:
             self._intake.recover(None, start)
-        with self.pool or contextlib.nullcontext():
+        with self._background, self.pool or contextlib.nullcontext():
             if self.pool is not None:
-                self.pool.start(self._intake.accept)
+                self.pool.start(self._intake.accept, None if self.replay is None else self._supply)
             ended = time.perf_counter()
             for step in range(start, steps):
                 version = int(state.step)
@@ -161,10 +180,13 @@ class AsynchronousTrainer:
                     summary = summarise(rollouts, metrics) | staleness(rollouts, version)
                 now = time.perf_counter()
                 summary["learner_idle_share"] = batch.waited_s / (now - ended)
+                summary["learner_publishing_share"] = batch.publishing_s / (now - ended)
                 summary |= self._observed(batch)
                 ended = now
                 self._check(summary, step)
                 yield step + 1, state, summary, batch.refusals
+            while self._background.busy:
+                self._advance(_Batch())
 
     # ------------------------------------------------------------------ over a crash
 
@@ -210,11 +232,11 @@ class AsynchronousTrainer:
 
     def _replay_state(self) -> dict[str, Any] | None:
         """The replay's state, in every process: each of them writes its part of a checkpoint."""
-        if not processes.leads():
-            return processes.tree_from_message(processes.hear())
+        if not multihost.leads():
+            return multihost.tree_from_message(multihost.hear())
         state = None if self.replay is None else self.replay.state_dict()
         if jax.process_count() > 1:
-            processes.tell(*processes.tree_to_message(state))
+            multihost.tell(*multihost.tree_to_message(state))
         return state
 
     def _tree(self, state: LearnerState, replay: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -222,65 +244,109 @@ class AsynchronousTrainer:
 
     # ------------------------------------------------------------------- one step's parts
 
-    def _publish(self, state: LearnerState, version: int) -> Published | None:
-        """Publishes the policy when it is due; what it costs is a pause of the learner."""
-        last = self._published
-        if last is not None and version - last.version < self.sync_every:
-            return None
-        self._intake.flush()
-        processes.tell({"publish": version})
+    def _wake(self) -> None:
+        if self.pool is not None:
+            self.pool.wake()
+
+    def _publish(self, state: LearnerState, version: int, batch: "_Batch") -> None:
+        """Publishes the policy when it is due; the learner waits for neither codec nor store."""
+        began = time.perf_counter()
+        if self._background.ready:
+            multihost.tell({"advance": True})
+            self._advance(batch)
+        due = self._promised is None or version - self._promised >= self.sync_every
+        repair = not due and self._repair_is_due()
+        if (due or repair) and self._background.free:
+            multihost.tell({"publish": version, "anchor": repair})
+            self._start(state, version, anchor=repair)
+        batch.publishing_s += time.perf_counter() - began
+
+    def _start(self, state: LearnerState, version: int, *, anchor: bool) -> None:
+        # Actors may have it before the publication is known to be complete.
+        self._promised, self._intake.newest = version, max(self._intake.newest, version)
+        with self.span("publish"), self._failures_of(version):
+            self._background.start(state.params["policy"], version, anchor=anchor)
+
+    def _advance(self, batch: "_Batch") -> None:
+        """Takes the publication that is under way on, as far as it goes."""
+        with self._failures_of(self._promised):
+            published = self._background.advance()
+            if published is not None:
+                self._published = batch.published = published
+
+    @contextlib.contextmanager
+    def _failures_of(self, version: int | None) -> Iterator[None]:
+        """What a store refuses is tried again."""
         try:
-            with self.span("publish"):
-                self._published = self.publisher.publish(state.params["policy"], version)
+            yield
         except StoreError as error:
+            last = None if self._published is None else self._published.version
+            self._promised = last
             _log.error(
-                "version %d cannot be published and is tried again; the actors go on with %s: %s",
-                version, None if last is None else last.version, error,
+                "version %s cannot be published and is tried again; the actors go on with %s: %s",
+                version, last, error,
             )  # fmt: skip
-            return None
-        self._intake.newest = max(self._intake.newest, version)
-        return self._published
+
+    def _repair_is_due(self) -> bool:
+        """Whether actors wait for a payload that is damaged; asked now and then."""
+        now = time.monotonic()
+        if self._published is None or now - self._looked_at < _LOOK_EVERY_S:
+            return False
+        self._looked_at = now
+        try:
+            return self._background.damaged()
+        except StoreError as error:
+            _log.warning("what actors complain of cannot be read now: %s", error)
+            return False
 
     def _hand_out(self, version: int) -> None:
-        """Keeps the actors supplied, as far ahead as the staleness bound allows."""
+        """Keeps the actors supplied, as far ahead as the staleness bound allows.
+
+        Each item is used up by one update: an item behind `ahead` others is used at
+        version + ahead, and may then not be older than allowed. It may need the version that is
+        being published: the actor waits for it.
+        """
         assert self.pool is not None
-        while self._published is not None:
-            if self.replay is None:
-                # Each item is used up by one update: an item behind `ahead` others is used at
-                # version + ahead, and may then not be older than allowed.
-                ahead = self._intake.pending
-                room = self.max_staleness - (version - self._published.version)
-            else:
-                ahead, room = self._intake.waiting, max(2 * self.pool.size, 1) - 1
-            if ahead > room:
+        while self.replay is None and self._promised is not None:
+            ahead = self._intake.pending
+            if ahead > self.max_staleness - (version - self._promised):
                 return
-            used_at = version + (ahead if self.replay is None else 0)
-            self.pool.submit(self._intake.next_item(used_at - self.max_staleness))
+            self.pool.submit(self._intake.next_item(version + ahead - self.max_staleness))
+
+    def _supply(self) -> WorkItem | None:
+        """The next item for an actor that has none, where a replay decouples the two sides."""
+        assert self.pool is not None
+        if self._promised is None or self.pool.unread >= self.max_unread:
+            return None
+        return self._intake.next_item(self._version - self.max_staleness)
 
     def _next(self, step: int, state: LearnerState, version: int) -> "_Batch":
         """Waits for what the next update trains on, with all processes of the learner."""
-        if not processes.leads():
-            return self._follow(state, version)
+        if not multihost.leads():
+            return self._follow(state)
         try:
             batch = self._lead(step, state, version)
         except Exception as error:  # whatever it was, else the other processes would wait forever
-            processes.tell({"stop": f"{type(error).__name__}: {error}"})
+            multihost.tell({"stop": f"{type(error).__name__}: {error}"})
             raise
         if jax.process_count() > 1:  # else nobody would read what is a copy of it all
-            processes.tell(*processes.rollouts_to_message(batch.rollouts))
+            multihost.tell(*multihost.rollouts_to_message(batch.rollouts))
         return batch
 
-    def _follow(self, state: LearnerState, version: int) -> "_Batch":
+    def _follow(self, state: LearnerState) -> "_Batch":
         """Does as the leader does until it has a batch."""
-        while "publish" in (message := processes.hear())[0]:
-            self._published = None  # the leader knows when it is due
-            self._publish(state, version)
-        return _Batch(results=[processes.rollouts_from_message(message)])
+        while not (message := multihost.hear())[0].keys().isdisjoint(("publish", "advance")):
+            header, _ = message
+            if "advance" in header:
+                self._advance(_Batch())
+            else:
+                self._start(state, header["publish"], anchor=header["anchor"])
+        return _Batch(results=[multihost.rollouts_from_message(message)])
 
     def _lead(self, step: int, state: LearnerState, version: int) -> "_Batch":
         """Waits for what the next update trains on; publishes and hands out meanwhile."""
         assert self.pool is not None, "the leader has the actors"
-        batch = _Batch()
+        batch, self._version = _Batch(), version
         repeated = self._intake.repeat(step)
         if repeated is not None:
             # Its version was published before the crash, and actors may have it.
@@ -288,9 +354,9 @@ class AsynchronousTrainer:
         deadline = time.monotonic() + self.stall_s
         self._collect(0.0, batch)
         while True:
-            batch.published = self._publish(state, version) or batch.published
+            self._publish(state, version, batch)
             self._hand_out(version)
-            taken, stale = self._intake.take(version, at_most=None if self.replay else 1)
+            taken, stale = self._intake.take(version, at_most=1 if self.replay is None else None)
             self._refuse(stale, batch)
             if self._fill(batch, taken, version).ready:
                 self._intake.note(step, batch.news)
@@ -371,6 +437,7 @@ class _Batch:
     refusals: list[Refusal] = field(default_factory=list)
     published: Published | None = None
     waited_s: float = 0.0
+    publishing_s: float = 0.0
 
     @property
     def ready(self) -> bool:

@@ -1,6 +1,7 @@
 """Which rollouts a learner trains on, and in which order: each acknowledged one exactly once."""
 
 import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -54,6 +55,8 @@ class Intake:
     of them each update used. A learner that comes back from a checkpoint therefore repeats the
     updates that it lost with the same rollouts in the same order, reaches the versions that its
     actors already have, and goes on from there: nothing acknowledged is lost or used twice.
+
+    `next_item`, `accept` and `flush` may be called from any thread, the rest from the learner's.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Intake:
         self.max_staleness = max_staleness
         self.newest = 0
         """The newest version that actors may have."""
+        self._lock = threading.Lock()  # of the books
+        self._writing = threading.Lock()  # of the notes; held while the disk is waited for
         self.refused: Counter[str] = Counter()
         self._open: dict[int, WorkItem] = {}
         self._ready: deque[Result] = deque()
@@ -124,8 +129,9 @@ class Intake:
 
     def _release_found(self) -> None:
         """What no update is known to have used waits for its turn, oldest acknowledgement first."""
-        self._ready.extendleft(reversed(self._found.values()))
-        self._found = {}
+        with self._lock:
+            self._ready.extendleft(reversed(self._found.values()))
+            self._found = {}
 
     def repeat(self, step: int) -> list[Result] | None:
         """Settles and returns what update `step` used before the crash; None where it is new."""
@@ -147,13 +153,15 @@ class Intake:
         """Writes down which items a new update uses; `flush` makes it durable."""
         if self._journal is not None:
             items = [result.item for result in results]
-            self._unwritten.append({"update": step, "items": items})
-            self._write(durable=False)
+            with self._writing:
+                self._unwritten.append({"update": step, "items": items})
+                self._write(durable=False)
 
     def flush(self) -> None:
         """Makes the past durable, so that a version that is published now can be made again."""
         if self._journal is not None:
-            self._write(durable=True)
+            with self._writing:
+                self._write(durable=True)
 
     def _write(self, *, durable: bool) -> None:
         """Writes what is noted; what the disk refuses waits for the next call."""
@@ -197,17 +205,18 @@ class Intake:
 
     def next_item(self, min_version: int) -> WorkItem:
         """The next item to hand out: a function of the seed and its number."""
-        held = {result.item for result in self._ready} | self._open.keys()
-        while self._next in self._settled or self._next in held:
+        with self._lock:
+            held = {result.item for result in self._ready} | self._open.keys() | self._found.keys()
+            while self._next in self._settled or self._next in held:
+                self._next += 1
+            rows = shuffled(
+                len(self._checks.prompts), self._batch, seed=self._seed, step=self._next
+            ).tolist()
+            item = WorkItem(
+                id=self._next, rows=tuple(rows), seed=self._seed, min_version=max(min_version, 0)
+            )
+            self._open[item.id] = item
             self._next += 1
-        rows = shuffled(
-            len(self._checks.prompts), self._batch, seed=self._seed, step=self._next
-        ).tolist()
-        item = WorkItem(
-            id=self._next, rows=tuple(rows), seed=self._seed, min_version=max(min_version, 0)
-        )
-        self._open[item.id] = item
-        self._next += 1
         return item
 
     def accept(self, result: Result) -> Refusal | None:
@@ -224,14 +233,15 @@ class Intake:
     def receive(self, results: Iterable[Result]) -> list[Refusal]:
         """Takes in what the pool has settled; returns the refusals among it."""
         refusals = []
-        for result in results:
-            del self._open[result.item]
-            if result.refusal is None:
-                self._ready.append(result)
-            else:
-                self._settled.add(result.item)
-                self.refused[result.refusal.reason] += 1
-                refusals.append(result.refusal)
+        with self._lock:
+            for result in results:
+                del self._open[result.item]
+                if result.refusal is None:
+                    self._ready.append(result)
+                else:
+                    self._settled.add(result.item)
+                    self.refused[result.refusal.reason] += 1
+                    refusals.append(result.refusal)
         return refusals
 
     def take(self, version: int, at_most: int | None = None) -> tuple[list[Result], list[Refusal]]:
@@ -245,13 +255,14 @@ class Intake:
           The results, and refusals of stale ones.
         """
         taken, refusals = [], []
-        while self._ready and (at_most is None or len(taken) < at_most):
-            result = self._ready.popleft()
-            self._settled.add(result.item)
-            if version - result.version <= self.max_staleness:
-                taken.append(result)
-            else:
-                refusals.append(self._stale(result, version - result.version))
+        with self._lock:
+            while self._ready and (at_most is None or len(taken) < at_most):
+                result = self._ready.popleft()
+                self._settled.add(result.item)
+                if version - result.version <= self.max_staleness:
+                    taken.append(result)
+                else:
+                    refusals.append(self._stale(result, version - result.version))
         return taken, refusals
 
     def _stale(self, result: Result, age: int) -> Refusal:

@@ -148,9 +148,9 @@ class ClaimingPublisher(Publisher):
         super().__init__(store, **parts)
         self._claims = claims
 
-    def publish(self, params, version):
+    def sections(self, params, version, *, anchor=False):
         self._claims.add(learner=os.getpid(), version=version, digest=digest(params))
-        return super().publish(params, version)
+        return super().sections(params, version, anchor=anchor)
 
 
 def trainer(pool, store, folder, *, segment_bytes=4096, **options):
@@ -249,8 +249,8 @@ def kill_in_fetch(marker):
     die = _die_once(marker, after=1)
 
     def wrapper(fetch):
-        def dying(store, payload):
-            data = fetch(store, payload)
+        def dying(*args, **kwargs):
+            data = fetch(*args, **kwargs)
             die()
             return data
 

@@ -220,7 +220,7 @@ def test_damaged_memory_is_noticed_and_replaced(weights, like, bits, monkeypatch
     assert actor._serving is not None
     spoilt = {"layer": {"w": weights(1)["layer"]["w"].at[0, 0].set(7.0)}, "b": weights(1)["b"]}
     fields = {"manifest": actor._serving.manifest, "digest": actor._serving.digest}
-    actor._serving = subscriber_module._Weights(params=spoilt, **fields)
+    actor._serving = subscriber_module._Weights(params=spoilt, usable=spoilt, **fields)
     assert actor.prepare()
     update = actor.flip()
     assert update is not None

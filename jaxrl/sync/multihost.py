@@ -41,7 +41,7 @@ def on_first(act: Callable[[], Any], *, shared: bool = True) -> Any:
         except Exception as error:  # whatever it is, the others wait for word of it
             failure = error
             outcome = {"error": type(error).__name__, "message": str(error)}
-    outcome = json.loads(_broadcast(json.dumps(outcome).encode()))
+    outcome = json.loads(broadcast(json.dumps(outcome).encode()))
     if failure is not None:
         raise failure
     if "error" in outcome:
@@ -70,7 +70,8 @@ def whole(payload: bytes) -> bytes:
     )
 
 
-def _broadcast(data: bytes) -> bytes:
+def broadcast(data: bytes) -> bytes:
+    """The bytes of the first process, in all of them; all call this together."""
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
     padded = np.zeros(size, np.uint8)
     if jax.process_index() == 0:

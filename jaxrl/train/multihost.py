@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxrl.actors import Result
 from jaxrl.actors.wire import result_from_wire, result_to_wire
+from jaxrl.sync.multihost import broadcast
 from jaxrl.types import Rollouts
 
 Message = tuple[dict[str, Any], bytes]
@@ -29,7 +29,7 @@ def tell(header: Mapping[str, Any], body: bytes = b"") -> None:
     """Says something to the processes that follow, which wait in `hear`; those say nothing."""
     if leads() and jax.process_count() > 1:
         text = json.dumps(dict(header)).encode()
-        _broadcast(len(text).to_bytes(8, "little") + text + body)
+        broadcast(len(text).to_bytes(8, "little") + text + body)
 
 
 def hear() -> Message:
@@ -38,7 +38,7 @@ def hear() -> Message:
     Raises:
       LeaderStopped: that it cannot go on.
     """
-    data = _broadcast(b"")
+    data = broadcast(b"")
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     if "stop" in header:
@@ -47,15 +47,22 @@ def hear() -> Message:
 
 
 def rollouts_to_message(rollouts: Rollouts) -> Message:
-    """Rollouts, whoever wrote them, as `tell` takes them."""
-    return result_to_wire(Result(item=-1, actor="", version=-1, rollouts=rollouts))
+    """Rollouts, whoever wrote them or replayed them, as `tell` takes them."""
+    header, body = result_to_wire(Result(item=-1, actor="", version=-1, rollouts=rollouts))
+    best = b""
+    if rollouts.best_safe is not None:
+        best = np.asarray(rollouts.best_safe, "<f4").tobytes()
+    return header | {"best_safe_bytes": len(best)}, body + best
 
 
 def rollouts_from_message(message: Message) -> Rollouts:
     """The rollouts of `rollouts_to_message`."""
-    rollouts = result_from_wire(*message).rollouts
+    header, data = message
+    end = len(data) - header["best_safe_bytes"]
+    rollouts = result_from_wire(header, data[:end]).rollouts
     assert rollouts is not None
-    return rollouts
+    best = np.frombuffer(data[end:], "<f4")
+    return rollouts.replace(best_safe=best) if best.size else rollouts
 
 
 def tree_to_message(state: Mapping[str, Any] | None) -> Message:
@@ -78,12 +85,3 @@ def tree_from_message(message: Message) -> dict[str, Any] | None:
         array = np.frombuffer(body, dtype, math.prod(shape), offset).reshape(shape)
         arrays[name], offset = array, offset + array.nbytes
     return {"metadata": header["state"]["metadata"], "arrays": arrays}
-
-
-def _broadcast(data: bytes) -> bytes:
-    """The leader's bytes, in every process; all call this together."""
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
-    padded = np.zeros(size, np.uint8)
-    if leads():
-        padded[:] = np.frombuffer(data, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()

@@ -9,6 +9,7 @@ from jaxrl.sync.acks import Acks
 from jaxrl.sync.collection import collect, floor
 from jaxrl.sync.config import SyncConfig
 from jaxrl.sync.errors import Superseded, SyncError
+from jaxrl.sync.fetching import BadPayload, fetch_whole
 from jaxrl.sync.index import Index
 from jaxrl.sync.manifest import Kind, Manifest, entry_of, index_key, seal
 from jaxrl.sync.shortcuts import Shortener
@@ -26,15 +27,17 @@ class State:
       newest: the newest manifest that can be read.
       since_anchor: publications since the last anchor, the next one counted; 0: there is none.
       chain_bytes: of the deltas since.
+      repair: a payload that a subscriber needs is damaged; an anchor leads past it.
     """
 
     landed: str | None
     newest: Manifest | None
     since_anchor: int
     chain_bytes: int
+    repair: bool
 
 
-class Ledger:
+class Chain:
     """The manifests of one run as their only writer sees them."""
 
     def __init__(self, store: Store, run: str, config: SyncConfig) -> None:
@@ -44,6 +47,7 @@ class Ledger:
         self._shortener = Shortener(store, run, after=config.shortcut_after)
         self._own: Manifest | None = None
         self._attempts: dict[int, Manifest] = {}
+        self._damaged: dict[str, list[str]] = {}  # complaints that are just, by payload
 
     def open(self) -> State:
         """Compares with the store what this publisher believes to be there.
@@ -63,7 +67,9 @@ class Ledger:
             self._store.put(index_key(self._run, self._own.sequence), seal(self._own)[1])
             self._index.refresh()
         newest = self._index.manifests.get(max(self._index.manifests, default=-1))
-        return State(landed=landed, newest=newest, **self._chain())
+        return State(
+            landed=landed, newest=newest, repair=bool(self._damaged), **self._since_anchor()
+        )
 
     def _refuse_others(self) -> None:
         if self._own is None:
@@ -77,7 +83,7 @@ class Ledger:
                     f"one's last is {self._own.sequence}; two learners must not share a run_id"
                 )
 
-    def _chain(self) -> dict[str, int]:
+    def _since_anchor(self) -> dict[str, int]:
         chain_bytes = 0
         newest_first = sorted(self._index.manifests.items(), reverse=True)
         for since, (_, manifest) in enumerate(newest_first, 1):
@@ -132,6 +138,47 @@ class Ledger:
         self._attempts[manifest.sequence] = manifest
         self._store.put(index_key(self._run, manifest.sequence), seal(manifest)[1])
         self._own, self._attempts = manifest, {}
+        if any(entry.kind == "anchor" for entry in manifest.payloads):
+            self._settle_complaints()
+
+    def damaged(self) -> bool:
+        """Whether a payload of which a subscriber complained is not what was written.
+
+        Raises:
+          StoreError: the store failed.
+        """
+        self._index.refresh()
+        self._acks.live()
+        self._check_complaints()
+        return bool(self._damaged)
+
+    def _check_complaints(self) -> None:
+        """Reads what subscribers could not use: it may have been damaged on its way to them."""
+        for name, keys in self._acks.complaints.items():
+            if name in self._damaged:
+                self._damaged[name] = keys
+                continue
+            payload = self._index.payload(name)
+            try:
+                if payload is not None:
+                    fetch_whole(self._store, payload)
+            except BadPayload as error:
+                _log.warning("%s; an anchor will lead past it", error)
+                self._damaged[name] = keys
+            else:
+                self._remove(keys)
+
+    def _settle_complaints(self) -> None:
+        settled, self._damaged = self._damaged, {}
+        try:
+            for keys in settled.values():
+                self._remove(keys)
+        except SyncError as error:
+            _log.warning("complaints that were settled stay in the store: %s", error)
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._store.delete(key)
 
     def tidy(self, template: Any, receivers: Sequence[Any] | None) -> None:
         """Helps who stayed behind, and removes what nobody needs; problems are logged.
@@ -143,6 +190,7 @@ class Ledger:
         try:
             self._index.refresh()
             positions = set(self._acks.live().values())
+            self._check_complaints()
             self._shortener.shorten(self._index, positions, template, receivers)
             lowest = floor(self._index, positions, keep_anchors=self._config.keep_anchors)
             if any(sequence < lowest for sequence in self._index.manifests):
