@@ -282,7 +282,7 @@ def kill_in_payload(marker):
     def truncate():
         os.truncate(half[-1], os.path.getsize(half[-1]) // 2)
 
-    die = _die_once(marker, after=5, last_words=truncate)
+    die = _die_once(marker, after=2, last_words=truncate)
 
     def wrapper(replace):
         def dying(source, target):
@@ -298,7 +298,7 @@ def kill_in_payload(marker):
 
 def kill_before_manifest(marker):
     """When the payload is in the store and its manifest is not."""
-    die = _die_once(marker, after=5)
+    die = _die_once(marker, after=2)
 
     def wrapper(put):
         def dying(self, key, data):
@@ -313,7 +313,7 @@ def kill_before_manifest(marker):
 
 def kill_after_manifest(marker):
     """When the version is published and the learner does not know it yet."""
-    die = _die_once(marker, after=5)
+    die = _die_once(marker, after=2)
 
     def wrapper(put):
         def dying(self, key, data):
