@@ -6,6 +6,11 @@
 
 A checkpoint counts only when its seal matches all of its files, so that a half-written or
 damaged one is never loaded.
+
+Under `jax.distributed` every process opens the same folder, on storage that all see, and calls
+`save` and `restore_latest` together. Each writes its own shards; the first removes, seals, and says
+which checkpoint is the last good one. What n processes wrote m processes read: names, shapes and
+values are stored whole, and the template says how they are divided.
 """
 
 import hashlib
@@ -23,6 +28,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrl import processes
 
 Tree = TypeVar("Tree")
 
@@ -98,14 +106,18 @@ class Checkpointer:
         }
         json.dumps(record)  # raises here, not in the background, where metadata is no JSON
         target = self.folder / f"{int(step):08d}"
-        self._remove(target)
+        if processes.leads():
+            self._remove(target)
+        if jax.process_count() > 1:
+            # Else a process that is ahead could find, or lose, files of a save before this one.
+            multihost_utils.sync_global_devices(f"removed {target}")
         import orbax.checkpoint as ocp  # slow to import: only who saves pays
 
         # Orbax has no empty arrays; the seal knows their shapes.
         stored = {f"leaf_{i:05d}": x for i, x in enumerate(leaves.values()) if x.size}
         if stored:
             self._async_checkpointer().save(target, args=ocp.args.PyTreeSave(stored))
-        else:
+        elif processes.leads():
             target.mkdir()
         self._pending = self._pool.submit(self._finish, target, record)
 
@@ -121,7 +133,7 @@ class Checkpointer:
         """In the background: waits for Orbax, seals, and removes what is no longer needed."""
         if self._orbax is not None:
             self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
+        if processes.leads():
             seal = record | {"files": _checksums(target)}
             _write_atomically(target.with_suffix(".json"), _sealed(seal))
             self._prune(record["step"])
@@ -180,17 +192,35 @@ class Checkpointer:
           ValueError: the checkpoint holds other leaves than the template.
         """
         self.wait()
-        for step in reversed(self.steps()):
-            target = self.folder / f"{step:08d}"
+        passed_over = None  # steps from here on are damaged
+        while True:
+            found = processes.from_leader(lambda before=passed_over: self._last_good(before))
+            if found is None:
+                return None
+            step, seal = found
+            wanted = template(seal["metadata"]) if callable(template) else template
+            damage, tree = None, None
             try:
-                seal = _verified(target)
-                wanted = template(seal["metadata"]) if callable(template) else template
-                tree = _load(target, seal, wanted)
+                tree = _load(self.folder / f"{step:08d}", seal, wanted)
+            except DamagedCheckpoint as error:
+                damage = error
+            if not processes.anywhere(damage is not None):
+                return Restored(step, tree, seal["metadata"])
+            self._warn(step, damage or "another process cannot read it")
+            passed_over = step
+
+    def _last_good(self, before: int | None) -> tuple[int, dict[str, Any]] | None:
+        """Step and seal of the last checkpoint whose files are as they were written."""
+        for step in reversed([s for s in self.steps() if before is None or s < before]):
+            try:
+                return step, _verified(self.folder / f"{step:08d}")
             except DamagedCheckpoint as damage:
-                _log.warning("checkpoint %s is damaged (%s); trying an earlier one", target, damage)
-                continue
-            return Restored(step, tree, seal["metadata"])
+                self._warn(step, damage)
         return None
+
+    def _warn(self, step: int, damage: object) -> None:
+        target = self.folder / f"{step:08d}"
+        _log.warning("checkpoint %s is damaged (%s); trying an earlier one", target, damage)
 
     def close(self) -> None:
         """Waits for the last save and ends the background thread."""

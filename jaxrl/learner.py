@@ -126,14 +126,18 @@ class Learner:
             raise ValueError(
                 f"recipe {self.recipe.name} trains {sorted(wanted)}, got {sorted(params)}"
             )
-        params = jax.tree.map(jnp.copy, dict(params))
-        state = LearnerState(
-            params=params,
-            opt_state=self.optimizer.init(params),
-            recipe=self.recipe.init(num_prompts),
-            step=jnp.int32(0),
-        )
-        return self._bound.place(state) if self.plan.mesh else state
+
+        def started(params):
+            params = jax.tree.map(jnp.copy, params)
+            return LearnerState(
+                params=params,
+                opt_state=self.optimizer.init(params),
+                recipe=self.recipe.init(num_prompts),
+                step=jnp.int32(0),
+            )
+
+        params = dict(params)
+        return self._bound.build(started, params) if self.plan.mesh else started(params)
 
     def update(
         self,
@@ -266,11 +270,14 @@ def lm_apply(
     return apply
 
 
-def lm_ptx(policy_def: nnx.GraphDef) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
-    """`Learner.ptx` of a decoder: nats a token of the demonstrations."""
+def lm_ptx(
+    policy_def: nnx.GraphDef, *, frozen: nnx.State | None = None
+) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
+    """`Learner.ptx` of a decoder: nats a token of the demonstrations; `frozen` as in `lm_apply`."""
+    fixed = () if frozen is None else (frozen,)
 
     def loss(params: Mapping[str, nnx.State], demonstrations: Any):
-        policy: Decoder = nnx.merge(policy_def, params["policy"])
+        policy: Decoder = nnx.merge(policy_def, params["policy"], *fixed)
         return policy_lib.negative_log_likelihood(policy, *demonstrations)
 
     return loss

@@ -334,6 +334,20 @@ class BoundPlan:
         """Moves a tree to where the plan wants it; dtypes and values stay."""
         return self._over(jax.device_put, tree)
 
+    def build(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        """What a function makes of a tree, each part made where the plan wants it.
+
+        No device ever holds what it does not keep: the state of an optimiser, for instance, which
+        is larger than the parameters.
+        """
+        tree = self.place(tree)
+        shapes = jax.eval_shape(function, tree)
+        # By leaves: a record that checks its fields could not be rebuilt with shardings in it.
+        made = jax.jit(
+            lambda tree: jax.tree.leaves(function(tree)), out_shardings=self.shardings(shapes)
+        )(tree)
+        return jax.tree.unflatten(jax.tree.structure(shapes), made)
+
     def constrain(self, tree: Any) -> Any:
         """Within `jit`: a result that has to lie where the plan wants it."""
         return self._over(jax.lax.with_sharding_constraint, tree)

@@ -5,6 +5,8 @@ from experiments.harness.config import RunOptions as RunOptions
 from experiments.harness.config import cli as cli
 from experiments.harness.config import config_hash as config_hash
 from experiments.harness.config import to_json as to_json
+from experiments.harness.distributed import ProcessOptions as ProcessOptions
+from experiments.harness.distributed import join as join
 from experiments.harness.files import write_json as write_json
 from experiments.harness.lock import FolderBusy as FolderBusy
 from experiments.harness.report import Report as Report

@@ -73,5 +73,6 @@ def describe() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

@@ -1,21 +1,25 @@
 """A run and its folder: what it was, how it went, what came out."""
 
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, TextIO, TypeVar, cast
 
 from experiments.harness.config import config_hash, differences, to_json
+from experiments.harness.distributed import ProcessOptions, join
 from experiments.harness.environment import describe
 from experiments.harness.files import write_atomically, write_json, write_json_lines
 from experiments.harness.lock import FolderLock
 from experiments.harness.metrics import Metrics, start_wandb
 from experiments.harness.progress import Progress
 from experiments.harness.trace import StepProfiler, Timeline
+from jaxrl import processes
+from jaxrl.processes import Preempted, Preemption
 
 Item = TypeVar("Item")
 
@@ -37,15 +41,20 @@ class Run:
         summary.json     results; written last, so its presence means that the run is finished
 
     Use it as a context manager: on the way out it closes its files and frees the folder.
+
+    Of several processes (`jax.distributed`) each has a run of the same folder; the first writes and
+    speaks, and the others do neither.
     """
 
     def __init__(self, name: str, config: Any, folder: Path, *, stream: TextIO | None = None):
         """Prefer `Run.open`, which chooses and checks the folder."""
         self.name, self.config, self.folder = name, config, folder
-        self.stream = stream or sys.stderr
         self.hash = config_hash(name, config)
         self._exit = ExitStack()
-        self.resumed = False
+        self.leads = processes.leads()
+        self.stream = (stream or sys.stderr) if self.leads else io.StringIO()
+        self.resumed = self.finished = False
+        self.preemption: Preemption | None = None
 
     @classmethod
     def open(
@@ -73,26 +82,32 @@ class Run:
         chosen = out or getattr(config, "out", None)
         folder = Path(chosen) if chosen else Path("runs") / f"{name}-{config_hash(name, config)}"
         run = cls(name, config, folder, stream=stream)
-        _make_folder(folder)
-        lock = FolderLock(folder, timeout_s=lock_timeout_s)
-        run._exit.callback(lock.release)
         try:
-            run._start()
+            run._start(lock_timeout_s)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _start(self) -> None:
-        self.resumed = self._check_or_write_config()
+    def _start(self, lock_timeout_s: float) -> None:
+        self.resumed, self.finished = processes.from_leader(lambda: self._take(lock_timeout_s))
         profile = bool(getattr(self.config, "profile", False))
         self.timeline = Timeline(keep=profile)
-        self.profiler = StepProfiler(self.folder / "profile", enabled=profile)
+        self.profiler = StepProfiler(self.folder / "profile", enabled=profile and self.leads)
+        if not self.leads:
+            return
         if profile:
             self._exit.callback(self._write_timeline)
             self._exit.callback(self.profiler.stop)
         self.metrics = Metrics(self.folder, wandb=self._wandb())
         self._exit.callback(self.metrics.close)
+
+    def _take(self, lock_timeout_s: float) -> tuple[bool, bool]:
+        """Takes the folder; whether it holds this run already, and whether its results."""
+        _make_folder(self.folder)
+        lock = FolderLock(self.folder, timeout_s=lock_timeout_s)
+        self._exit.callback(lock.release)
+        return self._check_or_write_config(), (self.folder / "summary.json").exists()
 
     def _wandb(self) -> Any:
         if not getattr(self.config, "wandb", False) or self.finished:
@@ -138,11 +153,6 @@ class Run:
             )
 
     @property
-    def finished(self) -> bool:
-        """Whether this run has written its results."""
-        return (self.folder / "summary.json").exists()
-
-    @property
     def checkpoints(self) -> Path:
         """The folder for `jaxrl.checkpoint.Checkpointer`, one below it per stage."""
         return self.folder / "checkpoints"
@@ -164,11 +174,13 @@ class Run:
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row of metrics; see `metrics.Metrics.log`."""
-        self.metrics.log(stage, step, values)
+        if self.leads:
+            self.metrics.log(stage, step, values)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets the metrics of a stage after `step`; see `metrics.Metrics.rewind`."""
-        self.metrics.rewind(stage, step)
+        if self.leads:
+            self.metrics.rewind(stage, step)
 
     def span(self, name: str, **details: Any) -> AbstractContextManager[None]:
         """Times a block, such as "rollout", "scoring" or "update"."""
@@ -197,11 +209,19 @@ class Run:
     def write_samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Writes what a policy wrote, one JSON object a line, to samples/NAME.jsonl."""
         path = self.folder / "samples" / f"{name}.jsonl"
-        write_json_lines(path, rows)
+        if self.leads:
+            write_json_lines(path, rows)
         return path
+
+    def preempted(self) -> bool:
+        """Whether the run has to save and raise `Preempted`; all processes ask, once a step."""
+        return self.preemption is not None and self.preemption.reached()
 
     def finish(self, summary: Mapping[str, Any], table: str) -> None:
         """Writes the results; from then on the run counts as finished."""
+        self.finished = True
+        if not self.leads:
+            return
         write_atomically(self.folder / "table.txt", table if table.endswith("\n") else table + "\n")
         self.metrics.flush()
         write_json(self.folder / "summary.json", summary)
@@ -239,12 +259,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 def clean_errors(stream: TextIO | None = None) -> Iterator[None]:
     """Turns a `ValueError`, `OSError` or `ImportError` into one line on stderr and exit status 2.
 
-    `ImportError` is what an optional extra that is not installed raises.
+    `ImportError` is what an optional extra that is not installed raises. The other processes of a
+    run whose first process stopped exit with the same status and say nothing.
 
     Set JAXRL_TRACEBACK=1 to see where it came from.
     """
     try:
         yield
+    except processes.LeaderStopped as error:
+        raise SystemExit(2) from error
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("JAXRL_TRACEBACK"):
             raise
@@ -253,24 +276,43 @@ def clean_errors(stream: TextIO | None = None) -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def main(experiment: Callable[[Run], None], name: str, config: Any, **options: Any) -> Run:
+def main(
+    experiment: Callable[[Run], None],
+    name: str,
+    config: Any,
+    *,
+    preemptible: bool = False,
+    **options: Any,
+) -> Run:
     """Runs an experiment in its folder, or prints the table of the finished one.
+
+    A config with `ProcessOptions` joins the other processes of its run first.
 
     Args:
       experiment: does the work and calls `Run.finish`.
       name: of the experiment.
       config: from `cli`.
+      preemptible: whether the experiment asks `Run.preempted` after every step; SIGTERM then makes
+        it save and exit with status `jaxrl.processes.PREEMPTED`, 75, instead of ending it at once.
       **options: for `Run.open`.
     """
-    with clean_errors(), Run.open(name, config, **options) as run:
-        if run.finished:
-            run.note(f"{run.folder} is finished; choose another --out to run it again")
-        else:
-            run.note(f"{'resuming' if run.resumed else 'writing to'} {run.folder}")
-            _run_to_the_end(experiment, run)
-        print(run.table(), end="")
-        if (run.folder / "report.html").exists():
-            print(f"\nReport: {run.folder / 'report.html'}")
+    with clean_errors():
+        if isinstance(config, ProcessOptions):
+            join(config.coordinator, config.num_processes, config.process_id)
+        with (
+            Preemption() if preemptible else nullcontext() as preemption,
+            Run.open(name, config, **options) as run,
+        ):
+            run.preemption = preemption
+            if run.finished:
+                run.note(f"{run.folder} is finished; choose another --out to run it again")
+            else:
+                run.note(f"{'resuming' if run.resumed else 'writing to'} {run.folder}")
+                _run_to_the_end(experiment, run)
+            if run.leads:
+                print(run.table(), end="")
+                if (run.folder / "report.html").exists():
+                    print(f"\nReport: {run.folder / 'report.html'}")
     return run
 
 
@@ -280,3 +322,6 @@ def _run_to_the_end(experiment: Callable[[Run], None], run: Run) -> None:
     except KeyboardInterrupt:
         run.note(f"interrupted; the same command with --out {run.folder} continues")
         raise SystemExit(130) from None  # what a shell expects after Ctrl-C
+    except Preempted as stopped:
+        run.note(f"told to stop {stopped}: saved; the same command continues")
+        raise

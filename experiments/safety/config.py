@@ -4,17 +4,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from experiments.harness import RunOptions
+from experiments.harness import ProcessOptions
+from experiments.harness.config import COSMETIC
 from jaxrl import recipes
 from jaxrl.learner import OptimizerConfig
 from jaxrl.models import DecoderConfig
+from jaxrl.models.config import LoraConfig
 from jaxrl.rollouts import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder; its vocabulary is the tokenizer's."""
+    """The decoder; its vocabulary is the tokenizer's.
 
+    Raises:
+      ValueError: adapters without a pretrained model, or of a negative rank.
+    """
+
+    pretrained: str = ""
+    """Folder of a Hugging Face model, or its name on the hub, to start from; its tokenizer is used
+    and the sizes below are not. `--model NAME` is short for it, with the preset `pretrained`."""
+    lora_rank: int = 0
+    """Train adapters of this rank beside the frozen weights of the pretrained model; 0 trains all
+    weights."""
+    lora_alpha: float = 16.0
+    """Numerator of the adapters' scale."""
     layers: int = 2
     """Decoder blocks."""
     embed: int = 128
@@ -30,13 +44,32 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; parameters are float32."""
 
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0 or (self.lora_rank and not self.pretrained):
+            raise ValueError(
+                "adapters stand beside the weights of a pretrained model: "
+                f"lora_rank={self.lora_rank}, pretrained={self.pretrained!r}; give --model"
+            )
+
     def decoder(self, vocab_size: int, max_len: int) -> DecoderConfig:
+        """The untrained decoder, where none is pretrained."""
         return DecoderConfig(
             vocab_size=vocab_size,
             max_len=max_len,
             scan_unroll=self.layers if self.layers <= 4 else 1,
-            **vars(self),
+            layers=self.layers,
+            embed=self.embed,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            mlp=self.mlp,
+            compute_dtype=self.compute_dtype,
         )
+
+    def lora(self) -> LoraConfig | None:
+        if not self.lora_rank:
+            return None
+        return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +77,7 @@ class SftConfig:
     """Supervised fine-tuning of the starting policy."""
 
     steps: int = 500
-    """Gradient steps."""
+    """Gradient steps; 0 leaves it out, which only a pretrained model allows."""
     batch: int = 64
     """Demonstrations a step."""
     learning_rate: float = 2e-3
@@ -99,7 +132,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetyConfig(RunOptions):
+class SafetyConfig(ProcessOptions):
     """All of experiments.safety."""
 
     algorithms: tuple[str, ...] = ("ppo_lagrangian", "repo", recipes.RECOMMENDED)
@@ -143,10 +176,17 @@ class SafetyConfig(RunOptions):
     """Of the tokenizer that is trained on the data."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json to use instead."""
-    template: Literal["plain", "safe_rlhf", "chatml", "llama3"] = "plain"
-    """What stands around a prompt."""
+    template: Literal["plain", "safe_rlhf", "chatml", "llama3", "model"] = "plain"
+    """What stands around a prompt; `model` is the chat template of the pretrained model."""
     checkpoint_every: int = 50
     """Updates between checkpoints."""
+    mesh: str = field(default="auto", metadata=COSMETIC)
+    """Devices by axis, as data=4 or fsdp=8,tensor=4: `data` divides prompts, `fsdp` also all
+    parameters, `tensor` heads and feed-forward. `auto` is data over all devices, of accelerators or
+    of several processes. A resumed run may take another."""
+    tape: Path | None = field(default=None, metadata=COSMETIC)
+    """Folder of recorded rollouts, below it one of each algorithm: steps that it holds use them,
+    others are added. Runs on different machines are comparable to the last digits only so."""
     critic_free_learning_rate: float = 1e-3
     """Peak of AdamW's rate for algorithms without a critic, in the place of
     --optimizer.learning-rate, which is for those with one. Of 5e-4 and 1e-3 this is the better for
@@ -175,7 +215,7 @@ class SafetyConfig(RunOptions):
             "steps": self.steps,
             "samples_per_step": self.samples_per_step,
             "checkpoint_every": self.checkpoint_every,
-            "sft.steps": self.sft.steps,
+            "sft.steps": self.sft.steps or bool(self.model.pretrained),
             "sft.batch": self.sft.batch,
             "evaluation.samples": self.evaluation.samples,
             "evaluation.batch": self.evaluation.batch,
@@ -188,6 +228,13 @@ class SafetyConfig(RunOptions):
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self._check_numbers()
+        if self.model.lora_rank and self.sft.steps:
+            raise ValueError(
+                "adapters are trained by reinforcement alone: give --sft.steps 0 with "
+                "--model.lora-rank, or a model that was fine-tuned whole before"
+            )
+        if self.template == "model" and not self.model.pretrained:
+            raise ValueError("template `model` is that of a pretrained model: give --model")
         # What the stages build, built here once: a wrong value must not wait for the SFT to end.
         self.model.decoder(self.vocab_size, self.prompt_len + self.completion_len)
         self.sft.optimizer()
@@ -301,4 +348,15 @@ BASE = SafetyConfig(
     critic_free_learning_rate=2e-5,
 )  # fmt: skip
 
-PRESETS = {"quick": QUICK, "small": SMALL, "base": BASE}
+PRETRAINED = replace(
+    BASE,
+    steps=500,
+    template="model",
+    model=ModelConfig(pretrained="Qwen/Qwen2.5-0.5B-Instruct", compute_dtype="bfloat16"),
+    sft=SftConfig(steps=0),
+    optimizer=OptimizerConfig(learning_rate=1e-6, critic_learning_rate=5e-6),
+    critic_free_learning_rate=1e-6,
+)
+"""What `--model FOLDER` starts from: an instruction-tuned model with its own tokenizer."""
+
+PRESETS = {"quick": QUICK, "small": SMALL, "base": BASE, "pretrained": PRETRAINED}

@@ -13,7 +13,7 @@ from experiments.harness import Run, files, plots, report, tables
 from experiments.safety.config import SafetyConfig
 from experiments.safety.stages import HELDOUT, Evaluation
 from experiments.safety.task import OVER_REFUSAL, Evaluators, Task
-from jaxrl import evaluation, recipes
+from jaxrl import evaluation, processes, recipes
 
 COLUMNS = {
     "reward": "reward",
@@ -193,7 +193,19 @@ def finish(
       task: what was evaluated.
       evaluators: what judged.
       everything: evaluations by policy and set of prompts, see `stages.evaluate_all`.
+
+    Of several processes the first writes, and the others wait.
     """
+    processes.from_leader(lambda: _finish(run, config, task, evaluators, everything))
+
+
+def _finish(
+    run: Run,
+    config: SafetyConfig,
+    task: Task,
+    evaluators: Evaluators,
+    everything: Mapping[str, Mapping[str, Evaluation]],
+) -> None:
     evaluations = {name: found[HELDOUT] for name, found in everything.items()}
     rows = evaluations["sft"].rows
     results = Results(

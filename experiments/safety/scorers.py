@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from experiments.harness import Run
 from experiments.safety.config import SafetyConfig
 from experiments.safety.stages import Policy
 from experiments.safety.task import Evaluator, Evaluators, Task
-from jaxrl import evaluation
+from jaxrl import evaluation, processes
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data import ComplianceRow, LabelledResponse, SafetyData
 from jaxrl.objectives.preference import cost_loss, label_loss, reward_loss
@@ -39,7 +38,6 @@ from jaxrl.rewards.learned import (
     train_scorer,
     untrained,
 )
-from jaxrl.tokenizers import TEMPLATES
 
 SCORE_LIMIT = 5.0
 """Learned scores are clipped here, in their own standard deviations: beyond, they are guesses."""
@@ -153,16 +151,17 @@ def _start(config: SafetyConfig, task: Task, sft: Policy) -> LearnedScorer:
     """An untrained scorer; a transformer in it has read what the policy has read."""
     encoder = TextEncoder(
         tokenizer=task.tokenizer,
-        template=TEMPLATES[config.template],
+        template=task.template,
         prompt_len=config.prompt_len,
         completion_len=config.completion_len,
     )
     if not config.scorers.transformer:
         parts = ScorerConfig(decoder=None, ngrams=config.scorers.ngrams)
         return untrained(parts, encoder, seed=config.seed)
-    decoder = nnx.merge(sft.graphdef, sft.params).config
-    parts = ScorerConfig(decoder=decoder, ngrams=config.scorers.ngrams)
-    return untrained(parts, encoder, seed=config.seed, trunk=sft.params)
+    parts = ScorerConfig(decoder=sft.decoder, ngrams=config.scorers.ngrams)
+    # On every process's own device: each scores its share of the rollouts.
+    trunk = processes.whole(sft.params)
+    return untrained(parts, encoder, seed=config.seed, trunk=trunk)
 
 
 def _trained(

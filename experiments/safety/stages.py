@@ -11,18 +11,22 @@ from flax import nnx
 from jaxtyping import Bool, Float32, Int64
 
 from experiments.harness import Run
+from experiments.safety import placement, pretrained
 from experiments.safety.config import SafetyConfig
 from experiments.safety.task import Evaluators, Task
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.constraints import Rectified
 from jaxrl.data.batches import PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
-from jaxrl.models import Decoder, ScalarModel
+from jaxrl.models import Decoder, DecoderConfig, LoraParam, ScalarModel
+from jaxrl.models.huggingface import Pretrained, save_adapter, save_pretrained, with_adapter
+from jaxrl.processes import Preempted
 from jaxrl.recipes import Recipe
 from jaxrl.replay import RECTIFIED, Replay
 from jaxrl.rollouts import Collector, Sampling
 from jaxrl.supervised import Supervised
-from jaxrl.train import Scorer, Trainer
+from jaxrl.train import Scorer, Tape, Trainer
+from sharding import Plan
 
 HELDOUT = "heldout"
 LOG_EVERY = 10  # SFT steps between rows of metrics
@@ -30,19 +34,48 @@ LOG_EVERY = 10  # SFT steps between rows of metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A decoder's structure with one set of parameters."""
+    """A decoder's structure with one set of parameters.
+
+    Attributes:
+      graphdef: the structure.
+      params: the parameters, on the devices of the run's mesh once training has begun.
+      document: the `config.json` that it came with; None of a model that was made here.
+    """
 
     graphdef: nnx.GraphDef
     params: nnx.State
+    document: Mapping[str, Any] | None = None
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return nnx.merge(self.graphdef, self.params).config
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The same as what `jaxrl.models.huggingface` reads, writes and adapts."""
+        assert self.document is not None
+        return Pretrained(
+            config=self.decoder,
+            document=self.document,
+            graphdef=self.graphdef,
+            params=self.params,
+        )
 
 
 def initial_policy(config: SafetyConfig, task: Task) -> Policy:
-    """The untrained decoder, a function of the seed."""
+    """The pretrained decoder, or an untrained one that is a function of the seed."""
+    if config.model.pretrained:
+        found = pretrained.load(config, task.tokenizer)
+        return Policy(graphdef=found.graphdef, params=found.params, document=found.document)
     decoder = config.model.decoder(
         task.tokenizer.vocab_size, config.prompt_len + config.completion_len
     )
     graphdef, params = nnx.split(Decoder(decoder, rngs=nnx.Rngs(config.seed)))
     return Policy(graphdef=graphdef, params=params)
+
+
+def _plan(config: SafetyConfig, params: Any) -> Plan:
+    return placement.plan_of(placement.mesh_of(config.mesh), params)
 
 
 def _resume(
@@ -78,8 +111,14 @@ def _save(checkpoints: Checkpointer, step: int, state: Any, replay: Replay | Non
 def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
     """SFT: what every algorithm starts from, and its frozen reference."""
     policy, demos = initial_policy(config, task), task.demonstrations
-    trainer = Supervised(graphdef=policy.graphdef, optimizer=config.sft.optimizer().build())
     total = config.sft.steps
+    if not total:  # a pretrained model, which lies where it should
+        return policy
+    trainer = Supervised(
+        graphdef=policy.graphdef,
+        optimizer=config.sft.optimizer().build(),
+        plan=_plan(config, policy.params),
+    )
     with Checkpointer(run.checkpoints / "sft") as checkpoints:
         start, state = _resume(run, "sft", checkpoints, trainer.init(policy.params))
         with run.progress("sft", total, start=start) as bar:
@@ -96,9 +135,12 @@ def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
                         )
                     run.log("sft", done, metrics)
                     bar.update(done, metrics)
-                if done % (config.checkpoint_every * 5) == 0 or done == total:
+                stopping = run.preempted()
+                if done % (config.checkpoint_every * 5) == 0 or done == total or stopping:
                     checkpoints.save(done, state)
-    return Policy(graphdef=policy.graphdef, params=state.params)
+                if stopping:
+                    raise Preempted(f"after step {done} of sft")
+    return replace(policy, params=state.params)
 
 
 def sampling(config: SafetyConfig, task: Task) -> Sampling:
@@ -126,9 +168,75 @@ def train(
                 if refusal is not None:
                     path = run.write_samples(f"refused-{recipe.name}-{done}", refusal.rows)
                     bar.note(f"step {done}: {refusal} (rows in {path})")
-                if done % config.checkpoint_every == 0 or done == config.steps:
+                stopping = run.preempted()
+                if done % config.checkpoint_every == 0 or done == config.steps or stopping:
                     _save(checkpoints, done, state, trainer.replay)
-    return Policy(graphdef=reference.graphdef, params=state.params["policy"])
+                if stopping:
+                    raise Preempted(f"after step {done} of {recipe.name}")
+    return _trained(run, config, recipe, reference, state)
+
+
+def _trained(
+    run: Run, config: SafetyConfig, recipe: Recipe, reference: Policy, state: LearnerState
+) -> Policy:
+    """The policy of a learner's state; a pretrained one is also saved as it came.
+
+    models/RECIPE is what `transformers` loads; models/RECIPE-adapter, where adapters were trained,
+    what PEFT loads beside the base model.
+    """
+    params = state.params["policy"]
+    if reference.document is None:
+        return replace(reference, params=params)
+    folder = run.folder / "models" / recipe.name
+    if config.model.lora_rank:
+        parts = _learned_part(config, reference)
+        assert parts.adapted is not None
+        assert parts.frozen is not None
+        adapted = replace(parts.adapted, params=nnx.merge_state(params, parts.frozen))
+        adapter = folder.with_name(f"{recipe.name}-adapter")
+        save_adapter(adapter, adapted, base_model=config.model.pretrained)
+        params = pretrained.without_adapters(adapted, reference.pretrained).params
+    policy = replace(reference, params=params)
+    save_pretrained(folder, policy.decoder, params, document=policy.document)
+    pretrained.copy_beside(pretrained.folder_of(config.model.pretrained), folder)
+    return policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LearnedPart:
+    """What of a policy is trained.
+
+    Attributes:
+      graphdef: structure of the whole.
+      params: what is trained: everything, or adapters.
+      frozen: the rest; None where there is none.
+      reference: parameters of the frozen reference, in the structure of `graphdef`.
+      adapted: the policy with fresh adapters; None without.
+    """
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    reference: nnx.State
+    frozen: nnx.State | None = None
+    adapted: Pretrained | None = None
+
+
+def _learned_part(config: SafetyConfig, reference: Policy) -> _LearnedPart:
+    lora = config.model.lora()
+    if lora is None:
+        return _LearnedPart(
+            graphdef=reference.graphdef, params=reference.params, reference=reference.params
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            "adapters are trained by one process: the frozen weights are constants of its "
+            "programs; leave out --model.lora-rank, or run one process"
+        )
+    adapted = with_adapter(reference.pretrained, lora, seed=config.seed)
+    graphdef, params, frozen = nnx.split(adapted.model(), LoraParam, ...)
+    return _LearnedPart(
+        graphdef=graphdef, params=params, frozen=frozen, reference=adapted.params, adapted=adapted
+    )
 
 
 def trainer_of(
@@ -140,21 +248,31 @@ def trainer_of(
     reference: Policy,
 ) -> Trainer:
     """The parts of a run of one recipe that starts from `reference`."""
-    critic_def = None
+    part, critic_def = _learned_part(config, reference), None
+    shapes: dict[str, Any] = {"policy": part.reference}
     if recipe.value_heads:
-        critic_def = nnx.graphdef(_critic(config, task, recipe))
-    apply = lm_apply(reference.graphdef, critic_def, temperature=config.temperature)
+        critic_def, shapes["critic"] = nnx.split(
+            nnx.eval_shape(lambda: _critic(config, reference, recipe))
+        )
+    plan = _plan(config, shapes)
+    apply = lm_apply(part.graphdef, critic_def, temperature=config.temperature, frozen=part.frozen)
+    reference_params = part.reference
+    if plan.mesh:
+        reference_params = plan.bind().place({"policy": reference_params})["policy"]
     return Trainer(
         learner=Learner(
             recipe=recipe,
             apply=apply,
             optimizer=lm_optimizer(config.optimizer_of(recipe)),
-            ptx=lm_ptx(reference.graphdef),
+            ptx=lm_ptx(part.graphdef, frozen=part.frozen),
             ptx_coef=config.ptx_coef,
+            plan=plan,
         ),
         collector=Collector(
-            graphdef=reference.graphdef,
+            graphdef=part.graphdef,
             sampling=sampling(config, task),
+            frozen=part.frozen,
+            plan=plan,
             group_size=recipe.group_size,
             reference_completions=recipe.reference_samples,
             greedy=recipe.needs_greedy,
@@ -167,12 +285,13 @@ def trainer_of(
         ),
         prompts=task.train,
         prompts_per_step=recipe.fresh_prompts(config.samples_per_step // recipe.group_size),
-        reference=reference.params,
+        reference=reference_params,
         seed=config.seed,
         sampler_tolerance=config.sampler_tolerance,
         demonstrations=task.ptx,
         replay=_replay(config, recipe),
         prompts_per_update=config.samples_per_step // recipe.group_size,
+        tape=None if config.tape is None else Tape(config.tape / recipe.name),
         span=run.span,
     )
 
@@ -184,20 +303,17 @@ def _replay(config: SafetyConfig, recipe: Recipe) -> Replay | None:
     return Replay(replace(RECTIFIED, margin=margin), seed=config.seed)
 
 
-def _critic(config: SafetyConfig, task: Task, recipe: Recipe) -> ScalarModel:
-    decoder = config.model.decoder(
-        task.tokenizer.vocab_size, config.prompt_len + config.completion_len
-    )
-    return ScalarModel(decoder, recipe.value_heads, rngs=nnx.Rngs(config.seed))
+def _critic(config: SafetyConfig, reference: Policy, recipe: Recipe) -> ScalarModel:
+    return ScalarModel(reference.decoder, recipe.value_heads, rngs=nnx.Rngs(config.seed))
 
 
 def initial_state(
     config: SafetyConfig, learner: Learner, task: Task, reference: Policy
 ) -> LearnerState:
     """The state before the first update: the policy is the reference, its critic reads like it."""
-    params: dict[str, Any] = {"policy": reference.params}
+    params: dict[str, Any] = {"policy": _learned_part(config, reference).params}
     if learner.recipe.value_heads:
-        critic = _critic(config, task, learner.recipe)
+        critic = _critic(config, reference, learner.recipe)
         # A critic that can read already learns faster: its trunk starts from the SFT policy.
         nnx.update(critic.trunk, reference.params)
         params["critic"] = nnx.state(critic)
@@ -277,8 +393,9 @@ def evaluate(
     """
     batch, chosen = config.evaluation.batch, evaluated_rows(prompts, at_most)
     count = len(chosen)
+    plan = _plan(config, policy.params)
     collector = Collector(
-        graphdef=policy.graphdef, sampling=sampling(config, task), group_size=samples
+        graphdef=policy.graphdef, sampling=sampling(config, task), group_size=samples, plan=plan
     )
     scorer = Scorer(tokenizer=task.tokenizer, prompts=prompts, rewards={}, costs={})
     root = jax.random.key(config.seed + 1_000_003)  # apart from the keys of training

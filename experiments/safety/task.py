@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.safety import pretrained
 from experiments.safety.config import SafetyConfig
 from jaxrl import data as data_lib
+from jaxrl import processes
 from jaxrl.data import Companions, SafetyData, fit_prompts
 from jaxrl.data.batches import Demonstrations, PromptSet
-from jaxrl.tokenizers import TEMPLATES, Tokenizer, train_bpe
+from jaxrl.tokenizers import TEMPLATES, ChatTemplate, Tokenizer, train_bpe
 
 Evaluator = Callable[[Sequence[str], Sequence[str]], Sequence[float] | np.ndarray]
 OVER_REFUSAL = "xstest_safe"
@@ -24,6 +26,7 @@ class Task:
     Attributes:
       data: as it was read.
       tokenizer: of the policy.
+      template: what stands around a prompt.
       train, heldout: prompts of RL, and of evaluation.
       demonstrations: what SFT imitates.
       ptx: general instructions that RL may go on imitating; None where the data has none.
@@ -32,6 +35,7 @@ class Task:
 
     data: SafetyData
     tokenizer: Tokenizer
+    template: ChatTemplate
     train: PromptSet
     heldout: PromptSet
     demonstrations: Demonstrations
@@ -74,19 +78,12 @@ def load(config: SafetyConfig) -> SafetyData:
 
 
 def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
-    """Encodes the data; the tokenizer is written to `folder` and read back on resumption."""
-    template = TEMPLATES[config.template]
-    saved = folder / "tokenizer.json"
-    if saved.exists():
-        tokenizer = Tokenizer.load(saved)
-    elif config.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.tokenizer)
-    else:
-        texts = [text for pair in data.sft for text in (template.prompt(pair[0]), pair[1])]
-        tokenizer = train_bpe(texts, config.vocab_size, special_tokens=template.special_tokens)
-    if not saved.exists():
-        tokenizer.save(saved)
+    """Encodes the data; a tokenizer that is trained is written to `folder` and read on resumption.
 
+    All processes of a run call this together.
+    """
+    template = template_of(config)
+    tokenizer = _tokenizer(config, data, template, folder / "tokenizer.json")
     data = fit_prompts(
         data, tokenizer, template, max_tokens=config.prompt_len, drop_long=config.drop_long
     )
@@ -114,12 +111,38 @@ def build(config: SafetyConfig, data: SafetyData, folder: Path) -> Task:
     return Task(
         data=data,
         tokenizer=tokenizer,
+        template=template,
         train=prompts([row.text for row in data.train]),
         heldout=prompts([row.text for row in data.heldout]),
         demonstrations=demonstrations(data.sft),
         ptx=demonstrations(data.ptx) if config.ptx_coef else None,
         extra={name: prompts(texts) for name, texts in further.items() if texts},
     )
+
+
+def template_of(config: SafetyConfig) -> ChatTemplate:
+    """What stands around a prompt: by name, or the pretrained model's own."""
+    if config.template == "model":
+        return pretrained.chat_template(pretrained.folder_of(config.model.pretrained))
+    return TEMPLATES[config.template]
+
+
+def _tokenizer(
+    config: SafetyConfig, data: SafetyData, template: ChatTemplate, saved: Path
+) -> Tokenizer:
+    if config.tokenizer is not None:
+        return Tokenizer.load(config.tokenizer)
+    if config.model.pretrained:
+        return Tokenizer.load(pretrained.folder_of(config.model.pretrained))
+
+    def train() -> None:
+        if not saved.exists():
+            texts = [text for pair in data.sft for text in (template.prompt(pair[0]), pair[1])]
+            special = template.special_tokens
+            train_bpe(texts, config.vocab_size, special_tokens=special).save(saved)
+
+    processes.from_leader(train)
+    return Tokenizer.load(saved)
 
 
 def exact_evaluators(data: SafetyData) -> Evaluators:

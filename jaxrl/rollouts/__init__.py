@@ -9,3 +9,4 @@ from jaxrl.rollouts.sampling import draw as draw
 from jaxrl.rollouts.sampling import truncate as truncate
 from jaxrl.rollouts.scoring import NonFiniteScores as NonFiniteScores
 from jaxrl.rollouts.scoring import Scorer as Scorer
+from jaxrl.rollouts.scoring import Scores as Scores

@@ -1,7 +1,7 @@
 """One batch of rollouts: written by the policy and, in part, by the reference policy."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Int32, PRNGKeyArray
 
 from jaxrl import policy as policy_lib
+from jaxrl import processes
 from jaxrl.rollouts.generate import generate_from_state
 from jaxrl.rollouts.sampling import Sampling
 from jaxrl.types import REFERENCE_VERSION, Completions, Prompts, Rollouts
+from sharding import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Collector:
       greedy: also write one greedy completion of each prompt (a baseline).
       frozen: parameters of the policy that are not trained, where `params` of `collect` holds
         only its adapters.
+      plan: over whose batch axes the prompts are divided; parameters come as they lie. On a mesh,
+        which may span processes, what is collected is whole in every process, as NumPy arrays.
     """
 
     graphdef: nnx.GraphDef
@@ -35,6 +39,7 @@ class Collector:
     reference_completions: int = 0
     greedy: bool = False
     frozen: nnx.State | None = None
+    plan: Plan = field(default_factory=Plan.single_device)
 
     def __post_init__(self) -> None:
         if not 0 <= self.reference_completions <= self.group_size:
@@ -59,7 +64,23 @@ class Collector:
           prompts: B prompts.
           key: consumed; a fresh one for every batch.
           version: of the policy.
+
+        Raises:
+          ValueError: the plan's batch axes do not divide B.
         """
+        if not self.plan.mesh:
+            return self._collect(params, reference, prompts, key, version)
+        prompts = self._bound.place_batch(prompts)
+        # By its words: JAX moves no typed key to devices of other processes.
+        words = self._bound.place(jax.random.key_data(key))
+        key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+        return processes.whole(self._collect(params, reference, prompts, key, version))
+
+    @cached_property
+    def _bound(self):
+        return self.plan.bind()
+
+    def _collect(self, params, reference, prompts, key, version):
         if self.frozen is not None:
             params = nnx.merge_state(params, self.frozen)
         own_key, reference_key = jax.random.split(key)

@@ -65,9 +65,14 @@ class Scorer:
           NonFiniteScores: a score is NaN or infinite.
           ValueError: a function gives more or fewer numbers than there are completions.
         """
+        scores = self.unchecked(ids, tokens)
+        self.check(ids, tokens, *scores)
+        return scores
+
+    def unchecked(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[Scores, Scores]:
+        """What `score` gives, finite or not."""
         prompts, completions = self.texts(ids, tokens)
-        shape = tokens.shape[:2]
-        results, refused = [], []
+        results = []
         for functions in (self.rewards, self.costs):
             scores = {}
             for name, function in functions.items():
@@ -77,24 +82,46 @@ class Scorer:
                         f"{name} must give one number for each of {len(completions)} completions, "
                         f"got shape {flat.shape}; score every row, with 0 where nothing applies"
                     )
-                refused += [
-                    {"name": name, "value": str(flat[i]), "prompt": prompts[i],
-                     "completion": completions[i], "prompt_id": int(ids[i // shape[1]])}
-                    for i in np.flatnonzero(~np.isfinite(flat))
-                ]  # fmt: skip
-                scores[name] = flat.reshape(shape)
+                scores[name] = flat.reshape(tokens.shape[:2])
             results.append(scores)
-        if refused:
-            raise NonFiniteScores(refused)
         return results[0], results[1]
 
-    def __call__(self, rollouts: Rollouts, greedy: Completions | None = None) -> Rollouts:
-        """The rollouts with their scores, and those of the greedy completions."""
-        ids = np.asarray(rollouts.prompts.ids)
-        rewards, costs = self.score(ids, np.asarray(rollouts.tokens))
+    def check(self, ids: np.ndarray, tokens: np.ndarray, *scores: Scores) -> None:
+        """Refuses scores, of `unchecked`, that are not finite.
+
+        Raises:
+          NonFiniteScores: there are such; it names their prompts and completions.
+        """
+        found = [(name, x) for by_name in scores for name, x in by_name.items()]
+        if all(np.isfinite(x).all() for _, x in found):
+            return
+        prompts, completions = self.texts(ids, tokens)
+        raise NonFiniteScores([
+            {"name": name, "value": str(x.flat[i]), "prompt": prompts[i],
+             "completion": completions[i], "prompt_id": int(ids[i // tokens.shape[1]])}
+            for name, x in found
+            for i in np.flatnonzero(~np.isfinite(x))
+        ])  # fmt: skip
+
+    def __call__(
+        self,
+        rollouts: Rollouts,
+        greedy: Completions | None = None,
+        *,
+        score: Callable[[np.ndarray, np.ndarray], tuple[Scores, Scores]] | None = None,
+    ) -> Rollouts:
+        """The rollouts with their scores, and those of the greedy completions.
+
+        Args:
+          rollouts: without scores.
+          greedy: the greedy completions of the same prompts.
+          score: what scores in the place of `score`, for all processes of a learner together.
+        """
+        score, ids = score or self.score, np.asarray(rollouts.prompts.ids)
+        rewards, costs = score(ids, np.asarray(rollouts.tokens))
         baseline = None
         if greedy is not None:
-            greedy_rewards, greedy_costs = self.score(ids, np.asarray(greedy.tokens))
+            greedy_rewards, greedy_costs = score(ids, np.asarray(greedy.tokens))
             scored = {"reward": greedy_rewards["reward"], "cost": greedy_costs["cost"]}
             baseline = {name: jnp.asarray(value[:, 0]) for name, value in scored.items()}
         arrays = jax.tree.map(jnp.asarray, (dict(rewards), dict(costs)))

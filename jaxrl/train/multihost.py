@@ -10,19 +10,10 @@ import numpy as np
 
 from jaxrl.actors import Result
 from jaxrl.actors.wire import result_from_wire, result_to_wire
-from jaxrl.sync.multihost import broadcast
+from jaxrl.processes import LeaderStopped, broadcast, leads
 from jaxrl.types import Rollouts
 
 Message = tuple[dict[str, Any], bytes]
-
-
-class LeaderStopped(RuntimeError):
-    """The learner's first process cannot go on; says why."""
-
-
-def leads() -> bool:
-    """Whether this process has the actors, the journal and the replay."""
-    return jax.process_index() == 0
 
 
 def tell(header: Mapping[str, Any], body: bytes = b"") -> None:

@@ -1,4 +1,9 @@
-"""The synchronous loop: prompts → rollouts → rewards, costs → update, one step after another."""
+"""The synchronous loop: prompts → rollouts → rewards, costs → update, one step after another.
+
+Under `jax.distributed` every process runs it, with the same prompts and keys in the same order. A
+step's rollouts are written by all devices together and then whole in every process; each scores
+its share of them, so that a score is computed once, and all have the same numbers.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import learner as learner_lib
+from jaxrl import processes
 from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
 from jaxrl.learner import Learner, LearnerState, Metrics
 from jaxrl.replay import Replay
-from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
+from jaxrl.rollouts import Collector, NonFiniteScores, Scorer, Scores
+from jaxrl.train.tape import Tape
 from jaxrl.types import Rollouts
 
 Span = Callable[[str], AbstractContextManager[None]]
@@ -44,6 +51,7 @@ class Trainer:
       replay: where given, each step's rollouts go into it and the update's are drawn from it;
         `Replay.state_dict` then belongs into the checkpoint.
       prompts_per_update: B of an update drawn from `replay`; `prompts_per_step` where None.
+      tape: where given, a step whose rollouts it holds uses those, and others are recorded.
       span: names the parts of a step for a timeline.
     """
 
@@ -59,6 +67,7 @@ class Trainer:
     demonstrations: Demonstrations | None = None
     replay: Replay | None = None
     prompts_per_update: int | None = None
+    tape: Tape | None = None
     span: Span = field(default=no_span)
 
     def rollout(self, state: LearnerState, step: int) -> Rollouts:
@@ -67,6 +76,15 @@ class Trainer:
         Raises:
           NonFiniteScores: see `Scorer.score`.
         """
+        recorded = None if self.tape is None else self.tape.read(step)
+        if recorded is not None:
+            return recorded
+        rollouts = self._written(state, step)
+        if self.tape is not None:
+            self.tape.write(step, rollouts)
+        return rollouts
+
+    def _written(self, state: LearnerState, step: int) -> Rollouts:
         rows = shuffled(len(self.prompts), self.prompts_per_step, seed=self.seed, step=step)
         # One root for every run, folded with the step: no two rollouts share a key.
         key = jax.random.fold_in(jax.random.key(self.seed), step)
@@ -76,7 +94,25 @@ class Trainer:
             )
             jax.block_until_ready(rollouts.tokens)
         with self.span("scoring"):
-            return self.scorer(rollouts, greedy)
+            return self.scorer(rollouts, greedy, score=self._score)
+
+    def _score(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[Scores, Scores]:
+        """`Scorer.score`, of which every process does its share of the prompts."""
+        if jax.process_count() == 1:
+            return self.scorer.score(ids, tokens)
+        share = -(-len(ids) // jax.process_count())
+        mine = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
+        mine = np.minimum(mine, len(ids) - 1)  # the last shares may repeat the last row
+        failure, scores = None, None
+        try:
+            scores = self.scorer.unchecked(ids[mine], tokens[mine])
+        except Exception as error:  # whatever it is, the others must not wait for these scores
+            failure = error
+        if processes.anywhere(failure is not None):
+            raise failure or ScoringFailed()
+        scores = jax.tree.map(lambda x: x[: len(ids)], processes.concatenated(scores))
+        self.scorer.check(ids, tokens, *scores)
+        return scores
 
     def run(
         self, state: LearnerState, *, start: int, steps: int
@@ -139,6 +175,10 @@ def imitated(
         return None
     rows = shuffled(len(demonstrations), shape[0] * shape[1], seed=seed, step=step)
     return demonstrations.take(rows)
+
+
+class ScoringFailed(RuntimeError):
+    """Another process could not score its share of the rollouts; its own error says why."""
 
 
 class NonFiniteUpdates(ValueError):
