@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float32, Int64
@@ -197,7 +198,9 @@ def _trained(
         save_adapter(adapter, adapted, base_model=config.model.pretrained)
         params = pretrained.without_adapters(adapted, reference.pretrained).params
     policy = replace(reference, params=params)
-    save_pretrained(folder, policy.decoder, params, document=policy.document)
+    document = reference.document
+    dtype = document.get("dtype") or document.get("torch_dtype") or "bfloat16"
+    save_pretrained(folder, policy.decoder, params, document=document, dtype=jnp.dtype(dtype))
     pretrained.copy_beside(pretrained.folder_of(config.model.pretrained), folder)
     return policy
 
