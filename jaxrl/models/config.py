@@ -6,6 +6,13 @@ from typing import Literal
 
 import numpy as np
 
+from jaxrl.models.attention.choice import (
+    CONTEXT_EXCHANGES,
+    IMPLEMENTATIONS,
+    ContextExchange,
+    Implementation,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -148,6 +155,10 @@ class DecoderConfig:
       experts_per_token: how many it picks.
       normalise_routing: the picked experts' probabilities are made to sum to 1.
       lora: adapters beside the kernels; None: none.
+      attention: "splash" (TPU), "cudnn" (GPU) or "xla"; "auto" takes the kernel of the machine
+        that the program is for. See `jaxrl.models.attention.Attention`.
+      context: how keys and values travel where the mesh has a context axis: around a "ring", by
+        "all_gather", or as the compiler's "partitioner" likes.
       compute_dtype: dtype of the matrix products; parameters are always float32.
       remat: what the backward pass computes again instead of reading it from memory: all but
         the products with weights ("projections"), the whole layer ("full") or nothing ("none").
@@ -185,6 +196,8 @@ class DecoderConfig:
     experts_per_token: int = 0
     normalise_routing: bool = True
     lora: LoraConfig | None = None
+    attention: Implementation = "auto"
+    context: ContextExchange = "ring"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "projections", "full"] = "projections"
     logit_chunk: int | None = None
@@ -199,6 +212,11 @@ class DecoderConfig:
             raise ValueError(f"logit_chunk must be ≥ 1 or None, got {self.logit_chunk}")
         if self.remat not in ("none", "projections", "full"):
             raise ValueError(f"remat must be none, projections or full, got {self.remat!r}")
+        for name, known in (("attention", IMPLEMENTATIONS), ("context", CONTEXT_EXCHANGES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads must divide heads: {self.heads=}, {self.kv_heads=}; "

@@ -8,15 +8,19 @@ axes (see `LOGICAL_AXES`); the names are metadata and shard nothing by themselve
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxrl.models import attention, lora
+from jaxrl.models.attention import Attention, Pattern
+from jaxrl.models.attention.choice import UNLIMITED
 from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation, Turns
 from jaxrl.models.config import DecoderConfig, LoraConfig, RopeScaling
 from jaxrl.models.mixture import mixture_of_experts
@@ -35,7 +39,6 @@ _LORA_AXES = {
     "attention_out": ("heads", "embed"), "gate": ("embed", "mlp"), "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }  # fmt: skip
-_EVERYTHING = 1 << 30  # the window of a layer without one, where other layers have one
 
 Weights = dict[str, Float[Array, "..."]]
 Attend = Callable[
@@ -211,7 +214,11 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, segments))
 
     def hidden(
-        self, tokens: Int32[Array, "N S"], segments: Int32[Array, "N S"] | None = None
+        self,
+        tokens: Int32[Array, "N S"],
+        segments: Int32[Array, "N S"] | None = None,
+        *,
+        packed: bool = True,
     ) -> Float[Array, "N S D"]:
         """Final hidden states of whole sequences.
 
@@ -219,13 +226,14 @@ class Decoder(nnx.Module):
           tokens: token ids.
           segments: 0 on padding, which may stand on either side; several sequences may share
             a row under different numbers, each attending to itself only. All 1 when None.
+          packed: False promises that no row holds two sequences, which saves some kernels a
+            mask.
         """
+        packed = packed and segments is not None
         segments = jnp.ones_like(tokens) if segments is None else segments
-
-        def attend(query, kv, window, _):
-            return attention.causal(query, kv, segments, rule=self._scores, window=window), None
-
-        return self._run(self._embed(tokens), _positions(segments), attend, None)[0]
+        return self._rows(
+            tokens, _positions(segments), segments, Pattern(prompt=tokens.shape[1]), packed=packed
+        )
 
     def completion_hidden(
         self, prompts: Prompts, tokens: Int32[Array, "B G T"]
@@ -238,31 +246,53 @@ class Decoder(nnx.Module):
         groups, steps = tokens.shape[1], tokens.shape[2] - 1
         batch, prompt_len = prompts.tokens.shape
         own_tokens = tokens[:, :, :-1].reshape(batch, groups * steps)
-        prompt_positions = _positions(prompts.mask.astype(jnp.int32))
+        mask = prompts.mask.astype(jnp.int32)
+        prompt_positions = _positions(mask)
         own_positions = prompt_positions[:, -1:, None] + 1 + jnp.arange(steps)[None, None]
         own_positions = jnp.broadcast_to(own_positions, (batch, groups, steps))
+        hidden = self._rows(
+            jnp.concatenate([prompts.tokens, own_tokens], axis=1),
+            jnp.concatenate([prompt_positions, own_positions.reshape(own_tokens.shape)], axis=1),
+            jnp.concatenate([mask, jnp.ones_like(own_tokens)], axis=1),
+            Pattern(prompt=prompt_len, completion=steps),
+            packed=False,
+        )
+        first = hidden[:, None, prompt_len - 1 : prompt_len]
+        first = jnp.broadcast_to(first, (batch, groups, 1, hidden.shape[-1]))
+        of_own = hidden[:, prompt_len:].reshape(batch, groups, steps, hidden.shape[-1])
+        return jnp.concatenate([first, of_own], axis=2)
 
-        def split(x):  # [B, P + G·T', …] -> [B, P, …], [B, G, T', …]
-            own = x[:, prompt_len:]
-            return x[:, :prompt_len], own.reshape(batch, groups, steps, *x.shape[2:])
+    def _rows(
+        self,
+        tokens: Int32[Array, "N S"],
+        positions: Int32[Array, "N S"],
+        segments: Int32[Array, "N S"],
+        pattern: Pattern,
+        *,
+        packed: bool,
+    ) -> Float[Array, "N S D"]:
+        """Final hidden states of rows of a pattern.
+
+        Where devices divide the sequence, the columns stand in another order throughout.
+        """
+        attend_rows, size = self._attention, tokens.shape[1]
+        width = attend_rows.width(size)
+        if width > size:
+            tokens, positions, segments = (
+                jnp.pad(x, [(0, 0), (0, width - size)]) for x in (tokens, positions, segments)
+            )
+        order = attend_rows.order(pattern, width)
+        if order is not None:
+            tokens, positions, segments = (x[:, order] for x in (tokens, positions, segments))
 
         def attend(query, kv, window, _):
-            options = {"rule": self._scores, "window": window}
-            (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = map(split, (query, *kv))
-            prompt = KeyValue(k_prompt, v_prompt)
-            segments, own = prompts.mask.astype(jnp.int32), KeyValue(k_own, v_own)
-            out_prompt = attention.causal(q_prompt, prompt, segments, **options)
-            out_own = attention.after_prompt(q_own, prompt, prompts.mask, own, **options)
-            out_own = out_own.reshape(batch, groups * steps, *query.shape[2:])
-            return jnp.concatenate([out_prompt, out_own], axis=1), None
+            out = attend_rows(query, kv, segments, pattern, window=window, packed=packed)
+            return out, None
 
-        x = self._embed(jnp.concatenate([prompts.tokens, own_tokens], axis=1))
-        positions = jnp.concatenate(
-            [prompt_positions, own_positions.reshape(batch, groups * steps)], axis=1
-        )
-        of_prompt, of_own = split(self._run(x, positions, attend, None)[0])
-        first = jnp.broadcast_to(of_prompt[:, None, -1:], (batch, groups, 1, x.shape[-1]))
-        return jnp.concatenate([first, of_own], axis=2)
+        x = self._run(self._embed(tokens), positions, attend, None)[0]
+        if order is not None:
+            x = x[:, np.argsort(order)]
+        return x[:, :size]
 
     def prefill(
         self, prompts: Prompts, *, group_size: int, max_new_tokens: int
@@ -275,10 +305,12 @@ class Decoder(nnx.Module):
         """
         c, batch = self.config, prompts.tokens.shape[0]
         segments = prompts.mask.astype(jnp.int32)
-        positions = _positions(segments)
+        positions, pattern = _positions(segments), Pattern(prompt=prompts.tokens.shape[1])
+        # A cache is read in the natural order: the compiler divides the sequence, if anybody.
+        attend_rows = replace(self._attention, exchange="partitioner")
 
         def attend(query, kv, window, _):
-            out = attention.causal(query, kv, segments, rule=self._scores, window=window)
+            out = attend_rows(query, kv, segments, pattern, window=window, packed=False)
             return out, CachedKeyValue.of_prompt(kv)
 
         x, stacked = self._run(self._embed(prompts.tokens), positions, attend, None)
@@ -365,6 +397,13 @@ class Decoder(nnx.Module):
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
     @property
+    def _attention(self) -> Attention:
+        c = self.config
+        return Attention(
+            implementation=c.attention, exchange=c.context, rule=self._scores, windows=c.windows
+        )
+
+    @property
     def _scores(self) -> attention.Scores:
         return attention.Scores(
             scale=self.config.query_scale, softcap=self.config.attention_softcap
@@ -393,7 +432,7 @@ class Decoder(nnx.Module):
             if window is None:
                 turn = turns.of_layer(False)
             else:
-                turn = turns.of_layer(window < _EVERYTHING)
+                turn = turns.of_layer(window < UNLIMITED)
             return self._layer(weights, x, turn, window, attend, state)
 
         if self.config.remat != "none":
@@ -408,7 +447,7 @@ class Decoder(nnx.Module):
         """Window of each layer, for the scan; None where no layer has one."""
         if not any(self.config.windows):
             return None
-        return jnp.asarray([w or _EVERYTHING for w in self.config.windows], jnp.int32)
+        return jnp.asarray([w or UNLIMITED for w in self.config.windows], jnp.int32)
 
     def _cast(self, weights: Weights) -> Weights:
         """Norms stay float32, as their arithmetic does."""

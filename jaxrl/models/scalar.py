@@ -36,7 +36,7 @@ class ScalarModel(nnx.Module):
         self, tokens: Int32[Array, "N S"], segments: Int32[Array, "N S"]
     ) -> Float32[Array, "N H"]:
         """Scores of whole sequences, read at the last token that is not padding."""
-        hidden = self.trunk.hidden(tokens, segments)
+        hidden = self.trunk.hidden(tokens, segments, packed=False)
         steps = jnp.arange(tokens.shape[1])[None]
         last = jnp.max(jnp.where(segments != 0, steps, 0), axis=1)
         return self._read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

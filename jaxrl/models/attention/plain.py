@@ -1,4 +1,4 @@
-"""Grouped-query attention in the three layouts that reinforcement learning needs.
+"""Grouped-query attention in plain XLA, in the layouts that reinforcement learning needs.
 
 Queries are [..., heads, head_dim], keys and values [..., kv_heads, head_dim]; scores and
 softmax are float32 whatever the compute dtype. What a layout shares it computes once: the G
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.cache import CachedKeyValue, KeyValue
 
 _MASKED = -1e30  # finite: a padding query, which sees nothing, must not become NaN
@@ -41,7 +42,7 @@ class Scores:
 _PLAIN = Scores()
 
 
-def _group(
+def with_groups(
     query: Float[Array, "*batch Q d"], kv_heads: int, rule: Scores
 ) -> Float[Array, "*batch K h d"]:
     """Splits query heads into groups that share one key head, scaled."""
@@ -51,9 +52,47 @@ def _group(
     return scaled.reshape(*batch, kv_heads, heads // kv_heads, head_dim)
 
 
-def _merge(out: Float[Array, "*batch K h d"]) -> Float[Array, "*batch Q d"]:
+def ungrouped(out: Float[Array, "*batch K h d"]) -> Float[Array, "*batch Q d"]:
+    """Undoes `with_groups`, but for the scale."""
     *batch, kv_heads, group, head_dim = out.shape
     return out.reshape(*batch, kv_heads * group, head_dim)
+
+
+def rows(
+    query: Float[Array, "N S Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "N S"],
+    pattern: Pattern,
+    *,
+    rule: Scores = _PLAIN,
+    window: Window = None,
+) -> Float[Array, "N S Q d"]:
+    """Attention of whole rows; of a prompt's row with completions in two blocks.
+
+    Args:
+      query: rotated queries.
+      kv: rotated keys, and values, [N, S, K, d].
+      segments: 0 marks padding; a column sees columns of its own segment only.
+      pattern: prompt and completions of the rows; its window is not read.
+      rule: scale and soft cap of the scores.
+      window: how many tokens a query sees backwards.
+    """
+    options = {"rule": rule, "window": window}
+    if not pattern.completion:
+        return causal(query, kv, segments, **options)
+    batch, start = query.shape[0], pattern.prompt
+
+    def split(x):  # [B, P + G·T, …] -> [B, P, …], [B, G, T, …]
+        own = x[:, start:].reshape(batch, -1, pattern.completion, *x.shape[2:])
+        return x[:, :start], own
+
+    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = map(split, (query, *kv))
+    prompt, of_prompt = KeyValue(k_prompt, v_prompt), segments[:, :start]
+    out_prompt = causal(q_prompt, prompt, of_prompt, **options)
+    own = KeyValue(k_own, v_own)
+    out_own = after_prompt(q_own, prompt, of_prompt != 0, own, **options)
+    out_own = out_own.reshape(batch, -1, *query.shape[2:])
+    return jnp.concatenate([out_prompt, out_own], axis=1)
 
 
 def causal(
@@ -78,10 +117,10 @@ def causal(
     if window is not None:
         column = jnp.arange(query.shape[1])
         visible &= (column[:, None] - column[None] < window)[None]
-    grouped = _group(query, kv.key.shape[-2], rule)
+    grouped = with_groups(query, kv.key.shape[-2], rule)
     scores = jnp.einsum("nskhd,ntkd->nkhst", grouped, kv.key, preferred_element_type=jnp.float32)
     weights = _softmax(rule.cap(scores), visible[:, None, None]).astype(query.dtype)
-    return _merge(jnp.einsum("nkhst,ntkd->nskhd", weights, kv.value))
+    return ungrouped(jnp.einsum("nkhst,ntkd->nskhd", weights, kv.value))
 
 
 def after_prompt(
@@ -104,7 +143,7 @@ def after_prompt(
       rule: scale and soft cap of the scores.
       window: how many tokens a query sees backwards.
     """
-    grouped = _group(query, own.key.shape[-2], rule)
+    grouped = with_groups(query, own.key.shape[-2], rule)
     to_prompt = jnp.einsum(
         "bgtkhd,bpkd->bkghtp", grouped, prompt.key, preferred_element_type=jnp.float32
     )
@@ -125,7 +164,7 @@ def after_prompt(
     on_prompt, on_own = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
     out = jnp.einsum("bkghtp,bpkd->bgtkhd", on_prompt, prompt.value)
     out += jnp.einsum("bkghts,bgskd->bgtkhd", on_own, own.value)
-    return _merge(out)
+    return ungrouped(out)
 
 
 def one_token(
@@ -150,7 +189,7 @@ def one_token(
       rule: scale and soft cap of the scores.
       window: how many tokens a query sees backwards.
     """
-    grouped = jnp.swapaxes(_group(query, own.key.shape[1], rule), 1, 2)  # [B, K, G, h, d]
+    grouped = jnp.swapaxes(with_groups(query, own.key.shape[1], rule), 1, 2)  # [B, K, G, h, d]
     lead, head_dim = grouped.shape[:-1], grouped.shape[-1]
     together = (*lead[:2], -1)  # the completions of a prompt are rows of one product
     to_prompt = _scores(grouped.reshape(*together, head_dim), prompt.key).reshape(*lead, -1)
@@ -169,7 +208,7 @@ def one_token(
     on_prompt, on_own = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
     of_prompt = on_prompt.reshape(*together, on_prompt.shape[-1]) @ prompt.value
     out = of_prompt.reshape(grouped.shape) + on_own @ own.value
-    return _merge(jnp.swapaxes(out, 1, 2))
+    return ungrouped(jnp.swapaxes(out, 1, 2))
 
 
 def _as_rank(mask: Bool[Array, "*tail"], rank: int) -> Bool[Array, "..."]:

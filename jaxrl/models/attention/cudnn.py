@@ -1,0 +1,122 @@
+"""Attention on NVIDIA GPUs by cuDNN's fused kernels, through `jax.nn.dot_product_attention`.
+
+They know causal rows that end in padding, a window, and any mask as a bias. They do not know the
+row of a prompt with several completions: here every completion attends as one sequence with its
+prompt. Two calls, to the prompt and to itself, could share the prompt, but to join them takes the
+gradient of their log-sum-exp, which JAX's call does not give. So keys, values and queries of the
+prompt are repeated for the time of a layer; the scores, which grow with the square of the length,
+never are in memory.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from jaxrl.models.attention.pattern import Pattern
+from jaxrl.models.attention.plain import Scores
+from jaxrl.models.cache import KeyValue
+
+
+def obstacle(
+    query: Float[Array, "N S Q d"], kv: KeyValue, pattern: Pattern, *, rule: Scores, packed: bool
+) -> str:
+    """Why cuDNN cannot compute this attention and its gradient; "" if it can."""
+    if rule.softcap is not None:
+        return "cuDNN has no soft cap"
+
+    def loss(query, kv):
+        segments = jnp.ones(query.shape[:2], jnp.int32)
+        out = attend(query, kv, segments, pattern, rule=rule, packed=packed)
+        return jnp.sum(out, dtype=jnp.float32)
+
+    try:  # what it takes depends on its version and on the chip: the call itself says it best
+        jax.eval_shape(jax.grad(loss, argnums=(0, 1)), query, kv)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"cuDNN refuses: {error}"
+    return ""
+
+
+def attend(
+    query: Float[Array, "N S Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "N S"],
+    pattern: Pattern,
+    *,
+    rule: Scores,
+    packed: bool,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "N S Q d"]:
+    """Attention of whole rows.
+
+    Args:
+      query: rotated queries, float16 or bfloat16.
+      kv: rotated keys, and values, [N, S, K, d].
+      segments: 0 marks padding; a column sees columns of its own segment only.
+      pattern: which columns see which, besides.
+      rule: the scale of the scores; no soft cap.
+      packed: a row may hold several segments. They become a mask, one [S, S] for all heads of a
+        row; without, what is real of a row stands together, and no mask is made.
+      implementation: "xla" runs the same call without cuDNN.
+    """
+    options = {"scale": rule.scale, "implementation": implementation}
+    if packed:
+        columns = jnp.arange(query.shape[1])
+        visible = pattern.visible(columns[:, None], columns[None])
+        same = (segments[:, :, None] == segments[:, None]) & visible[None]
+        return jax.nn.dot_product_attention(query, *kv, mask=same[:, None], **options)
+    rows = _Sequences.of(pattern, segments)
+    lengths = rows.lengths
+    out = jax.nn.dot_product_attention(
+        rows.apart(query), rows.apart(kv.key), rows.apart(kv.value), is_causal=True,
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+        local_window_size=None if pattern.window is None else (pattern.window - 1, 0), **options,
+    )  # fmt: skip
+    return rows.joined(out)
+
+
+class _Sequences:
+    """Rows as sequences that begin with their first real token, one for each completion."""
+
+    def __init__(self, pattern: Pattern, count: int, segments: Int32[Array, "N S"]):
+        real = segments != 0
+        prompt = real[:, : pattern.prompt]
+        self._pattern, self._count = pattern, count
+        self._padding = jnp.argmax(prompt, axis=1).astype(jnp.int32)  # before the first real token
+        own = pattern.completion
+        length = jnp.sum(prompt, axis=1, dtype=jnp.int32) + own
+        self.lengths = jnp.repeat(jnp.maximum(length, 1), max(count, 1))  # no row is empty
+        self._width = pattern.prompt + own
+
+    @classmethod
+    def of(cls, pattern: Pattern, segments: Int32[Array, "N S"]) -> "_Sequences":
+        own = pattern.completion
+        count = (segments.shape[1] - pattern.prompt) // own if own else 0
+        return cls(pattern, count, segments)
+
+    def apart(self, x: Float[Array, "N S h d"]) -> Float[Array, "M W h d"]:
+        """[N, S] columns to sequences of [N · completions, prompt + completion]."""
+        if self._count:
+            prompt, own = x[:, : self._pattern.prompt], x[:, self._pattern.prompt :]
+            own = own.reshape(x.shape[0], self._count, self._pattern.completion, *x.shape[2:])
+            shape = (*own.shape[:2], *prompt.shape[1:])
+            x = jnp.concatenate([jnp.broadcast_to(prompt[:, None], shape), own], axis=2)
+            x = x.reshape(-1, *x.shape[2:])
+        return self._rolled(x, 1)
+
+    def joined(self, x: Float[Array, "M W h d"]) -> Float[Array, "N S h d"]:
+        """Undoes `apart`; of the prompt's results, which are alike, the first."""
+        x = self._rolled(x, -1)
+        if not self._count:
+            return x
+        x = x.reshape(-1, self._count, *x.shape[1:])
+        prompt, own = x[:, 0, : self._pattern.prompt], x[:, :, self._pattern.prompt :]
+        own = own.reshape(x.shape[0], -1, *x.shape[3:])
+        return jnp.concatenate([prompt, own], axis=1)
+
+    def _rolled(self, x: Shaped[Array, "M W h d"], sign: int) -> Shaped[Array, "M W h d"]:
+        """Turns every row by its padding, towards its beginning or back."""
+        by = jnp.repeat(self._padding, max(self._count, 1))[:, None] * sign
+        index = (jnp.arange(self._width, dtype=jnp.int32)[None] + by) % self._width
+        return jnp.take_along_axis(x, index[:, :, None, None], axis=1)
