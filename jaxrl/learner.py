@@ -216,7 +216,13 @@ class Learner:
 
     @cached_property
     def _jitted(self):
-        return jax.jit(self.step, donate_argnums=0)
+        def step(*args):
+            if not self.plan.mesh:
+                return self.step(*args)
+            with jax.sharding.use_abstract_mesh(self._bound.mesh.abstract_mesh):  # for kernels
+                return self.step(*args)
+
+        return jax.jit(step, donate_argnums=0)
 
 
 def _observed(rollouts: Rollouts, output: PolicyOutput, version: Int32[Array, ""]) -> Metrics:

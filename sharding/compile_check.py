@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.dims import product
 from sharding.execute import Execution, leaf_specs, rewritten
@@ -31,6 +31,10 @@ from sharding.torus import device_grid
 _PLATFORMS = {"torus": "tpu", "switch": "cuda"}
 # Chips whose two cores the compiler takes for two devices unless it is told otherwise.
 _MEGACORE = ("v4",)
+# What JAX calls them, and cores that work as one device: a step may ask the mesh that it is traced
+# under what it is for.
+_KINDS = {"v4": ("TPU v4", 2), "v5e": ("TPU v5 lite", 1), "v5p": ("TPU v5", 2),
+          "v6e": ("TPU v6 lite", 1), "tpu7x": ("TPU7x", 1)}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,7 @@ def check(
     """
     platform = "cpu" if cluster.chip.name == "cpu" else _PLATFORMS[cluster.chip.kind]
     sizes = dict(execution.mesh.shape)
+    execution = replace(execution, mesh=_described_mesh(sizes, cluster.chip.name))
     lowered, donated = _lower(step, tuple(args), execution, platform, donate, roles)
     request = {
         "platform": platform,
@@ -262,6 +267,20 @@ def _compile(folder: Path) -> dict[str, Any]:
         "groups": [asdict(group) for group in groups(text)],
         "compile_s": took,
     }
+
+
+def _described_mesh(sizes: Mapping[str, int], chip: str) -> AbstractMesh:
+    """A mesh without devices that says of what kind they would be.
+
+    Of GPUs it says CPU: cuDNN's calls cannot be lowered without devices, and the compiler's own
+    attention takes more memory and never less.
+    """
+    kind, cores = _KINDS.get(chip, ("cpu", None))
+    device = AbstractDevice(
+        device_kind=kind, num_cores=cores, platform="tpu" if chip in _KINDS else "cpu"
+    )
+    mesh = abstract_mesh(sizes)
+    return mesh.update(abstract_device=device)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

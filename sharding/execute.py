@@ -1,5 +1,6 @@
 """Runs a step as planned: jit with shardings, and what a plan adds to the inside of a step."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +180,9 @@ def rewritten(
 def _rewrite(
     step: Callable[..., Any], shapes: tuple[Any, ...], execution: Execution, **roles: Any
 ) -> Rewrite:
-    traced, mesh = trace(step, shapes, **roles), execution.mesh
+    mesh = execution.mesh
+    with _in_context(execution):
+        traced = trace(step, shapes, **roles)
 
     def constrain(x: Any, spec: PartitionSpec) -> Any:
         # Within a pipeline stage the mesh of the context has the stage axis taken away.
@@ -211,6 +214,17 @@ def _rewrite(
         traced,
         stages.pipelined(traced, mesh, execution.pipeline, execution.microbatches, layers.body),
     )
+
+
+def _in_context(execution: Execution) -> contextlib.AbstractContextManager[Any]:
+    """The mesh for a step that asks for it: to run a kernel under `jax.shard_map`, for example.
+
+    Not where there are stages: within one, the mesh has the stage axis taken away.
+    """
+    if execution.pipeline:
+        return contextlib.nullcontext()
+    mesh = execution.mesh
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh)
 
 
 def _micro_shapes(traced: Trace, shapes: tuple[Any, ...], parts: int) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ class Division:
 class Columns(NamedTuple):
     """Which columns of the rows a device holds, and their segments; 0 is padding."""
 
-    index: Int32[Array, " s"]
+    number: Int32[Array, " s"]
     segment: Int32[Array, "n s"]
 
 
@@ -201,13 +201,13 @@ def _pieces(x: Array, axis: int) -> list[Array]:
 
 
 def _visible(division: Division, mine: Columns, theirs: Columns) -> Bool[Array, "n s t"]:
-    seen = division.pattern.visible(mine.index[:, None], theirs.index[None])[None]
+    seen = division.pattern.visible(mine.number[:, None], theirs.number[None])[None]
     same = mine.segment[:, :, None] == theirs.segment[:, None]
     return seen & same & (theirs.segment[:, None] != 0)
 
 
 def _split_columns(columns: Columns) -> list[Columns]:
-    pairs = zip(_pieces(columns.index, 0), _pieces(columns.segment, 1), strict=True)
+    pairs = zip(_pieces(columns.number, 0), _pieces(columns.segment, 1), strict=True)
     return [Columns(*pair) for pair in pairs]
 
 

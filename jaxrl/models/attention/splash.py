@@ -6,6 +6,7 @@ in `jax.experimental.pallas.ops.tpu.splash_attention`; see arXiv:2205.14135 for 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def attend(
         return jnp.swapaxes(x, 1, 2)
 
     rows = prepared(query * jnp.asarray(scale, query.dtype)), prepared(kv.key), prepared(kv.value)
-    out = jax.vmap(run)(*rows, kernel.SegmentIds(ids, ids))
+    out: Any = jax.vmap(run)(*rows, kernel.SegmentIds(ids, ids))
     return aligned.narrowed(jnp.swapaxes(out, 1, 2))[..., :head_dim]
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+import sharding
 from jaxrl import policy
 from jaxrl.models import Decoder, DecoderConfig
 from jaxrl.models.attention import Attention, Pattern, Scores, cudnn, plain, splash
@@ -221,6 +222,8 @@ def cudnn_here(monkeypatch):
 def lowered_step(config: DecoderConfig, mesh: AbstractMesh, platform: str) -> str:
     """The StableHLO of loss and gradient of completions, for another machine."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    # cuDNN's call is not lowered without devices, of whatever kind they are.
+    whole = NamedSharding(mesh_of(dict(mesh.shape)), PartitionSpec())
 
     def loss(params, prompts, tokens):
         model = nnx.merge(graphdef, params)
@@ -228,12 +231,12 @@ def lowered_step(config: DecoderConfig, mesh: AbstractMesh, platform: str) -> st
         return jnp.sum(policy.evaluate(model, prompts, tokens, mask, temperature=1.0).log_probs)
 
     def shape(*sizes, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
 
     prompts = Prompts(tokens=shape(4, 128), mask=shape(4, 128, dtype=jnp.bool_), ids=shape(4))
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(jax.grad(loss)).trace(params, prompts, shape(4, 2, 129))
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+        return traced.lower(lowering_platforms=(platform,)).as_text().replace("\\22", '"')
 
 
 @pytest.mark.parametrize("choice", ["auto", "cudnn"])
@@ -243,10 +246,9 @@ def test_a_step_for_gpus_calls_cudnn(cudnn_here, choice, windows):
     text = lowered_step(config, H100, "cuda")
     assert "__cudnn$fmhaSoftmax" in text
     assert "__cudnn$fmhaSoftmaxBackward" in text
-    assert '[\\"4\\", \\"2\\"' in text or '"4", "2"' in text  # 4 of 8 rows, 2 of 4 heads
-    assert (
-        'sliding_window_length": 16' in text or "sliding_window_length\\22: 16" in text
-    ) == bool(windows)
+    shape = '"dimensions": ["4", "2", "256", "256"]'  # of 8 rows and 4 heads, on 4 devices
+    assert shape in text
+    assert ('"sliding_window_length": 16' in text) == bool(windows)
 
 
 @pytest.mark.parametrize(
@@ -372,9 +374,16 @@ def on_mesh(mesh, tree):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
-@pytest.mark.parametrize("name", DIVIDED)
-@pytest.mark.parametrize("sizes", [EIGHT, {"context": 8}], ids=["2x2x2", "8"])
+@pytest.mark.parametrize(
+    ("exchange", "name", "sizes"),
+    [
+        ("ring", "plain", {"context": 8}),
+        ("ring", "windows and cap", EIGHT),
+        ("ring", "one key head", EIGHT),
+        ("all_gather", "windows and cap", EIGHT),
+        ("all_gather", "plain", {"data": 2, "context": 4}),
+    ],
+)
 def test_sequences_divided_among_devices(exchange, name, sizes):
     config = dataclasses.replace(TINY, **DIVIDED[name], context=exchange)
     graphdef, params = random_decoder(config)
@@ -403,7 +412,7 @@ def test_zigzag_gives_all_devices_the_same_work():
 
 def test_a_ring_hands_on_keys_and_never_gathers_them():
     mesh, config = mesh_of({"context": 8}), dataclasses.replace(TINY, context="ring")
-    graphdef, params = random_decoder(config)
+    _, params = random_decoder(config)
     tokens = jnp.zeros((1, 64), jnp.int32)
 
     def compiled(config):
@@ -446,3 +455,31 @@ def test_window_of_a_layer_chosen_inside_a_scan():
     for window in (2, 5, UNLIMITED):
         expected = plain.causal(query, kv, segments, window=window)
         np.testing.assert_allclose(run(jnp.int32(window)), expected, atol=1e-5)
+
+
+def test_a_plan_with_a_context_axis_runs_the_ring():
+    graphdef, params = random_decoder(TINY)
+    prompts, completions = tokens_and_prompts(rows=4, prompt=8, groups=2, steps=9)
+
+    def gradient(params, prompts, tokens):
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            mask = jnp.ones(tokens.shape, bool)
+            return jnp.mean(
+                policy.evaluate(model, prompts, tokens, mask, temperature=1.0).log_probs
+            )
+
+        return jax.grad(loss)(params)
+
+    args = (params, prompts, completions)
+    plan = sharding.plan(
+        gradient, args, cluster=jax.devices(), data=(1, 2),
+        constraints=sharding.Constraints(pinned={"fsdp": 4, "context": 2}),
+    )  # fmt: skip
+    planned = plan.apply(gradient)
+    expected = jax.jit(gradient)(*args)
+    for mine, theirs in zip(
+        jax.tree.leaves(planned(*args)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert "collective_permute" in planned.lower(*args).as_text()
