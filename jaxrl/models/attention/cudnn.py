@@ -8,7 +8,7 @@ prompt are repeated for the time of a layer; the scores, which grow with the squ
 never are in memory.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores
 from jaxrl.models.cache import KeyValue
+
+_MULTIPLE = 8  # of columns
 
 
 def obstacle(
@@ -62,10 +64,12 @@ def attend(
     """
     options = {"scale": rule.scale, "implementation": implementation}
     if packed:
+        size = query.shape[1]
+        query, kv, segments = jax.tree.map(_even, (query, kv, segments))
         columns = jnp.arange(query.shape[1])
         visible = pattern.visible(columns[:, None], columns[None])
         same = (segments[:, :, None] == segments[:, None]) & visible[None]
-        return jax.nn.dot_product_attention(query, *kv, mask=same[:, None], **options)
+        return jax.nn.dot_product_attention(query, *kv, mask=same[:, None], **options)[:, :size]
     rows = _Sequences.of(pattern, segments)
     lengths = rows.lengths
     out = jax.nn.dot_product_attention(
@@ -74,6 +78,11 @@ def attend(
         local_window_size=None if pattern.window is None else (pattern.window - 1, 0), **options,
     )  # fmt: skip
     return rows.joined(out)
+
+
+def _even(x: Any) -> Any:
+    """With columns of 0 at the end: of odd lengths cuDNN has no gradient."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _MULTIPLE), *[(0, 0)] * (x.ndim - 2)])
 
 
 class _Sequences:
@@ -103,11 +112,11 @@ class _Sequences:
             shape = (*own.shape[:2], *prompt.shape[1:])
             x = jnp.concatenate([jnp.broadcast_to(prompt[:, None], shape), own], axis=2)
             x = x.reshape(-1, *x.shape[2:])
-        return self._rolled(x, 1)
+        return self._rolled(_even(x), 1)
 
     def joined(self, x: Float[Array, "M W h d"]) -> Float[Array, "N S h d"]:
         """Undoes `apart`; of the prompt's results, which are alike, the first."""
-        x = self._rolled(x, -1)
+        x = self._rolled(x, -1)[:, : self._width]
         if not self._count:
             return x
         x = x.reshape(-1, self._count, *x.shape[1:])
@@ -118,5 +127,5 @@ class _Sequences:
     def _rolled(self, x: Shaped[Array, "M W h d"], sign: int) -> Shaped[Array, "M W h d"]:
         """Turns every row by its padding, towards its beginning or back."""
         by = jnp.repeat(self._padding, max(self._count, 1))[:, None] * sign
-        index = (jnp.arange(self._width, dtype=jnp.int32)[None] + by) % self._width
+        index = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] + by) % x.shape[1]
         return jnp.take_along_axis(x, index[:, :, None, None], axis=1)

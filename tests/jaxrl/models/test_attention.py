@@ -235,7 +235,7 @@ def lowered_step(config: DecoderConfig, mesh: AbstractMesh, platform: str) -> st
 
     prompts = Prompts(tokens=shape(4, 128), mask=shape(4, 128, dtype=jnp.bool_), ids=shape(4))
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.grad(loss)).trace(params, prompts, shape(4, 2, 129))
+        traced = jax.jit(jax.grad(loss)).trace(params, prompts, shape(4, 2, 130))
         return traced.lower(lowering_platforms=(platform,)).as_text().replace("\\22", '"')
 
 
@@ -246,7 +246,7 @@ def test_a_step_for_gpus_calls_cudnn(cudnn_here, choice, windows):
     text = lowered_step(config, H100, "cuda")
     assert "__cudnn$fmhaSoftmax" in text
     assert "__cudnn$fmhaSoftmaxBackward" in text
-    shape = '"dimensions": ["4", "2", "256", "256"]'  # of 8 rows and 4 heads, on 4 devices
+    shape = '"dimensions": ["4", "2", "264", "264"]'  # of 8 rows of 257 and 4 heads, on 4 devices
     assert shape in text
     assert ('"sliding_window_length": 16' in text) == bool(windows)
 
@@ -284,7 +284,7 @@ def test_a_step_for_tpus_calls_splash(choice, windows):
     kinds = 2 if windows else 1
     # Forward, and in the backward pass forward again, its gradients to queries and to keys.
     assert text.count("tpu_custom_call") >= 3 * kinds
-    assert "tensor<2x2x384x128xbf16>" in text  # 2 of 4 rows, 2 of 4 heads, 128 wide
+    assert "tensor<2x2x512x128xbf16>" in text  # 2 of 4 rows, 2 of 4 heads, 128 wide
 
 
 def test_xla_is_xla_on_any_machine():

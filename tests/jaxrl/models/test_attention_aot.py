@@ -1,6 +1,6 @@
 """A train step with the attention kernels, compiled by the real compilers for real machines."""
 
-import ctypes.util
+import ctypes
 import importlib.util
 import json
 import os
@@ -14,6 +14,14 @@ pytestmark = [pytest.mark.aot, pytest.mark.timeout(900)]
 
 _SCRIPT = Path(__file__).parent / "compile_attention.py"
 _ROOT = Path(__file__).parents[3]
+
+
+def has_cudnn() -> bool:
+    try:
+        ctypes.CDLL("libcudnn.so.9")
+    except OSError:
+        return False
+    return True
 
 
 def compiled_for(target: str) -> dict[str, dict[str, int]]:
@@ -45,7 +53,7 @@ def test_splash_compiles_for_tpus_and_needs_less_memory(topology):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None or not ctypes.util.find_library("cudnn"),
+    importlib.util.find_spec("jax_cuda13_plugin") is None or not has_cudnn(),
     reason="compiling for a GPU needs jax-cuda13-plugin, nvidia-cudnn-cu13 and nvidia-cublas, the "
     "libraries of the last two on LD_LIBRARY_PATH",
 )
