@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,8 +51,18 @@ from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import PromptSet
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
 from jaxrl.models import Decoder, DecoderConfig
+from jaxrl.recipes import Recipe
+from jaxrl.replay import RECTIFIED, Replay
 from jaxrl.rollouts import Collector, Sampling, Scorer
-from jaxrl.sync import FsspecStore, Publisher, Store, StoreServer, Subscriber, TcpStore
+from jaxrl.sync import (
+    FsspecStore,
+    Publisher,
+    Store,
+    StoreServer,
+    Subscriber,
+    SyncConfig,
+    TcpStore,
+)
 from jaxrl.tokenizers import PLAIN, train_bpe
 from jaxrl.train import AsynchronousTrainer
 from sharding import Plan
@@ -86,15 +97,17 @@ def nothing(prompts: list[str], completions: list[str]) -> np.ndarray:
     return np.zeros(len(completions))
 
 
-def build(name: str, *, weights: str) -> Actor:
+def build(name: str, *, weights: str, dtype: str = "float32") -> Actor:
     """An actor of this run, in whatever process this is called.
 
     Args:
       name: of the actor.
       weights: where the learner publishes: a folder or URL of fsspec's, or "host:port" of a
         learner that lends them to who has the secret in JAXRL_SECRET.
+      dtype: of the weights that it generates with; those that come quantised are expanded to it.
     """
     graphdef, reference = policy()
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), reference)
     return Actor(
         name=name,
         collector=Collector(
@@ -111,7 +124,7 @@ def build(name: str, *, weights: str) -> Actor:
         prompts=PROMPTS,
         reference=reference,
         subscriber=Subscriber(
-            store_at(weights), run_id=RUN, like=jax.eval_shape(lambda: reference), name=name
+            store_at(weights), run_id=RUN, like=like, name=name, dequantise=True
         ),
     )  # fmt: skip
 
@@ -123,9 +136,23 @@ def store_at(weights: str) -> Store:
     return FsspecStore(weights)
 
 
+ACTOR_DTYPES = {
+    "float32": SyncConfig(),
+    "bfloat16": SyncConfig(dtype=jnp.bfloat16),
+    # What a block shares a scale with is 8 bits wide; the rest (norms, embeddings) is bfloat16.
+    "int8": SyncConfig(dtype=jnp.bfloat16, quantise="int8"),
+    "fp8": SyncConfig(dtype=jnp.bfloat16, quantise="fp8"),
+}
+"""How versions are published, by --actor-dtype."""
+SAMPLER_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5, "int8": 0.5, "fp8": 1.0}
+"""Largest honest difference between an actor's and the learner's log-probability, in nats."""
+
+
 def pool_of(args: argparse.Namespace, folder: Path) -> Pool:
     """The actors, where the command line wants them; they read the weights from the folder."""
-    factory = Factory(target="experiments.launch:build", config={"weights": str(folder)})
+    dtype = "float32" if args.actor_dtype == "float32" else "bfloat16"
+    config = {"weights": str(folder), "dtype": dtype}
+    factory = Factory(target="experiments.launch:build", config=config)
     match args.actors:
         case "threads":
             return Threads(args.count, factory)
@@ -137,13 +164,18 @@ def pool_of(args: argparse.Namespace, folder: Path) -> Pool:
             return Processes(0, address=args.listen, secret=os.environ[SECRET])
 
 
-def learner_of(graphdef: nnx.GraphDef) -> Learner:
-    """Trajectory balance; over several processes the batch is split among all their devices."""
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Trajectory balance of what has just been written, or of a replay of all that was."""
+    return recipes.get("repo_tb_replay" if args.replay else "tba", group_size=GROUP)
+
+
+def learner_of(recipe: Recipe, graphdef: nnx.GraphDef) -> Learner:
+    """Over several processes the batch is split among all their devices."""
     plan = Plan.single_device()
     if jax.process_count() > 1:
         plan = Plan.from_rules({}, mesh={"data": jax.device_count()}, rules={}, batch=("data",))
     return Learner(
-        recipe=recipes.get("tba", group_size=GROUP),
+        recipe=recipe,
         apply=lm_apply(graphdef, None, temperature=1.0),
         optimizer=lm_optimizer(OptimizerConfig(learning_rate=1e-2)),
         plan=plan,
@@ -159,6 +191,9 @@ def parser() -> argparse.ArgumentParser:
         help="where they run; remote ones join by `python -m jaxrl.actors`")  # fmt: skip
     add("--count", type=int, default=2, help="actors to start; remote ones start themselves")
     add("--listen", default="127.0.0.1:7777", help="address for remote actors")
+    add("--actor-dtype", choices=tuple(ACTOR_DTYPES), default="float32",
+        help="of the weights that travel; with int8 and fp8 matrices are quantised, and remote "
+        "actors get \"dtype\": \"bfloat16\" in their --config")  # fmt: skip
     add("--weights", default="", help="address to lend the weights at; else actors read the folder")
     add(
         "--coordinator",
@@ -168,7 +203,12 @@ def parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="processes of the learner")
     add("--process", type=int, default=0, help="number of this process of the learner")
     add("--steps", type=int, default=60, help="updates")
-    add("--max-staleness", type=int, default=3, help="versions that rollouts may lie behind")
+    add(
+        "--replay",
+        action="store_true",
+        help="draw updates from a replay, so that learner and actors do not wait for each other",
+    )
+    add("--max-staleness", type=int, help="versions that new rollouts may lie behind: 3, or 64")
     add("--out", type=Path, default=Path("runs/launch"), help="folder of the run")
     return found
 
@@ -186,7 +226,11 @@ def main(argv: list[str] | None = None) -> None:
     first = jax.process_index() == 0
     store = FsspecStore(args.out / "weights")
     graphdef, reference = policy()
-    learner = learner_of(graphdef)
+    recipe = recipe_of(args)
+    learner = learner_of(recipe, graphdef)
+    max_staleness = args.max_staleness
+    if max_staleness is None:
+        max_staleness = 64 if args.replay else 3
     state = learner.init({"policy": reference}, num_prompts=len(PROMPTS))
     with contextlib.ExitStack() as stack:
         if first and args.weights:
@@ -194,11 +238,13 @@ def main(argv: list[str] | None = None) -> None:
         trainer = AsynchronousTrainer(
             learner=learner,
             pool=pool_of(args, args.out / "weights") if first else None,
-            publisher=Publisher(store, run_id=RUN),
+            publisher=Publisher(store, run_id=RUN, config=ACTOR_DTYPES[args.actor_dtype]),
             checks=CHECKS,
             prompts_per_item=8,
             seed=0,
-            max_staleness=args.max_staleness,
+            max_staleness=max_staleness,
+            replay=Replay(RECTIFIED, seed=0) if args.replay and first else None,
+            sampler_tolerance=SAMPLER_TOLERANCE[args.actor_dtype],
             journal=stack.enter_context(Journal(args.out / "journal")) if first else None,
         )
         checkpoints = stack.enter_context(Checkpointer(args.out / "checkpoints"))

@@ -160,13 +160,19 @@ class Chain:
                 continue
             payload = self._index.payload(name)
             try:
-                if payload is not None:
+                if payload is not None and not self._is_passed(name):
                     fetch_whole(self._store, payload)
             except BadPayload as error:
                 _log.warning("%s; an anchor will lead past it", error)
                 self._damaged[name] = keys
             else:
                 self._remove(keys)
+
+    def _is_passed(self, name: str) -> bool:
+        """Whether there is an anchor of a later publication than a payload's."""
+        own = int(name.partition("-")[0])
+        later = (m.payloads for s, m in self._index.manifests.items() if s > own)
+        return any(payload.kind == "anchor" for payloads in later for payload in payloads)
 
     def _settle_complaints(self) -> None:
         settled, self._damaged = self._damaged, {}

@@ -67,7 +67,12 @@ def test_the_default_runs_learns_and_goes_on_from_where_it_was(tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path):
+@pytest.mark.parametrize(
+    ("learners", "actors"),
+    [("", {}), ("--replay --actor-dtype int8", {"dtype": "bfloat16"})],
+    ids=["plain", "replay and quantised actors"],
+)
+def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path, learners, actors):
     """The page's commands for a pod: process K of N, and an actor as a job of its own."""
     items, weights, coordinator = free_address(), free_address(), free_address()
     learner = documented(
@@ -82,8 +87,10 @@ def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path):
     ):  # fmt: skip
         learner, actor = learner.replace(placeholder, value), actor.replace(placeholder, value)
     running = [
-        started(f"{learner} --steps 6".replace("--process K", f"--process {k}")) for k in (0, 1)
+        started(f"{learner} --steps 6 {learners}".replace("--process K", f"--process {k}"))
+        for k in (0, 1)
     ]
+    actor = actor.replace('"}', '"' + "".join(f', "{k}": "{v}"' for k, v in actors.items()) + "}")
     running.append(started(actor))
     try:
         leader, follower, far = map(finished, running)

@@ -125,6 +125,32 @@ def test_versions_late_out_of_order_repeated_truncated_and_flipped(tmp_path, see
     assert len({claim["version"] for claim in claims}) > 5
 
 
+class RottenAnchor(MemoryStore):
+    """The first anchor is damaged as soon as it lies there, and stays so."""
+
+    def put(self, key, data):
+        if "payloads/000000000000-anchor" in key:
+            data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
+        super().put(key, data)
+
+
+def test_a_damaged_anchor_does_not_keep_actors_waiting_for_a_version_that_waits_for_them(
+    tmp_path, caplog
+):
+    store = RottenAnchor()
+    pool = Threads(
+        2, lambda name: world.build(name, store=store, claims=str(tmp_path / "claims.jsonl"))
+    )
+    trained(world.trainer(pool, store, tmp_path, max_staleness=0, stall_s=60.0), 3)
+    check(tmp_path, 3)
+    published = [claim["version"] for claim in world.Claims(tmp_path / "published.jsonl").read()]
+    assert published[:2] == [0, 0]  # the same version again, with another anchor
+    assert not any("/damaged-" in key for key in store.keys(""))
+    for name in ("actor-0", "actor-1"):  # each says why, once
+        assert caplog.text.count(f"{name}: version none goes on serving") == 1
+    assert "an anchor will lead past it" in caplog.text
+
+
 def test_an_actor_joins_at_version_1000_and_one_sleeps_past_every_anchor(tmp_path):
     """What the store keeps is bounded, and yet both arrive at the very bits of the newest."""
     store = FsspecStore("memory://faults-1000")

@@ -110,7 +110,7 @@ def versions():
 def same(params, w):
     want = w.astype(jnp.bfloat16)
     shards = params["w"].addressable_shards
-    return all(np.array_equal(np.asarray(s.data), want[s.index]) for s in shards)
+    return all(np.asarray(s.data).tobytes() == want[s.index].tobytes() for s in shards)
 
 
 class Refusing(sync.FsspecStore):
@@ -144,7 +144,48 @@ for version, w in versions():
     assert actor.version == version and same(actor.params, w), update
 assert kinds == ["anchor", "delta", "delta", "anchor", "delta"], kinds
 
+# A process reads what its shards need, in ranges, and the whole where that is nearly all.
+class Counting(sync.FsspecStore):
+    read = 0
+
+    def _count(self, key, data):
+        self.read += len(data) * ("payloads" in key)
+        return data
+
+    def get(self, key):
+        return self._count(key, super().get(key))
+
+    def get_range(self, key, start, stop):
+        return self._count(key, super().get_range(key, start, stop))
+
+
+def big(version):
+    w = np.random.default_rng(0).normal(size=(2048, 4096)).astype(np.float32)
+    if version:
+        w *= np.float32(1.5)
+    return w
+
+
+everywhere = NamedSharding(mesh, P())
+# Of half of it some more: what shares a bucket, or a request, with what is needed.
+for name, places, least, most in (("parted", columns, 0.5, 0.6), ("copied", everywhere, 1, 1)):
+    like = {"w": jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16, sharding=places)}
+    publisher = sync.Publisher(store, run_id=name, config=config, receivers=[like])
+    counting = Counting(folder / "store")
+    actor = sync.Subscriber(counting, run_id=name, like=like, name="reads")
+    for version in range(2):
+        w, counting.read = big(version), 0
+        params = {"w": jax.make_array_from_callback(w.shape, rows, lambda index: w[index])}
+        size = publisher.publish(params, version).size_bytes
+        assert size > 1_000_000
+        assert actor.prepare(), actor.problem
+        update = actor.flip()
+        assert same(actor.params, w)
+        assert update.size_bytes == counting.read
+        assert least <= counting.read / size <= most, (name, version, counting.read, size)
+
 # What one process does not get, neither uses.
+like = {"w": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=columns)}
 late = sync.Subscriber(store, run_id="r", like=like, name="late")
 if process == 1:
     real = store.get

@@ -47,6 +47,16 @@ def test_blobs_are_what_was_put_last(store):
         store.get("run/a")
 
 
+def test_ranges_are_parts_of_what_was_put(store):
+    assert isinstance(store, sync.RangeStore)
+    blob = bytes(range(200))
+    store.put("run/a", blob)
+    for start, stop in ((0, 200), (0, 1), (7, 9), (150, 250), (200, 300), (5, 5)):
+        assert store.get_range("run/a", start, stop) == blob[start:stop]
+    with pytest.raises(KeyError, match="no blob 'run/b'"):
+        store.get_range("run/b", 0, 1)
+
+
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../b", "a//b", "a b", "a/", "é"])
 def test_keys_that_could_leave_the_store_are_refused(store, key):
     for act in (store.get, store.delete, lambda k: store.put(k, b"")):

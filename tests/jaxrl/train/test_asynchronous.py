@@ -1,5 +1,6 @@
 """The asynchronous loop: it is the synchronous one at staleness 0, and bounded beyond."""
 
+import dataclasses
 import threading
 import time
 
@@ -10,11 +11,11 @@ import pytest
 from flax import nnx
 
 from jaxrl import recipes
-from jaxrl.actors import Actor, PoolConfig, RolloutChecks, Threads
+from jaxrl.actors import Actor, PoolConfig, RolloutChecks, Threads, Timings
 from jaxrl.data.batches import PromptSet
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.replay import Replay, ReplayConfig
+from jaxrl.replay import RECTIFIED, Replay, ReplayConfig
 from jaxrl.rollouts import Collector, Sampling, Scorer
 from jaxrl.sync import MemoryStore, Publisher, Subscriber
 from jaxrl.tokenizers import PLAIN, train_bpe
@@ -59,7 +60,9 @@ def scorer(reward=length):
     )
 
 
-def trainer(actors=1, *, reward=length, before=None, config=None, store=None, **options):
+def trainer(
+    actors=1, *, reward=length, before=None, config=None, store=None, reference=2, **options
+):
     """A trainer over threads; `before(name)` may be called by an actor before each rollout."""
     store = store or MemoryStore()
 
@@ -69,7 +72,7 @@ def trainer(actors=1, *, reward=length, before=None, config=None, store=None, **
         )
         actor = Actor(
             name=name,
-            collector=COLLECTOR,
+            collector=dataclasses.replace(COLLECTOR, reference_completions=reference),
             scorer=scorer(reward),
             prompts=PROMPTS,
             reference=PARAMS,
@@ -209,6 +212,17 @@ def test_an_actor_that_dies_is_replaced_and_its_item_handed_out_again():
     assert (actor.items, actor.restarts) == (4, 2)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlowLearner(Learner):
+    """A learner whose updates take their time, as those of large models do."""
+
+    seconds: float
+
+    def update(self, *args):
+        time.sleep(self.seconds)
+        return super().update(*args)
+
+
 class SlowStore(MemoryStore):
     """Payloads after the first take their time to write; notes who writes and what else went on."""
 
@@ -284,3 +298,57 @@ def test_with_replay_the_learner_need_not_wait():
     assert min(row["learner_idle_share"] for row in rows) < 0.5
     with pytest.raises(ValueError, match="prompts_per_update is drawn from a replay"):
         trainer(prompts_per_update=3)
+
+
+def test_the_rectified_recipe_learns_from_a_replay_of_everybodys_answers():
+    """`repo_tb_replay`, whole: references' answers, best safe ones, and actors that never wait."""
+    recipe = recipes.get("repo_tb_replay", group_size=4)
+    learner = SlowLearner(
+        recipe=recipe, apply=LEARNER.apply, optimizer=LEARNER.optimizer, seconds=0.2
+    )
+    drawn = []
+
+    class Watched(Replay):
+        def sample(self, *args):
+            drawn.append(super().sample(*args))
+            return drawn[-1]
+
+    loop = trainer(
+        2, learner=learner, replay=Watched(RECTIFIED, seed=0), max_staleness=64,
+        prompts_per_update=4, reference=recipe.reference_samples, max_unread=100_000,
+    )  # fmt: skip
+    work = []
+    for done, _, row, refusals in loop.run(started(learner), start=0, steps=10):
+        assert refusals == []
+        assert np.isfinite(row["loss"])
+        if done in (3, 10):  # all is compiled by the third
+            done_so_far = loop.pool.statistics.values()
+            work.append(sum((actor.timings for actor in done_so_far), Timings()))
+    # Seven long updates, at each of which a queue of any length would have run dry.
+    idle, total = (getattr(work[1], x) - getattr(work[0], x) for x in ("idle", "total"))
+    assert idle / total < 0.1
+    written = drawn[-1].policy_version[..., 0]
+    assert drawn[-1].tokens.shape == (4, 4, 4)
+    assert (written < 0).any()
+    assert written.max() > 1
+    # What is best is known from all that was seen of a prompt, not from this batch alone.
+    best = drawn[-1].best_safe
+    here = np.where(drawn[-1].cost <= 0, drawn[-1].reward, -np.inf).max(1)
+    assert (best >= here).all()
+    assert np.isfinite(best).any()
+
+
+def test_actors_make_a_bounded_number_of_answers_ahead_of_a_replaying_learner():
+    learner = SlowLearner(
+        recipe=LEARNER.recipe, apply=LEARNER.apply, optimizer=LEARNER.optimizer, seconds=0.5
+    )
+    loop = trainer(
+        2, replay=Replay(RECTIFIED, seed=0), max_staleness=64, max_unread=3, learner=learner
+    )
+    before = 0
+    for _ in loop.run(started(), start=0, steps=5):
+        now = sum(actor.items for actor in loop.pool.statistics.values())
+        assert now - before <= 3 + 2 * 2  # those unread, and one of each actor twice
+        before = now
+    with pytest.raises(ValueError, match="max_unread must be at least 1"):
+        trainer(max_unread=0)
