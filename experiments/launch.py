@@ -16,8 +16,9 @@ is in `main`. On several machines the learner listens for actors and lends them 
     JAXRL_SECRET=… python -m jaxrl.actors --learner LEARNER:7777 --build experiments.launch:build \
         --config '{"weights": "LEARNER:7778"}'
 
-A learner of many processes starts the first command in each, with `--coordinator`, `--processes`
-and `--process`. Killed, it resumes when started again with the same folder.
+A learner of many processes starts the first command in each, with `--coordinator`,
+`--num-processes` and `--process-id`. Killed, it resumes when started again with the same folder;
+told to stop by SIGTERM, it saves first and exits with status 75.
 
 Hardware: two CPU cores, under a minute. Expected: the reward, the share of letters that are
 lowercase, rises from about .1 to above .5; the staleness stays within `--max-staleness`.
@@ -64,7 +65,7 @@ from jaxrl.sync import (
     TcpStore,
 )
 from jaxrl.tokenizers import PLAIN, train_bpe
-from jaxrl.train import AsynchronousTrainer
+from jaxrl.train import AsynchronousTrainer, Preempted, Preemption
 from sharding import Plan
 
 SECRET = "JAXRL_SECRET"
@@ -198,10 +199,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--coordinator",
         default="",
-        help="host:port of process 0 of a learner of many processes; `auto` on TPU pods and Slurm",
+        help="host:port of process 0 of a learner of many processes; `auto` on TPU pods, GKE and "
+        "Slurm; by default JAX_COORDINATOR_ADDRESS, else there is one process",
     )
-    add("--processes", type=int, default=1, help="processes of the learner")
-    add("--process", type=int, default=0, help="number of this process of the learner")
+    add("--num-processes", "--processes", type=int, default=0,
+        help="processes of the learner; by default JAX_NUM_PROCESSES")  # fmt: skip
+    add("--process-id", "--process", type=int, default=-1,
+        help="number of this process of the learner; by default JAX_PROCESS_ID")  # fmt: skip
     add("--steps", type=int, default=60, help="updates")
     add(
         "--replay",
@@ -215,14 +219,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a learner, and its actors where it has to start them."""
+    from experiments.harness import join  # brings what draws figures: not for every actor
+
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    # Harmless where there are accelerators; on CPUs it is what carries data between processes.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if args.coordinator == "auto":
-        jax.distributed.initialize()
-    elif args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    join(args.coordinator, args.num_processes, args.process_id)
     first = jax.process_index() == 0
     store = FsspecStore(args.out / "weights")
     graphdef, reference = policy()
@@ -250,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints = stack.enter_context(Checkpointer(args.out / "checkpoints"))
         start, state = trainer.restore(checkpoints, state)
         row: dict[str, Any] = {}
+        preemption = stack.enter_context(Preemption())
+        stopping, done = False, start
         for done, present, row, _ in trainer.run(state, start=start, steps=args.steps):
             if first and (done % 10 == 0 or done == args.steps):
                 print(
@@ -259,8 +262,13 @@ def main(argv: list[str] | None = None) -> None:
                     f"actors idle {row.get('actor_idle_share', 0.0):.0%}",
                     flush=True,
                 )
-            if done % 20 == 0 or done == args.steps:
+            stopping = preemption.reached()
+            if done % 20 == 0 or done == args.steps or stopping:
                 trainer.save(checkpoints, done, present)
+            if stopping:
+                break
+    if stopping:  # all is closed, and so saved
+        raise Preempted(f"after step {done}")
     if first and row:
         (args.out / "summary.json").write_text(json.dumps(row, indent=2) + "\n")
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +68,31 @@ def test_the_default_runs_learns_and_goes_on_from_where_it_was(tmp_path):
 
 
 @pytest.mark.timeout(300)
+def test_told_to_stop_it_saves_exits_with_75_and_goes_on(tmp_path):
+    """A learner of two processes, of which the second gets the signal."""
+    command = documented("python -m experiments.launch --coordinator 127.0.0.1:1234")
+    command = command.removesuffix(" &").replace("127.0.0.1:1234", free_address())
+    numbers = ("--process-id 0", "--process-id 1")
+    running = [
+        started(f"{command} --steps 3000 --out {tmp_path}".replace(numbers[0], number))
+        for number in numbers
+    ]
+    try:
+        while not (line := running[0].stdout.readline()).startswith("step   10 "):
+            assert line, running[0].communicate()[1][-3000:]
+        running[1].send_signal(signal.SIGTERM)
+        for process in running:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 75, err[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+    saved = max(int(path.stem) for path in (tmp_path / "checkpoints").glob("*.json"))
+    out = finished(started(f"python -m experiments.launch --steps {saved + 5} --out {tmp_path}"))
+    assert out.splitlines()[-1].startswith(f"step {saved + 5:4d} ")
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("learners", "actors"),
     [("", {}), ("--replay --actor-dtype int8", {"dtype": "bfloat16"})],
@@ -82,12 +108,12 @@ def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path, learners, ac
     actor = documented("python -m jaxrl.actors --learner LEARNER:7777")
     for placeholder, value in (
         ("0.0.0.0:7777", items), ("LEARNER:7777", items), ("0.0.0.0:7778", weights),
-        ("LEARNER:7778", weights), ("HOST0:1234", coordinator), ("--processes N", "--processes 2"),
+        ("LEARNER:7778", weights), ("HOST0:1234", coordinator), ("processes N", "processes 2"),
         ("/mnt/run", str(tmp_path)),
     ):  # fmt: skip
         learner, actor = learner.replace(placeholder, value), actor.replace(placeholder, value)
     running = [
-        started(f"{learner} --steps 6 {learners}".replace("--process K", f"--process {k}"))
+        started(f"{learner} --steps 6 {learners}".replace("--process-id K", f"--process-id {k}"))
         for k in (0, 1)
     ]
     actor = actor.replace('"}', '"' + "".join(f', "{k}": "{v}"' for k, v in actors.items()) + "}")
