@@ -39,7 +39,7 @@ def _train(run, config, work, evaluators, name, sft) -> stages.Policy:
 def main(argv: list[str] | None = None) -> None:
     if dry_run.hand_over(argv):
         return
-    argv = _with_model(sys.argv[1:] if argv is None else argv)
+    argv = with_model(sys.argv[1:] if argv is None else argv)
     config = harness.cli(
         SafetyConfig,
         presets=PRESETS,
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     harness.main(experiment, "safety", config, preemptible=True)
 
 
-def _with_model(argv: Sequence[str]) -> list[str]:
+def with_model(argv: Sequence[str]) -> list[str]:
     """`--model NAME` written out: the pretrained model, and its preset where none is named."""
     words = [word for arg in argv for word in _parts_of_model_flag(arg)]
     if "--model" not in words:

@@ -19,8 +19,7 @@ from jaxrl.sync import SyncError
 SECRET = "JAXRL_SECRET"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serves a learner; 0 when it is done, 1 when it cannot be reached or refuses."""
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jaxrl.actors", description=__doc__)
     parser.add_argument("--learner", required=True, metavar="HOST:PORT", help="of its pool")
     parser.add_argument(
@@ -39,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--with-parent", action="store_true", help="end as soon as standard input is closed"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves a learner; 0 when it is done, 1 when it cannot be reached or refuses."""
+    parser = command_line()
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {args.name} %(levelname)s %(name)s: %(message)s"
