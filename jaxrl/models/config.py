@@ -154,6 +154,10 @@ class DecoderConfig:
       experts: feed-forward blocks of each layer, of which a router picks some; 0 is dense.
       experts_per_token: how many it picks.
       normalise_routing: the picked experts' probabilities are made to sum to 1.
+      expert_exchange: on a mesh, "all_to_all" routes each device's tokens by itself and sends
+        rows to the devices of their experts; "partitioner" leaves all to the compiler.
+      expert_capacity: rows that a device takes from each other, as a multiple of a balanced
+        router's; what is beyond is dropped. None: whatever comes, and nothing is dropped.
       lora: adapters beside the kernels; None: none.
       attention: "splash" (TPU), "cudnn" (GPU) or "xla"; "auto" takes the kernel of the machine
         that the program is for. See `jaxrl.models.attention.Attention`.
@@ -195,6 +199,8 @@ class DecoderConfig:
     experts: int = 0
     experts_per_token: int = 0
     normalise_routing: bool = True
+    expert_exchange: Literal["all_to_all", "partitioner"] = "all_to_all"
+    expert_capacity: float | None = None
     lora: LoraConfig | None = None
     attention: Implementation = "auto"
     context: ContextExchange = "ring"
@@ -235,7 +241,11 @@ class DecoderConfig:
             raise ValueError(f"a window holds the token itself: ≥ 1, got {self.windows}")
         if self.window_rope_theta is not None and not any(self.windows):
             raise ValueError("window_rope_theta is of layers with a window, and there are none")
-        for name in ("query_scale", "attention_softcap", "logit_softcap"):
+        if self.expert_exchange not in ("all_to_all", "partitioner"):
+            raise ValueError(
+                f"expert_exchange must be all_to_all or partitioner, got {self.expert_exchange!r}"
+            )
+        for name in ("query_scale", "attention_softcap", "logit_softcap", "expert_capacity"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}; None leaves it out")

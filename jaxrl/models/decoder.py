@@ -23,6 +23,8 @@ from jaxrl.models.attention import Attention, Pattern
 from jaxrl.models.attention.choice import UNLIMITED
 from jaxrl.models.cache import Cache, CachedKeyValue, KeyValue, Rotation, Turns
 from jaxrl.models.config import DecoderConfig, LoraConfig, RopeScaling
+from jaxrl.models.expert_exchange import exchanged_experts
+from jaxrl.models.layout import Layout
 from jaxrl.models.mixture import mixture_of_experts
 from jaxrl.types import Prompts
 
@@ -500,11 +502,14 @@ class Decoder(nnx.Module):
     def _feed_forward(self, weights: Weights, x):
         c, activation = self.config, _ACTIVATIONS[self.config.activation]
         if c.experts:
-            return mixture_of_experts(
-                x, weights["router"], weights["gate"], weights["up"], weights["down"],
-                experts_per_token=c.experts_per_token, normalise=c.normalise_routing,
-                activation=activation,
-            )  # fmt: skip
+            kernels = (weights[name] for name in ("router", "gate", "up", "down"))
+            options = {"experts_per_token": c.experts_per_token, "activation": activation,
+                       "normalise": c.normalise_routing}  # fmt: skip
+            layout = Layout.current()
+            if layout is None or c.expert_exchange == "partitioner":
+                return mixture_of_experts(x, *kernels, **options)
+            capacity = c.expert_capacity
+            return exchanged_experts(x, *kernels, layout, capacity_factor=capacity, **options)
         gate, up = self._project(weights, "gate", x), self._project(weights, "up", x)
         return self._project(weights, "down", activation(gate) * up)
 

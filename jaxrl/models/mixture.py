@@ -58,9 +58,24 @@ def mixture_of_experts(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     token = order // experts_per_token
     sizes = jnp.bincount(chosen.reshape(-1), length=router.shape[-1]).astype(jnp.int32)
-    rows = flat[token]
-    hidden = activation(jax.lax.ragged_dot(rows, gate, sizes))
-    hidden *= jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes)
+    out = expert_rows(flat[token], gate, up, down, sizes, activation=activation)
     out *= weights.reshape(-1)[order][:, None].astype(out.dtype)
     return jnp.zeros_like(flat).at[token].add(out).reshape(x.shape)
+
+
+def expert_rows(
+    rows: Float[Array, "R D"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    sizes: Int32[Array, " E"],
+    *,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "R D"]:
+    """down_e(activation(gate_e·x) · up_e·x) of rows sorted by expert, `sizes` of them each.
+
+    Rows after the last expert's have no meaning.
+    """
+    hidden = activation(jax.lax.ragged_dot(rows, gate, sizes))
+    hidden *= jax.lax.ragged_dot(rows, up, sizes)
+    return jax.lax.ragged_dot(hidden, down, sizes)
