@@ -5,6 +5,7 @@ log-probabilities and values; the same learner therefore trains a language model
 table of logits in a benchmark.
 """
 
+import contextlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -193,6 +194,10 @@ class Learner:
         metrics |= seen | {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
         return kept, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The mesh of the plan, for whatever else computes with the policy where it lies."""
+        return self._bound.context() if self.plan.mesh else contextlib.nullcontext()
+
     def _loss(self, params, recipe_state, rollouts, targets, demonstrations, version):
         output = self.apply(params, rollouts)
         if targets is None:
@@ -217,9 +222,7 @@ class Learner:
     @cached_property
     def _jitted(self):
         def step(*args):
-            if not self.plan.mesh:
-                return self.step(*args)
-            with jax.sharding.use_abstract_mesh(self._bound.mesh.abstract_mesh):  # for kernels
+            with self.context():
                 return self.step(*args)
 
         return jax.jit(step, donate_argnums=0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxrl.models import Decoder
-from jaxrl.types import PolicyOutput, Prompts
+from jaxrl.types import PackedRows, PolicyOutput, Prompts
 
 
 def token_log_probs(
@@ -69,6 +69,42 @@ def evaluate(
       with_entropy: False saves a pass over the logits and leaves the entropies at 0.
     """
     hidden = model.completion_hidden(prompts, tokens)
+    log_probs, spread = _read(model, hidden, tokens, temperature, with_entropy)
+    return PolicyOutput(
+        log_probs=jnp.where(mask, log_probs, 0.0), entropy=jnp.where(mask, spread, 0.0)
+    )
+
+
+def packed_log_probs(
+    model: Decoder, rows: PackedRows, *, temperature: float
+) -> Float32[Array, "N S"]:
+    """Log-probabilities of the tokens of packed rows that are trained on, 0 elsewhere.
+
+    Each token is predicted from those before it in its own sequence.
+
+    Args:
+      model: the policy.
+      rows: sequences side by side.
+      temperature: divides the logits.
+    """
+    hidden = model.hidden(rows.tokens, rows.segments, packed=True)
+    # A row is one completion of a group of its own; what stands in front of it is its first token.
+    log_probs, _ = _read(
+        model, hidden[:, None, :-1], rows.tokens[:, None, 1:], temperature, with_entropy=False
+    )
+    found = jnp.pad(log_probs[:, 0], [(0, 0), (1, 0)])
+    follows = jnp.diff(rows.segments, axis=1, prepend=0) == 0
+    return jnp.where(rows.mask & follows, found, 0.0)
+
+
+def _read(
+    model: Decoder,
+    hidden: Float[Array, "B G T D"],
+    tokens: Int32[Array, "B G T"],
+    temperature: float,
+    with_entropy: bool,
+) -> tuple[Float32[Array, "B G T"], Float32[Array, "B G T"]]:
+    """Log-probabilities and entropies from hidden states, in the chunks of the configuration."""
 
     def read(hidden, tokens):
         logits = model.logits(hidden)
@@ -77,10 +113,7 @@ def evaluate(
             return log_probs, jnp.zeros_like(log_probs)
         return log_probs, entropy(jax.lax.stop_gradient(logits), temperature=temperature)
 
-    log_probs, spread = _in_chunks(read, model.config.logit_chunk, hidden, tokens)
-    return PolicyOutput(
-        log_probs=jnp.where(mask, log_probs, 0.0), entropy=jnp.where(mask, spread, 0.0)
-    )
+    return _in_chunks(read, model.config.logit_chunk, hidden, tokens)
 
 
 def _in_chunks(
@@ -116,3 +149,9 @@ def negative_log_likelihood(
     """Mean negative log-likelihood of the completions' tokens, in nats a token."""
     output = evaluate(model, prompts, tokens[:, None], mask[:, None], temperature=1.0)
     return -jnp.sum(output.log_probs) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def packed_negative_log_likelihood(model: Decoder, rows: PackedRows) -> Float32[Array, ""]:
+    """`negative_log_likelihood` of packed rows: the mean over all tokens that are trained on."""
+    log_probs = packed_log_probs(model, rows, temperature=1.0)
+    return -jnp.sum(log_probs) / jnp.maximum(jnp.sum(rows.mask), 1)

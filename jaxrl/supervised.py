@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy
-from jaxrl.types import Prompts
+from jaxrl.types import PackedRows, Prompts
 from sharding import Plan
 
 
@@ -58,9 +58,18 @@ class Supervised:
         mask: Bool[Array, "B T"],
     ) -> tuple[SupervisedState, Float32[Array, ""]]:
         """One jitted step; `state` is donated. Gives the loss before it, in nats a token."""
+        return self._update(state, (prompts, tokens, mask), policy.negative_log_likelihood)
+
+    def update_packed(
+        self, state: SupervisedState, rows: PackedRows
+    ) -> tuple[SupervisedState, Float32[Array, ""]]:
+        """`update` on rows that hold several sequences; the same loss of the same sequences."""
+        return self._update(state, (rows,), policy.packed_negative_log_likelihood)
+
+    def _update(self, state, data, loss):
         if self.plan.mesh:
-            prompts, tokens, mask = self._bound.place_batch((prompts, tokens, mask))
-        return self._jitted(state, prompts, tokens, mask)
+            data = self._bound.place_batch(data)
+        return self._jitted(state, data, loss)
 
     @cached_property
     def _bound(self):
@@ -68,10 +77,9 @@ class Supervised:
 
     @cached_property
     def _jitted(self):
-        def step(state, prompts, tokens, mask):
+        def step(state, data, loss_of):
             def loss(params):
-                model = nnx.merge(self.graphdef, params)
-                return policy.negative_log_likelihood(model, prompts, tokens, mask)
+                return loss_of(nnx.merge(self.graphdef, params), *data)
 
             value, grads = jax.value_and_grad(loss)(state.params)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -82,4 +90,10 @@ class Supervised:
                 state = self._bound.constrain(state)
             return state, value
 
-        return jax.jit(step, donate_argnums=0)
+        def under_mesh(*args):
+            if not self.plan.mesh:
+                return step(*args)
+            with self._bound.context():
+                return step(*args)
+
+        return jax.jit(under_mesh, donate_argnums=0, static_argnums=2)

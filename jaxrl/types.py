@@ -38,6 +38,22 @@ class Prompts(_Record):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class PackedRows(_Record):
+    """Rows in which several sequences stand one after the other.
+
+    Attributes:
+      tokens: token ids.
+      segments: number of the sequence that a token belongs to, from 1 in every row; 0 on padding.
+      mask: True on tokens that are trained on, none of which is the first of its sequence.
+    """
+
+    tokens: Int32[Array, "N S"]
+    segments: Int32[Array, "N S"]
+    mask: Bool[Array, "N S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Completions(_Record):
     """What a policy wrote for `Prompts`: G completions for each.
 

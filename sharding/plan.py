@@ -4,6 +4,7 @@ A plan can be written down, compared and sent to another machine; `bind` turns i
 shardings on the devices that are there, `apply` a step into one that runs as planned.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,6 +314,10 @@ class BoundPlan:
 
     plan: Plan
     mesh: Mesh
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The mesh for what is traced within: kernels under `jax.shard_map` ask for it."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
     def shardings(self, tree: Any) -> list[NamedSharding]:
         """Of every leaf of a tree of parameters or optimiser state, in the order of the leaves.

@@ -79,7 +79,9 @@ class SftConfig:
     steps: int = 500
     """Gradient steps; 0 leaves it out, which only a pretrained model allows."""
     batch: int = 64
-    """Demonstrations a step."""
+    """Demonstrations a step; rows a step where they are packed."""
+    pack: int = 0
+    """Columns of a row in which several demonstrations stand side by side; 0: one a row."""
     learning_rate: float = 2e-3
     """Peak of AdamW's rate; it falls along a cosine."""
 
@@ -227,6 +229,8 @@ class SafetyConfig(ProcessOptions):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.sft.pack < 0:
+            raise ValueError(f"sft.pack is the width of a row, or 0: got {self.sft.pack}")
         self._check_numbers()
         if self.model.lora_rank and self.sft.steps:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Array, Bool, Float32, Int64
 
 from experiments.harness import Run
 from experiments.safety import placement, pretrained
@@ -18,6 +18,7 @@ from experiments.safety.task import Evaluators, Task
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.constraints import Rectified
 from jaxrl.data.batches import PromptSet, shuffled
+from jaxrl.data.packing import PackedDemonstrations
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
 from jaxrl.models import Decoder, DecoderConfig, LoraParam, ScalarModel
 from jaxrl.models.huggingface import Pretrained, save_adapter, save_pretrained, with_adapter
@@ -25,7 +26,7 @@ from jaxrl.processes import Preempted
 from jaxrl.recipes import Recipe
 from jaxrl.replay import RECTIFIED, Replay
 from jaxrl.rollouts import Collector, Sampling
-from jaxrl.supervised import Supervised
+from jaxrl.supervised import Supervised, SupervisedState
 from jaxrl.train import Scorer, Tape, Trainer
 from sharding import Plan
 
@@ -120,12 +121,19 @@ def fine_tune(run: Run, config: SafetyConfig, task: Task) -> Policy:
         optimizer=config.sft.optimizer().build(),
         plan=_plan(config, policy.params),
     )
+    packed = PackedDemonstrations(demonstrations=demos, width=config.sft.pack, seed=config.seed)
+
+    def update(state: SupervisedState, step: int) -> tuple[SupervisedState, Float32[Array, ""]]:
+        if config.sft.pack:
+            return trainer.update_packed(state, packed.take(step, config.sft.batch))
+        rows = shuffled(len(demos), config.sft.batch, seed=config.seed, step=step)
+        return trainer.update(state, *demos.take(rows))
+
     with Checkpointer(run.checkpoints / "sft") as checkpoints:
         start, state = _resume(run, "sft", checkpoints, trainer.init(policy.params))
         with run.progress("sft", total, start=start) as bar:
             for step in range(start, total):
-                rows = shuffled(len(demos), config.sft.batch, seed=config.seed, step=step)
-                state, loss = trainer.update(state, *demos.take(rows))
+                state, loss = update(state, step)
                 done = step + 1
                 if done % LOG_EVERY == 0 or done == total:
                     metrics = {"loss": float(loss)}

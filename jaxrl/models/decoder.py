@@ -502,14 +502,17 @@ class Decoder(nnx.Module):
     def _feed_forward(self, weights: Weights, x):
         c, activation = self.config, _ACTIVATIONS[self.config.activation]
         if c.experts:
-            kernels = (weights[name] for name in ("router", "gate", "up", "down"))
-            options = {"experts_per_token": c.experts_per_token, "activation": activation,
-                       "normalise": c.normalise_routing}  # fmt: skip
+            router, gate, up, down = (weights[n] for n in ("router", "gate", "up", "down"))
+            options: dict[str, Any] = {
+                "experts_per_token": c.experts_per_token, "normalise": c.normalise_routing,
+                "activation": activation,
+            }  # fmt: skip
             layout = Layout.current()
             if layout is None or c.expert_exchange == "partitioner":
-                return mixture_of_experts(x, *kernels, **options)
-            capacity = c.expert_capacity
-            return exchanged_experts(x, *kernels, layout, capacity_factor=capacity, **options)
+                return mixture_of_experts(x, router, gate, up, down, **options)
+            return exchanged_experts(
+                x, router, gate, up, down, layout, capacity_factor=c.expert_capacity, **options
+            )
         gate, up = self._project(weights, "gate", x), self._project(weights, "up", x)
         return self._project(weights, "down", activation(gate) * up)
 

@@ -88,7 +88,7 @@ class Trainer:
         rows = shuffled(len(self.prompts), self.prompts_per_step, seed=self.seed, step=step)
         # One root for every run, folded with the step: no two rollouts share a key.
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        with self.span("rollout"):
+        with self.span("rollout"), self.learner.context():
             rollouts, greedy = self.collector.collect(
                 state.params["policy"], self.reference, self.prompts.take(rows), key, state.step
             )

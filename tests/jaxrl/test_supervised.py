@@ -1,5 +1,7 @@
 """Fine-tuning: the loss by hand, what it learns, and that it leaves its start alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import optax
 from flax import nnx
 
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.policy import negative_log_likelihood
+from jaxrl.policy import negative_log_likelihood, packed_negative_log_likelihood
 from jaxrl.rollouts import Sampling, generate_from_state
 from jaxrl.supervised import Supervised
-from jaxrl.types import Prompts
+from jaxrl.types import PackedRows, Prompts
 
 CONFIG = DecoderConfig(
     vocab_size=8, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=16, max_len=8,
@@ -61,3 +63,37 @@ def test_it_learns_the_demonstrations_and_nothing_of_the_padding():
     # The state is donated at every step; what the caller passed in is still there.
     for kept, now in zip(jax.tree.leaves(before), jax.tree.leaves(PARAMS), strict=True):
         np.testing.assert_array_equal(kept, now)
+
+
+def test_packed_rows_have_the_loss_and_the_gradients_of_the_same_sequences_apart():
+    # Three sequences in two rows: [2 5 6 1 | 3 4 7 1] and [6 5 2], the prompts 2, 3 4 and 6.
+    prompts = Prompts(
+        tokens=jnp.asarray([[0, 2], [3, 4], [0, 6]], jnp.int32),
+        mask=jnp.asarray([[False, True], [True, True], [False, True]]),
+        ids=jnp.arange(3),
+    )
+    tokens = jnp.asarray([[5, 6, EOS], [7, EOS, 0], [5, 2, 0]], jnp.int32)
+    mask = jnp.asarray([[True] * 3, [True, True, False], [True, True, False]])
+    rows = PackedRows(
+        tokens=jnp.asarray([[2, 5, 6, EOS, 3, 4, 7, EOS], [6, 5, 2, 0, 0, 0, 0, 0]], jnp.int32),
+        segments=jnp.asarray([[1] * 4 + [2] * 4, [1] * 3 + [0] * 5], jnp.int32),
+        mask=jnp.asarray([[0, 1, 1, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0, 0]], bool),
+    )
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, PARAMS)
+
+    def of(loss, config, *data):
+        graphdef = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[0]
+        return jax.jit(jax.value_and_grad(lambda p: loss(nnx.merge(graphdef, p), *data)))(params)
+
+    expected = of(negative_log_likelihood, CONFIG, prompts, tokens, mask)
+    for changes in ({}, {"logit_chunk": 3}, {"attention": "splash"}):
+        config = dataclasses.replace(CONFIG, **changes)
+        loss, gradients = of(packed_negative_log_likelihood, config, rows)
+        np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+        for mine, theirs in zip(
+            jax.tree.leaves(gradients), jax.tree.leaves(expected[1]), strict=True
+        ):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    state, loss = TRAINER.update_packed(TRAINER.init(params), rows)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    assert int(state.step) == 1
