@@ -13,7 +13,9 @@ def experiment(run: Run) -> None:
     if note:
         run.note(note)
     sft = policies.fine_tune(run, config, work)
-    trained = [training.train(run, config, work, sft, METHODS[name]) for name in config.methods]
+    trained = {
+        name: training.train(run, config, work, sft, METHODS[name]) for name in config.methods
+    }
     results.finish(run, config, trained)
 
 

@@ -1,6 +1,10 @@
-"""What each part of a method takes alone: what the simulator starts from."""
+"""What each part of a method takes alone: what the simulator starts from.
 
-import os
+A part's processor seconds do not depend on what else the machine does; its wall-clock time does.
+Its duration is therefore taken as its processor seconds over the processors that it keeps busy when
+nothing disturbs it, which the least disturbed of its laps show.
+"""
+
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.asynchrony.machine import machine_cores, measured
 from experiments.asynchrony.parts import Parts
 from experiments.asynchrony.simulator import NOTHING, Activity, Durations
 from jaxrl import sync
@@ -18,6 +23,9 @@ from jaxrl.data.batches import shuffled
 from jaxrl.learner import LearnerState
 from jaxrl.train import summarise
 from jaxrl.types import Rollouts
+
+_UNDISTURBED = 0.9
+"""Quantile of the laps, by processors kept busy, that counts as undisturbed."""
 
 
 class Stopwatch:
@@ -35,10 +43,13 @@ class Stopwatch:
         self.cpu_s.append(time.process_time() - cpu)
 
     def activity(self, *, warmup: int = 1) -> Activity:
-        """What was timed, without the first laps, which compile."""
-        wall, cpu = self.wall_s[warmup:], self.cpu_s[warmup:]
-        cores = sum(cpu) / sum(wall) if sum(wall) else 0.0
-        return Activity(seconds=tuple(wall), cores=max(cores, 0.01))
+        """What was timed, as it were undisturbed, without the first laps, which compile."""
+        wall, cpu = np.asarray(self.wall_s[warmup:]), np.asarray(self.cpu_s[warmup:])
+        if not wall.sum():
+            return NOTHING
+        # Not the very best lap: the clocks of a short one are not read at one moment.
+        cores = max(float(np.quantile(cpu / wall, _UNDISTURBED)), 0.01)
+        return Activity(seconds=tuple((cpu / cores).tolist()), cores=cores)
 
 
 def calibrate(parts: Parts) -> Durations:
@@ -91,11 +102,11 @@ def _rollout(parts: Parts, state: LearnerState, step: int) -> Rollouts:
     return jax.tree.map(np.asarray, parts.scorer(rollouts, greedy))
 
 
-def available_cores(parts: Parts) -> float:
-    """Processor seconds a second that this process gets when it wants more than there are.
+def usable_share(parts: Parts) -> float:
+    """Share of the processors left by others that this process can keep busy, in (0, 1].
 
-    Fewer than the machine has where others use it too, or where threads wait for the
-    interpreter's lock. Measured by rollouts in more threads than the machine has cores.
+    Below 1 where threads wait for each other, as for the interpreter's lock. Measured by rollouts
+    in more threads than the machine has cores.
     """
     threads = machine_cores() + 2
     barrier = threading.Barrier(threads + 1)
@@ -108,20 +119,12 @@ def available_cores(parts: Parts) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         done = [pool.submit(work, index * parts.config.calibration) for index in range(threads)]
-        watch = Stopwatch()
         barrier.wait()
-        with watch.lap():
+        with measured() as load:
             barrier.wait()
         for each in done:
             each.result()
-    return watch.activity(warmup=0).cores
-
-
-def machine_cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return load.own / load.left
 
 
 class _Channel:

@@ -45,9 +45,12 @@ class Method:
             max_staleness=self.max_staleness,
             sync_every=self.sync_every,
             replay=self.replay,
+            poll_s=POLL_S,
         )
 
 
+POLL_S = 0.01
+"""Seconds between two looks of an actor for new weights, which lie in this process's memory."""
 TBA_SYNC_EVERY = 2
 """Updates between two versions that TBA's actors get: the paper's k on GSM8K."""
 
@@ -110,6 +113,8 @@ class AsynchronyConfig(RunOptions):
     """What stands around a question: "plain", or "problem" for TBA's prompt on GSM8K."""
     steps: int = 300
     """Updates of each method."""
+    seeds: int = 1
+    """Times that each method is trained, from --seed on; all from the one SFT policy."""
     prompts_per_step: int = 8
     """Prompts of an update, and of a work item of an actor."""
     group_size: int = 8
@@ -151,7 +156,7 @@ class AsynchronyConfig(RunOptions):
         super().__post_init__()
         counts = (
             "problems", "heldout_problems", "steps", "prompts_per_step", "prompt_len",
-            "completion_len", "evaluate_every", "calibration", "replay_capacity",
+            "completion_len", "evaluate_every", "calibration", "replay_capacity", "seeds",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:

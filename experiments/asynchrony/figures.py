@@ -19,27 +19,87 @@ def _look(place: int) -> dict[str, Any]:
     return style(place) | {"marker": _MARKERS[place % len(_MARKERS)], "markersize": 3.5}
 
 
-def learning(
-    by_clock: Mapping[str, Curve], by_samples: Mapping[str, Curve], before: float
+def overview(
+    by_clock: Mapping[str, Curve],
+    by_samples: Mapping[str, Curve],
+    *,
+    before: float,
+    speedups: Mapping[str, Speedups],
+    grid: Mapping[float, Speedups],
+    actors: Sequence[int],
+    here: float,
+    reached: float = TBA_SPEEDUP,
 ) -> "Figure":
-    """Accuracy against seconds of training, and against completions that were trained on.
+    """Learning by the clock and by samples; speed-up by actors and by G/T.
 
     Args:
       by_clock: seconds and accuracy by method.
       by_samples: thousands of completions and accuracy by method, in the same order.
       before: accuracy of the SFT policy.
+      speedups: by what they are for; thin lines are the closed form of each.
+      grid: by ratio of generation to training time; lines are closed forms.
+      actors: numbers of them in `grid`.
+      here: the ratio that was measured.
+      reached: a speed-up to compare with.
     """
 
     def paint(*axes: "Axes") -> None:
-        labels = ("seconds of training", "completions trained on, thousands")
-        for axis, curves, label in zip(axes, (by_clock, by_samples), labels, strict=True):
-            axis.axhline(before, color=INK, lw=0.9, alpha=0.5)
-            for place, (name, (x, y)) in enumerate(curves.items()):
-                axis.plot(x, y, label=name, **_look(place))
-            axis.set(xlabel=label, xlim=(0, None))
+        _learning(axes[0], by_clock, "seconds of training", before)
+        _learning(axes[1], by_samples, "completions trained on, thousands", before)
         axes[0].set_ylabel("held-out accuracy of samples")
+        _many_actors(axes[2], speedups)
+        _fourfold(axes[3], grid, actors, here)
+        for axis in axes[2:]:
+            axis.axhline(reached, color=INK, lw=0.9, alpha=0.6)
+            axis.annotate(
+                f"{reached:g} × (TBA)", (1, reached), xycoords=("axes fraction", "data"),
+                va="bottom", ha="right", fontsize=8,
+            )  # fmt: skip
+            _own_legend(axis)
 
-    return draw(paint, columns=2, size=(9.6, 4.2))
+    return draw(paint, columns=2, rows=2, size=(9.6, 8.4))
+
+
+def _learning(axis: "Axes", curves: Mapping[str, Curve], label: str, before: float) -> None:
+    axis.axhline(before, color=INK, lw=0.9, alpha=0.5)
+    for place, (name, (x, y)) in enumerate(curves.items()):
+        axis.plot(x, y, label=name, **_look(place))
+    axis.set(xlabel=label, xlim=(0, None))
+
+
+def _many_actors(axis: "Axes", curves: Mapping[str, Speedups]) -> None:
+    for place, (name, found) in enumerate(curves.items()):
+        axis.plot(ACTORS, found.ideal, color=INK, lw=0.7, alpha=0.5)
+        axis.plot(ACTORS, found.speedups, label=name, **_look(place))
+    axis.set(xscale="log", yscale="log", xlabel="actors", ylabel="speed-up")
+    axis.set_xticks(ACTORS, [f"{n:,}" for n in ACTORS], fontsize=8)
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _fourfold(
+    axis: "Axes", simulated: Mapping[float, Speedups], actors: Sequence[int], here: float
+) -> None:
+    axis.axvline(here, color=INK, lw=0.9, alpha=0.6, linestyle=":")
+    axis.annotate(" this run", (here, 1), fontsize=8)
+    dense = [RATIOS[0] * (RATIOS[-1] / RATIOS[0]) ** (i / 200) for i in range(201)]
+    for place, count in enumerate(actors):
+        look = style(place)
+        label = f"{count:,} actor{'s' * (count > 1)}"
+        axis.plot(dense, [ideal_speedup(r, count) for r in dense], label=label, **look)
+        found = [simulated[ratio].speedups[place] for ratio in RATIOS]
+        axis.plot(RATIOS, found, linestyle="none", marker=_MARKERS[place], color=look["color"])
+    axis.set(xscale="log", yscale="log", xlabel="G/T: generation over training time")
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_formatter("{x:g}")
+
+
+def _own_legend(axis: "Axes") -> None:
+    """A legend within the axis, and none of it in that of the figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles, labels, fontsize=8, loc="upper left")
+    for handle in handles:
+        handle.set_label("_")
 
 
 def idle(learner: Mapping[str, float], actors: Mapping[str, float]) -> "Figure":
@@ -94,62 +154,3 @@ def agreement(measured: Mapping[str, float], simulated: Mapping[str, float]) -> 
         axis.grid(axis="x", visible=False)
 
     return draw(paint, size=(7.2, 3.4))
-
-
-def many_actors(curves: Mapping[str, Speedups], *, reached: float = TBA_SPEEDUP) -> "Figure":
-    """Speed-up over alternating on one machine, against the number of actors.
-
-    Args:
-      curves: by what they are for; thin lines are the closed form of each.
-      reached: a line to compare with.
-    """
-
-    def paint(axis: "Axes") -> None:
-        axis.axhline(reached, color=INK, lw=0.9, alpha=0.6)
-        axis.annotate(f"{reached:g} ×", (ACTORS[-1], reached), va="bottom", ha="right", fontsize=8)
-        for place, (name, found) in enumerate(curves.items()):
-            axis.plot(ACTORS, found.ideal, color=INK, lw=0.7, alpha=0.5)
-            axis.plot(ACTORS, found.speedups, label=name, **_look(place))
-        axis.set(xscale="log", yscale="log", xlabel="actors", ylabel="speed-up")
-        axis.set_xticks(ACTORS, [f"{n:,}" for n in ACTORS], fontsize=8)
-        axis.set_xticks([], minor=True)
-        axis.yaxis.set_major_formatter("{x:g}")
-
-    return draw(paint, size=(7.2, 4.6))
-
-
-def fourfold(
-    simulated: Mapping[float, Speedups],
-    actors: Sequence[int],
-    *,
-    here: float | None = None,
-    reached: float = TBA_SPEEDUP,
-) -> "Figure":
-    """Speed-up against the ratio of generation to training time: lines closed form, dots simulated.
-
-    Args:
-      simulated: by ratio.
-      actors: their numbers.
-      here: the ratio that was measured.
-      reached: a line to compare with.
-    """
-
-    def paint(axis: "Axes") -> None:
-        axis.axhline(reached, color=INK, lw=0.9, alpha=0.6)
-        axis.annotate(f"{reached:g} × (TBA)", (RATIOS[0], reached), va="bottom", fontsize=8)
-        if here is not None:
-            axis.axvline(here, color=INK, lw=0.9, alpha=0.6, linestyle=":")
-            axis.annotate(" this run", (here, 1), fontsize=8)
-        dense = [RATIOS[0] * (RATIOS[-1] / RATIOS[0]) ** (i / 200) for i in range(201)]
-        for place, count in enumerate(actors):
-            look = style(place)
-            label = f"{count:,} actor{'s' * (count > 1)}"
-            axis.plot(dense, [ideal_speedup(r, count) for r in dense], label=label, **look)
-            found = [simulated[ratio].speedups[place] for ratio in RATIOS]
-            axis.plot(RATIOS, found, linestyle="none", marker=_MARKERS[place], color=look["color"])
-        axis.set(xscale="log", yscale="log", xlabel="G/T: generation over training time")
-        axis.set_ylabel("speed-up")
-        for which in (axis.xaxis, axis.yaxis):
-            which.set_major_formatter("{x:g}")
-
-    return draw(paint, size=(7.2, 4.6))

@@ -5,11 +5,11 @@ from typing import Any
 
 from flax import nnx
 
-from experiments.asynchrony.config import AsynchronyConfig, Method
+from experiments.asynchrony.config import POLL_S, AsynchronyConfig, Method
 from experiments.asynchrony.policies import Policy
 from experiments.asynchrony.task import Task, no_cost
 from jaxrl import sync
-from jaxrl.actors import Actor, Threads
+from jaxrl.actors import Actor, ActorConfig, Threads
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer
 from jaxrl.models import ScalarModel
 from jaxrl.replay import Replay
@@ -54,6 +54,7 @@ class Parts:
                 subscriber=sync.Subscriber(
                     store, run_id=run_id, like=self.reference.params, name=name
                 ),
+                config=ActorConfig(poll_s=POLL_S),
             )
 
         return Threads(self.method.actors, build)

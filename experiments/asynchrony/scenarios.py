@@ -30,7 +30,7 @@ def this_machine(config: AsynchronyConfig, trained: Trained) -> Outcome:
         METHODS[trained.method].schedule,
         updates=config.simulated_updates,
         seed=config.seed,
-        cores=trained.available_cores,
+        cores=trained.usable_cores,
     )
 
 
@@ -120,16 +120,6 @@ def network_of(link: str) -> Network:
     parsed = sync.Link.parse(link)
     rate = parsed.bits_per_s / 8
     return Network(uplink_bytes_per_s=rate, downlink_bytes_per_s=rate, latency_s=parsed.latency_s)
-
-
-def ratio_for(speedup: float, durations: Durations, *, sync_every: int) -> float:
-    """The least G/T at which enough actors make training so many times faster.
-
-    The learner's period is T + P/k with the publication P of every k-th update, so that
-    (G + T) / (T + P/k) ≥ s takes G/T ≥ s·(1 + P/(k·T)) − 1.
-    """
-    published = durations.publish.mean_s / (sync_every * durations.update.mean_s)
-    return speedup * (1 + published) - 1
 
 
 def fourfold(

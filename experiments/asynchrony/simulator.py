@@ -7,9 +7,12 @@ once version u − max_staleness of the weights is published:
     max_staleness 1    one step off-policy: actors write the next batch during the update
     more               asynchronous
 
-With fixed durations, one item an update, and links that cost nothing, this is a closed queueing
-network of s + 1 tokens, N servers of G seconds and one of T seconds. Its throughput in updates a
-second is `throughput_bound`, min(1/T, N/G, (s + 1)/(G + T)).
+Versions are published beside the updates, one at a time; those that become due meanwhile are passed
+over for the newest, as `AsynchronousTrainer` does it.
+
+With fixed durations, one item an update, and publications that cost nothing, this is a closed
+queueing network of s + 1 tokens, N servers of G seconds and one of T seconds. Its throughput in
+updates a second is `throughput_bound`, min(1/T, N/G, (s + 1)/(G + T)).
 """
 
 import math
@@ -70,7 +73,7 @@ class Durations:
     Attributes:
       rollout: one item at one actor: completions, log-probabilities, rewards.
       update: one optimiser step.
-      publish: at the learner, for each published version, encoding included.
+      publish: beside the learner's updates, for each published version, encoding included.
       prepare: at an actor, for each version that it fetches, beside its generation and without
         the time on the link.
       flip: at an actor, between two items: the prepared weights take over.
@@ -118,12 +121,12 @@ class Schedule:
       actors: N.
       items_per_update: results that one update waits for.
       max_staleness: s, in versions: see the module.
-      sync_every: k: a version is published after every k updates.
+      sync_every: k: a version is due after every k updates.
       background: actors fetch every version beside their generation, as `jaxrl.actors` does;
         else each waits for the newest before it begins an item.
       replay: the learner does not wait for its items: once it has those of its first update it
-        trains on what its buffer holds. Before each update it refills the actors' queue to two
-        items for each of them, as `AsynchronousTrainer` does.
+        trains on what its buffer holds, and the actors never run out of items.
+      poll_s: seconds between two looks of an actor for new weights.
 
     Raises:
       ValueError: with s < k − 1 learner and actors would wait for each other for ever.
@@ -135,6 +138,7 @@ class Schedule:
     sync_every: int = 1
     background: bool = True
     replay: bool = False
+    poll_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("actors", "items_per_update", "sync_every"):
@@ -247,8 +251,9 @@ class _Model:
         self.link = Shared(self.clock, network.uplink_bytes_per_s)
         self.published = Level(self.clock)  # the newest version that actors can have
         self.delivered = Level(self.clock)  # items
-        self.handed_out = Level(self.clock)  # items; without replay versions alone hold them back
         self.trained = self.next_item = 0
+        self.promised = 0  # the version that is published last or is being published
+        self.publishing = self.updating = False
         self.writers: deque[int] = deque()  # versions that wrote the items not yet trained on
         self.learner_waited = self.actors_waited = 0.0
         self.staleness: Counter[int] = Counter()
@@ -292,18 +297,30 @@ class _Model:
         schedule = self.schedule
         for update in range(updates):
             since = self.clock.now
-            self.handed_out.rise(self.delivered.value + 2 * schedule.actors)
             batches = 1 if schedule.replay else update + 1
             yield self.delivered.reach(batches * schedule.items_per_update)
             self.learner_waited += self.clock.now - since
             if not schedule.replay:
                 used = (self.writers.popleft() for _ in range(schedule.items_per_update))
                 self.staleness.update(update - version for version in used)
+            self.updating = True
             yield self.do(self.durations.update)
+            self.updating = False
             self.trained = update + 1
-            if self.trained % schedule.sync_every == 0:
-                yield self.do(self.durations.publish)
-                self.published.rise(self.trained)
+            self.publish_if_due()
+
+    def publish_if_due(self) -> None:
+        """What the learner does between two updates, and while it waits."""
+        if not self.publishing and self.trained - self.promised >= self.schedule.sync_every:
+            self.publishing, self.promised = True, self.trained
+            self.clock.spawn(self.publication(self.trained))
+
+    def publication(self, version: int) -> Iterator[Command]:
+        yield self.do(self.durations.publish)
+        self.published.rise(version)
+        self.publishing = False
+        if not self.updating:
+            self.publish_if_due()
 
     def actor(self) -> Iterator[Command]:
         own = _Weights(ready=Level(self.clock))
@@ -313,8 +330,6 @@ class _Model:
             item, self.next_item = self.next_item, self.next_item + 1
             since = self.clock.now
             wanted = self.schedule.oldest_version(item)
-            if self.schedule.replay:
-                yield self.handed_out.reach(item + 1)
             if not self.schedule.background:
                 yield self.published.reach(wanted)
                 yield from self.fetch(own)
@@ -334,6 +349,7 @@ class _Model:
         """Prepares every version, or the newest where it is slower, beside the one that serves."""
         while True:
             yield self.published.reach(own.ready.value + 1)
+            yield self.clock.sleep(self.rng.uniform(0.0, self.schedule.poll_s))
             yield from self.fetch(own)
 
     def fetch(self, own: "_Weights") -> Iterator[Command]:

@@ -5,15 +5,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.asynchrony import parts as parts_lib
-from experiments.asynchrony.calibration import available_cores, calibrate
+from experiments.asynchrony.calibration import calibrate, usable_share
 from experiments.asynchrony.config import AsynchronyConfig, Method
+from experiments.asynchrony.machine import measured
 from experiments.asynchrony.parts import Parts
 from experiments.asynchrony.policies import Policy, evaluate
 from experiments.asynchrony.simulator import Activity, Durations
@@ -50,6 +51,7 @@ class Trained:
 
     Attributes:
       method: its name.
+      seed: of prompts, samples and critic.
       snapshots: from before the first update to after the last.
       step_s: seconds of each update with all that it waited for.
       rewards: mean reward of the completions of each update.
@@ -59,11 +61,15 @@ class Trained:
       pause_s: of one exchange of weights at an actor; None where nothing is exchanged.
       staleness: share of the trained tokens by their age in versions.
       refused: work items refused.
+      publishing: share of the learner's time that publications took of it; None for synchronous
+        training.
       durations: of the parts alone.
-      available_cores: that all threads together can keep busy.
+      usable_share: of the processors that others leave, how many this process can keep busy.
+      left_cores: that others left during the training.
     """
 
     method: str
+    seed: int
     snapshots: tuple[Snapshot, ...]
     step_s: tuple[float, ...]
     rewards: tuple[float, ...]
@@ -73,8 +79,10 @@ class Trained:
     pause_s: float | None
     staleness: dict[int, float]
     refused: int
+    publishing: float | None
     durations: Durations
-    available_cores: float
+    usable_share: float
+    left_cores: float
 
     @property
     def elapsed_s(self) -> float:
@@ -85,6 +93,11 @@ class Trained:
         """Of the learner, without the first steps: actors have nothing to write with yet."""
         steady = self.step_s[len(self.step_s) // 10 :]
         return len(steady) / sum(steady)
+
+    @property
+    def usable_cores(self) -> float:
+        """Processors that all threads together could keep busy during the training."""
+        return self.usable_share * self.left_cores
 
     @property
     def items_per_s(self) -> float:
@@ -113,25 +126,47 @@ class Trained:
 
 def train(
     run: Run, config: AsynchronyConfig, task: Task, reference: Policy, method: Method
-) -> Trained:
-    """Trains with a method, or reads what an earlier process has trained.
+) -> tuple[Trained, ...]:
+    """Trains with a method, with each seed, or reads what an earlier process has trained.
 
-    A finished method is kept in the folder. One that was interrupted starts anew: the times of
-    two processes do not add up.
+    What is finished is kept in the folder. A training that was interrupted starts anew: the times
+    of two processes do not add up.
     """
-    path = run.folder / "methods" / f"{method.name}.json"
-    if path.exists():
-        return Trained.from_json(json.loads(path.read_text(encoding="utf-8")))
-    run.rewind(method.name, 0)
-    parts = parts_lib.build(config, method, task, reference)
-    durations, available = calibrate(parts), available_cores(parts)
-    record = _asynchronous(run, parts) if method.actors else _synchronous(run, parts)
-    found = Trained(method=method.name, durations=durations, available_cores=available, **record)
-    write_json(path, found.to_json())
-    return found
+    found: list[Trained] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        path = run.folder / "methods" / f"{method.name}-seed{seed}.json"
+        if path.exists():
+            found.append(Trained.from_json(json.loads(path.read_text(encoding="utf-8"))))
+            continue
+        parts = parts_lib.build(replace(config, seed=seed), method, task, reference)
+        if found:  # what the parts take does not depend on the seed
+            durations, share = found[0].durations, found[0].usable_share
+        else:
+            durations, share = calibrate(parts), usable_share(parts)
+        run.rewind(_stage(parts), 0)
+        with measured() as load:
+            train_one = _asynchronous if method.actors else _synchronous
+            log, counts = train_one(run, parts)
+        record = log.record(run, **counts)
+        trained = Trained(
+            method=method.name,
+            seed=seed,
+            durations=durations,
+            usable_share=share,
+            left_cores=load.left,
+            **record,
+        )
+        write_json(path, trained.to_json())
+        found.append(trained)
+    return tuple(found)
 
 
-def _synchronous(run: Run, parts: Parts) -> dict[str, Any]:
+def _stage(parts: Parts) -> str:
+    """Name of a training in metrics and samples."""
+    return f"{parts.method.name}-seed{parts.config.seed}"
+
+
+def _synchronous(run: Run, parts: Parts) -> tuple["_Log", dict[str, Any]]:
     config, log = parts.config, _Log(parts)
     updating = Seconds()
     trainer = Trainer(
@@ -148,10 +183,10 @@ def _synchronous(run: Run, parts: Parts) -> dict[str, Any]:
     steps = trainer.run(parts.state, start=0, steps=config.steps)
     log.follow(run, ((step, state, metrics) for step, state, metrics, _ in steps), lambda: log.done)
     share = updating.total_s / sum(log.step_s)
-    return log.record(run, items=config.steps, learner_idle=1 - share, actor_idle=share)
+    return log, {"items": config.steps, "learner_idle": 1 - share, "actor_idle": share}
 
 
-def _asynchronous(run: Run, parts: Parts) -> dict[str, Any]:
+def _asynchronous(run: Run, parts: Parts) -> tuple["_Log", dict[str, Any]]:
     config, log = parts.config, _Log(parts)
     store, waiting = sync.MemoryStore(), Seconds()
     pool = parts.actors(store, run_id=run.hash)
@@ -181,14 +216,14 @@ def _asynchronous(run: Run, parts: Parts) -> dict[str, Any]:
     log.follow(run, ((step, state, metrics) for step, state, metrics, _ in steps), answered)
     actors = list(pool.statistics.values())
     pauses = sum(actor.timings.paused for actor in actors)
-    return log.record(
-        run,
-        items=answered(),
-        learner_idle=waiting.total_s / sum(log.step_s),
-        actor_idle=float(np.mean([actor.idle_share for actor in actors])),
-        pause_s=pauses / answered(),
-        refused=sum(sum(actor.refused.values()) for actor in actors),
-    )
+    return log, {
+        "items": answered(),
+        "learner_idle": waiting.total_s / sum(log.step_s),
+        "actor_idle": float(np.mean([actor.idle_share for actor in actors])),
+        "pause_s": pauses / answered(),
+        "refused": sum(sum(actor.refused.values()) for actor in actors),
+        "publishing": log.publishing_s / sum(log.step_s),
+    }
 
 
 class Seconds:
@@ -218,6 +253,7 @@ class _Log:
         self.step_s: list[float] = []
         self.rewards: list[float] = []
         self.staleness: defaultdict[int, float] = defaultdict(float)  # sums of shares
+        self.publishing_s = 0.0
         self._kept: list[tuple[int, float, int, Any]] = []
 
     @property
@@ -238,7 +274,7 @@ class _Log:
           steps: the training; its clock starts with the first request.
           answered: work items that have been written so far.
         """
-        config, name = self.parts.config, self.parts.method.name
+        config, name = self.parts.config, _stage(self.parts)
         self._keep(0, 0, self.parts.state)
         with run.progress(name, config.steps) as bar:
             began = time.perf_counter()
@@ -246,6 +282,8 @@ class _Log:
                 now = time.perf_counter()
                 self.step_s.append(now - began)
                 self.rewards.append(metrics["reward"])
+                share = metrics.get("learner_publishing_share", 0.0)
+                self.publishing_s += share * self.step_s[-1]
                 for age in (key for key in metrics if key.startswith(_AGE)):
                     if age != _OLDEST:
                         self.staleness[int(age.removeprefix(_AGE))] += metrics[age]
@@ -272,6 +310,7 @@ class _Log:
         actor_idle: float,
         pause_s: float | None = None,
         refused: int = 0,
+        publishing: float | None = None,
     ) -> dict[str, Any]:
         """All of `Trained` that a training shows; evaluates the snapshots."""
         parts, snapshots, accuracy = self.parts, [], None
@@ -288,7 +327,7 @@ class _Log:
                 )
             )
         assert accuracy is not None
-        run.write_samples(parts.method.name, accuracy.rows(parts.task))
+        run.write_samples(_stage(parts), accuracy.rows(parts.task))
         total = sum(self.staleness.values())
         return {
             "snapshots": tuple(snapshots),
@@ -300,6 +339,7 @@ class _Log:
             "pause_s": pause_s,
             "staleness": {age: n / total for age, n in sorted(self.staleness.items())},
             "refused": refused,
+            "publishing": publishing,
         }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008), Color Universal Design, darkened for white and lightened for black so that
 # each has a contrast of at least 3:1 to its background (WCAG 2.2, 1.4.11).
-_LIGHT = "#0065a3 #c4500a #00805c #a8497f #8a6a00 #3a86b8 #5b5bb5 #6b6b6b".split()  # noqa: SIM905
+LIGHT = "#0065a3 #c4500a #00805c #a8497f #8a6a00 #3a86b8 #5b5bb5 #6b6b6b".split()  # noqa: SIM905
 _DARK = "#56b4e9 #f08a4b #2fc79b #e59ac4 #e6c04a #8fd0f5 #a9a9f5 #b5b5b5".split()  # noqa: SIM905
 
 
@@ -160,7 +160,7 @@ def _css() -> str:
     def palette(colours: Sequence[str]) -> str:
         return "".join(f"--series-{i}:{colour};" for i, colour in enumerate(colours))
 
-    return _STYLE.replace("/*light*/", palette(_LIGHT)).replace("/*dark*/", palette(_DARK))
+    return _STYLE.replace("/*light*/", palette(LIGHT)).replace("/*dark*/", palette(_DARK))
 
 
 _STYLE = """

@@ -70,13 +70,41 @@ def test_speed_up_of_enough_room_to_run_ahead(ratio, actors):
     assert speedup == pytest.approx(ideal_speedup(ratio, actors), rel=0.02)
 
 
-def test_versions_are_published_every_k_updates():
+def test_publications_run_beside_the_updates():
     found = simulate(
         fixed(0.2, 1.0, publish=Activity.fixed(2.0)),
         Schedule(actors=2, max_staleness=6, sync_every=4),
         updates=400,
     )
-    assert found.updates_per_s == pytest.approx(4 / (4 + 2), rel=0.01)
+    assert found.updates_per_s == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 3, 6])
+def test_long_publications_bound_the_learner_by_its_staleness(max_staleness):
+    # While version v is published the learner gets as far as the version before allows, which is
+    # then published next: two publications of P seconds for every s + 1 updates.
+    found = simulate(
+        fixed(0.01, 0.1, publish=Activity.fixed(8.0)),
+        Schedule(actors=1, max_staleness=max_staleness),
+        updates=600,
+    )
+    assert found.updates_per_s == pytest.approx((max_staleness + 1) / 16.0, rel=0.03)
+    assert max(found.staleness) == max_staleness
+
+
+def test_one_core_shares_its_time_with_the_publications():
+    # 1 s an update; of every second one a publication of .5 s, and .25 s at the actor.
+    durations = fixed(0.0, 1.0, publish=Activity.fixed(0.5), prepare=Activity.fixed(0.25))
+    schedule = Schedule(actors=1, max_staleness=8, sync_every=2)
+    found = simulate(durations, schedule, updates=400, cores=1.0)
+    assert 1 / found.updates_per_s == pytest.approx(1.0 + (0.5 + 0.25) / 2, rel=0.01)
+
+
+def test_actors_that_look_seldom_get_their_weights_later():
+    # Synchronous: half of the pause between two looks is waited for, on average.
+    schedule = Schedule(actors=1, max_staleness=0, poll_s=2.0)
+    found = simulate(fixed(3.0, 1.0), schedule, updates=4_000)
+    assert 1 / found.updates_per_s == pytest.approx(3.0 + 1.0 + 1.0, rel=0.02)
 
 
 def test_a_replaying_learner_does_not_wait():
@@ -88,11 +116,11 @@ def test_a_replaying_learner_does_not_wait():
     assert set(found.staleness) == {5, 6} or set(found.staleness) == {5}
 
 
-def test_a_replaying_learner_refills_two_items_for_each_actor():
-    # 2 × 3 items in an update of 1 s; the actors could do 3 / 0.1.
+def test_actors_of_a_replaying_learner_never_run_out_of_items():
+    # Thirty items in an update of 1 s, whatever the learner does.
     found = simulate(fixed(0.1, 1.0), Schedule(actors=3, max_staleness=9, replay=True), updates=400)
-    assert found.items_per_s == pytest.approx(6.0)
-    assert found.actor_idle == pytest.approx(1 - 2 * 0.1)
+    assert found.items_per_s == pytest.approx(30.0, rel=0.01)
+    assert found.actor_idle == pytest.approx(0.0, abs=1e-6)
 
 
 # --- random durations ---------------------------------------------------------------------------
