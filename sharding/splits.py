@@ -92,9 +92,11 @@ def find_splits(
     products = Products(graph, stretches)
     whole_atoms = products.of(whole)
     mixed = {a for s in stretches for r in s.records for a in products.of(r.applied.mixed)}
-    in_params = {atom for value in params for atom in products.atoms(value)} - whole_atoms
     batch = _batch(graph, data, whole_atoms)
-    expert = _experts(products, in_params) - batch
+    # What has a batch is carried like a parameter and is none: a cache of keys and values.
+    held = [atoms for value in params if not (atoms := products.atoms(value)) & batch]
+    in_params = {atom for atoms in held for atom in atoms} - whole_atoms
+    expert = _experts(products, in_params, batch) - batch
     taken = whole_atoms | batch | expert
     sequence = _sequence(products, batch, taken | in_params | mixed)
     carried = {
@@ -122,11 +124,14 @@ def _batch(graph: DimensionGraph, data: Sequence[Value], whole: Collection[int])
     return {min(atom for atom, count in votes.items() if count == most)}
 
 
-def _experts(products: Products, in_params: Collection[int]) -> set[int]:
-    """Dimensions that a parameter, what it meets and their product share; groups of rows."""
+def _experts(products: Products, in_params: Collection[int], batch: Collection[int]) -> set[int]:
+    """Dimensions that a parameter, what it meets and their product share; groups of rows.
+
+    The key heads that a query and a cache share are none: a cache has a batch.
+    """
     found: set[int] = set()
     for record, _ in products.records:
-        if "param" not in (record.ins[0].role, record.ins[1].role):
+        if not any(_is_param(products, value, batch) for value in record.ins[:2]):
             continue
         if record.applied.kind == "grouped_dot":
             left, right = (products.atoms(value) for value in record.ins[:2])
@@ -135,6 +140,11 @@ def _experts(products: Products, in_params: Collection[int]) -> set[int]:
             shared = (record.ins[0].axes[i] for i in record.applied.batched)
             found |= products.of(shared) & set(in_params)
     return found
+
+
+def _is_param(products: Products, value: Value, batch: Collection[int]) -> bool:
+    """Whether an array is a parameter: a cache comes back like one, and has a batch."""
+    return value.role == "param" and not products.atoms(value) & set(batch)
 
 
 def _sequence(products: Products, batch: set[int], excluded: set[int]) -> set[int]:
@@ -172,7 +182,9 @@ def _tensor(products: Products, candidates: Sequence[int], batch: set[int]) -> s
                 moved = product(size_of(axis) for axis in record.outs[0].axes)
                 traffic[column[atom]] += moved
             for value in record.ins[:2]:
-                if value.role == "activation" and atom not in products.atoms(value):
+                # Of an activation the sums of its cotangents travel; of a cache more is read.
+                held = value.role == "activation" or products.atoms(value) & batch
+                if held and atom not in products.atoms(value):
                     traffic[column[atom]] += product(size_of(axis) for axis in value.axes)
     if not rows:
         return set()

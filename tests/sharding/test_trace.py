@@ -117,6 +117,34 @@ def test_a_cache_that_comes_back_is_state_and_has_a_batch():
     assert _dims(traced)["1/seen"][0] == ["batch"]
 
 
+def test_key_heads_that_a_cache_keeps_apart_are_no_experts():
+    # One kernel makes queries, key and value of every key head; each layer has a cache of its own.
+    batch, width, kv, group, head, length = 8, 16, 4, 2, 6, 32
+
+    def step(params, cache, x, position):
+        for w, held in zip(params, cache, strict=True):
+            made = jnp.einsum("bd,dkgh->bkgh", x, w["joined"])
+            key = jax.lax.dynamic_update_slice(held["key"], made[:, :, -2:-1], (0, 0, position, 0))
+            scores = jnp.einsum("bkgh,bksh->bkgs", made[:, :, :group], key)
+            read = jnp.einsum("bkgs,bksh->bkgh", jax.nn.softmax(scores, -1), held["value"])
+            x = x + jnp.einsum("bkgh,kghd->bd", read, w["out"])
+        return x, cache
+
+    layer = {"joined": jnp.ones((width, kv, group + 2, head)),
+             "out": jnp.ones((kv, group, head, width))}  # fmt: skip
+    empty = {
+        "key": jnp.ones((batch, kv, length, head)),
+        "value": jnp.ones((batch, kv, length, head)),
+    }
+    args = ([layer] * 2, [empty] * 2, jnp.ones((batch, width)), jnp.int32(3))
+    traced = trace(step, args, state=(0, 1), data=(2,))
+    (heads,), (more,) = _dims(traced)["0/0/joined"][1], _dims(traced)["0/1/joined"][1]
+    kinds = {traced.names[atom]: kind for atom, kind in traced.splits.kinds.items()}
+    assert kinds == {"batch": "data", heads: "tensor", more: "tensor"}
+    assert _roles(traced)["1/0/key"] == "state"
+    assert _dims(traced)["1/1/value"][1] == [more]  # the cache lies with its heads
+
+
 def test_what_is_said_goes_before_what_is_inferred():
     def loss(x, w):
         return (x @ w).sum()
