@@ -183,8 +183,8 @@ def _tensor(products: Products, candidates: Sequence[int], batch: set[int]) -> s
                 traffic[column[atom]] += moved
             for value in record.ins[:2]:
                 # Of an activation the sums of its cotangents travel; of a cache more is read.
-                held = value.role == "activation" or products.atoms(value) & batch
-                if held and atom not in products.atoms(value):
+                cache = value.role == "param" and not _is_param(products, value, batch)
+                if (value.role == "activation" or cache) and atom not in products.atoms(value):
                     traffic[column[atom]] += product(size_of(axis) for axis in value.axes)
     if not rows:
         return set()
