@@ -20,7 +20,8 @@ crashes on it. The rules:
   in float16 none.
 * `microbatch` is of a replica; on TPUs of a device if micro-batch x devices is the global batch.
 * micro-batch blank: the largest power of two that divides a replica's batch, at most 8,192 tokens.
-* rematerialisation blank: the least that fits in memory.
+* rematerialisation blank: the least that fits in memory; where launches of a problem failed, the
+  least with which all of its launches that ran fit, for all of them.
 * software: XLA on TPUs or where the source says so; PyTorch FSDP for ZeRO-2/3 on GPUs; Megatron
   for the rest, in float16 without fused attention.
 """

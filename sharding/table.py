@@ -14,7 +14,7 @@ from sharding.machine import Machine, machine
 from sharding.memory import memory
 from sharding.program import Program
 from sharding.runs import Run
-from sharding.strategies import Strategies, Strategy
+from sharding.strategies import Strategies
 from sharding.transformer import transformer
 
 # From the least recomputation to the most: what a table leaves blank.
@@ -68,9 +68,9 @@ class Table:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> "Table":
-        """Groups runs and fills in the least rematerialisation that fits."""
+        """Groups runs and fills in rematerialisation; `sharding.runs` has the rules."""
         programs = [transformer(run.config) for run in runs]
-        runs = tuple(_with_remat(run, program) for run, program in zip(runs, programs, strict=True))
+        runs = _with_remat(runs, programs)
         by_key: dict[Any, list[int]] = {}
         for index, (run, program) in enumerate(zip(runs, programs, strict=True)):
             by_key.setdefault(_structure(run, program), []).append(index)
@@ -111,16 +111,35 @@ class Table:
         return Table.of([self.runs[i] for i in rows])
 
 
-def _with_remat(run: Run, program: Program) -> Run:
-    if run.remat:
-        return run
-    order = _REMAT_ORDER.get(run.stack, _OTHER_REMAT_ORDER)
-    choices = [replace(run.strategy, remat=policy) for policy in order]
+def _with_remat(runs: Sequence[Run], programs: Sequence[Program]) -> tuple[Run, ...]:
+    least = [None if run.remat else _least_remat(run, program)
+             for run, program in zip(runs, programs, strict=True)]  # fmt: skip
+    # A launch that failed must not be read as one that recomputed enough to fit: it ran as those
+    # of its problem did that came back.
+    shared: dict[Any, int] = {run.problem: 0 for run in runs if run.measured_s is None}
+    for run, position in zip(runs, least, strict=True):
+        if run.problem in shared and run.measured_s is not None and position is not None:
+            shared[run.problem] = max(shared[run.problem], position)
+    found = []
+    for run, position in zip(runs, least, strict=True):
+        if position is not None:
+            remat = _remat_order(run)[shared.get(run.problem, position)]
+            run = replace(run, strategy=replace(run.strategy, remat=remat), remat=remat)
+        found.append(run)
+    return tuple(found)
+
+
+def _remat_order(run: Run) -> tuple[str, ...]:
+    return _REMAT_ORDER.get(run.stack, _OTHER_REMAT_ORDER)
+
+
+def _least_remat(run: Run, program: Program) -> int:
+    """Position of the first policy that fits, or of the last."""
+    choices = [replace(run.strategy, remat=policy) for policy in _remat_order(run)]
     need = memory(View(program, Strategies.stack(choices), None),
                   [b.repeat for b in program.blocks]).total  # fmt: skip
     fitting = np.flatnonzero(need <= run.cluster.memory_bytes)
-    chosen: Strategy = choices[int(fitting[0])] if len(fitting) else choices[-1]
-    return replace(run, strategy=chosen, remat=chosen.remat)
+    return int(fitting[0]) if len(fitting) else len(choices) - 1
 
 
 def _structure(run: Run, program: Program) -> Any:

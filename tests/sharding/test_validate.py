@@ -81,6 +81,23 @@ def test_the_least_recomputation_that_fits_is_taken():
     assert [run.strategy.remat for run in table.runs] == ["none", "full"]
 
 
+def test_a_failed_launch_recomputes_as_those_that_ran_did():
+    problem = {"remat": "", "global_batch_sequences": "8192", "seq_len": "512"}
+    ran = run_of(**problem, microbatch="1")
+    failed = run_of(**problem, microbatch="32", step_time_s="", notes="INFEASIBLE: out of memory")
+    assert failed.problem == ran.problem
+    assert failed.measured_s is None
+    (alone,) = Table.of([failed]).runs
+    assert alone.remat == "none"  # of no launch that ran
+    together = Table.of([ran, failed])
+    assert [run.remat for run in together.runs] == ["none", "none"]
+    fits = together.memory_bytes() <= ran.cluster.memory_bytes
+    assert fits.tolist() == [True, False]
+    # If it had run, it would be read as one that recomputed enough to fit.
+    (came_back,) = Table.of([run_of(**problem, microbatch="32")]).runs
+    assert came_back.remat != "none"
+
+
 def test_links_that_the_hardware_names_are_taken():
     run = run_of(hardware="16x V100-16GB (4x p3.8xlarge, 10 Gb/s inter, 170 Gb/s intra)",
                  n_chips="16", chips_per_node="4", fsdp="16")  # fmt: skip
