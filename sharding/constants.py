@@ -35,7 +35,7 @@ class Constants:
       skew: how much longer a host-bound step takes for each doubling of the tensor-parallel group,
         whose collectives wait for the slowest of its hosts.
       sync_s: seconds that a collective within a layer waits for its members and streams, whatever
-        its size.
+        its size; its message travels meanwhile.
       link_s: seconds a step of a collective within a node or slice.
       network_s: seconds a step of a collective between nodes or slices.
       overlap_fsdp: share of compute behind which gathers of parameters hide.

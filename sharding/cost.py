@@ -133,7 +133,7 @@ def _block_time(view: View, block: Block, machine: Machine) -> BlockTime:
             again = again + repeated * (busy + constants.kernel_s)
             kernels = kernels + count + repeated
     comm, collectives_ = layer_comm(view, block, machine)
-    comm = (comm + collectives_ * constants.sync_s) * (1.0 - constants.overlap_tensor)
+    comm = _longer(comm, collectives_ * constants.sync_s) * (1.0 - constants.overlap_tensor)
     kernels = kernels + _COLLECTIVE_LAUNCHES * collectives_
     busy = forward + backward + again
     gathers, scatters = fsdp_comm(view, block, machine)
@@ -160,6 +160,15 @@ def _exposed(comm: np.ndarray, compute: np.ndarray, share: Any) -> np.ndarray:
     """
     left = share * (comm - compute)
     return (1 - share) * comm + 0.5 * (left + np.sqrt(left**2 + 0.04 * share**2 * comm * compute))
+
+
+def _longer(moving: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+    """The longer of two times that pass together, smoothly: sqrt(x² + y²).
+
+    Members that are there begin to send while the last are awaited: a long message hides the wait,
+    and a short one hides within it.
+    """
+    return np.sqrt(moving**2 + waiting**2)
 
 
 def _waits(busy: np.ndarray, floor: np.ndarray) -> np.ndarray:
