@@ -166,7 +166,7 @@ def _simulate(options: argparse.Namespace) -> int:
                     "warnings": list(cluster.warnings)}  # fmt: skip
         print(json.dumps(document, indent=1))
         return 0
-    print(report.candidate_text(found))
+    print(report.simulation_text(program, cluster, found))
     if not fits:
         print(f"  does not fit into {cluster.memory_bytes / 1e9:.1f} GB")
     return 0

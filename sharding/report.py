@@ -128,6 +128,17 @@ def candidate_text(candidate: Candidate) -> str:
     )
 
 
+def simulation_text(program: Program, cluster: Cluster, candidate: Candidate) -> str:
+    """One strategy of a program on a cluster, with its share of the peak and all warnings."""
+    return "\n".join([
+        *(f"warning: {warning}" for warning in cluster.warnings),
+        f"{program.name} on {cluster.name} ({cluster.device_count} devices)",
+        candidate_text(candidate),
+        f"  {utilisation(program, cluster, candidate):.1%} of the chips' bf16 peak, recomputation "
+        "not counted",
+    ])  # fmt: skip
+
+
 def _divided(strategy: Strategy) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in strategy.mesh.items()) or "one device"
 
@@ -151,12 +162,8 @@ def _choices(strategy: Strategy) -> list[str]:
 def solution_text(program: Program, cluster: Cluster, solution: Solution) -> str:
     """The best strategy with its proof, and the alternatives."""
     best = solution.best[0]
-    lines = [f"warning: {warning}" for warning in cluster.warnings]
-    lines += [
-        f"{program.name} on {cluster.name} ({cluster.device_count} devices)",
-        candidate_text(best),
-        f"  {utilisation(program, cluster, best):.1%} of the chips' bf16 peak, recomputation not "
-        "counted",
+    lines = [
+        simulation_text(program, cluster, best),
         f"  within {solution.gap:.2%} of the best of {solution.space} strategies "
         f"({solution.costed} costed in {solution.search_time_s:.2f} s)",
     ]

@@ -126,9 +126,11 @@ def evaluate(
     """
     for strategy in strategies:
         if strategy.devices != cluster.device_count:
+            more, rest = divmod(cluster.device_count, strategy.devices)
+            hint = f", as data {more * strategy.data}" if more > 1 and not rest else ""
             raise ValueError(
                 f"strategy {strategy.mesh} takes {strategy.devices} devices, {cluster.name} has "
-                f"{cluster.device_count}; change a degree"
+                f"{cluster.device_count}; change a degree{hint}"
             )
     if cluster.is_mixed:
         return mixed.evaluate(program, strategies, cluster, calibration or shipped(), stack)
