@@ -62,8 +62,8 @@ def footprint(
         for i in donated_leaves(args, (1,)):
             traced.inputs[i].on_host = bool(traced.inputs[i].shape)
     partition(
-        traced, mesh, leaf_specs(shapes, execution.inputs), leaf_specs(results, execution.outputs)
-    )
+        traced, mesh, leaf_specs(shapes, execution.inputs), leaf_specs(results, execution.outputs),
+        scatters=not cluster.is_torus)  # fmt: skip
     held = peak(traced, mesh, fusion_of(cluster), donated_leaves(args, donate), detail=detail)
     return Footprint(peak=held, collectives=_traffic(traced, mesh))
 

@@ -162,10 +162,10 @@ def _walk(
 
 def _size(kind: str, shapes: list[int], starts: bool, group: int) -> int:
     """Bytes of a collective's undivided side."""
-    if starts and kind in ("all-gather", "reduce-scatter"):
+    if starts and kind in ("all-gather", "reduce-scatter", "all-to-all"):
         # The start of an asynchronous collective returns its operands, then its results.
         half = len(shapes) // 2
-        return sum(shapes[half : 2 * half]) if kind == "all-gather" else sum(shapes[:half])
+        return sum(shapes[:half]) if kind == "reduce-scatter" else sum(shapes[half : 2 * half])
     if starts and kind == "collective-permute":
         return shapes[0]
     return sum(shapes) * (group if kind == "reduce-scatter" else 1)

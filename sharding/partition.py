@@ -10,20 +10,27 @@ a collective moves it. The rules:
   axis of the batch is gathered. Look-ups are the exception: the rows stay divided, the indices
   are gathered and the result is exchanged, which moves less than a table would.
 * A sum over a divided dimension leaves partial sums: they are scattered if the result is wanted
-  divided over that axis, and else reduced on all devices.
+  divided over that axis, and else reduced on all devices. Compilers for TPUs reduce activations
+  in any case, and cut them afterwards. Partial sums that are added to each other are added first
+  and reduced once.
 * An operand is gathered once, in the type that is read, however many operations read it.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sharding.computation import Array, Computation, Instruction, Move, Spec
 from sharding.dims import DimensionGraph
-from sharding.rules import Applied, opaque, rule_for
+from sharding.rules import Applied, opaque, rule_for, rule_kind
 
 # Operations whose weights are not gathered: rows of them are looked up or added to.
-_LOOKUPS = frozenset(["gather", "scatter", "scatter-add", "scatter_add"])
+_SCATTERS = frozenset(["scatter", "scatter-add", "scatter_add"])
+_LOOKUPS = _SCATTERS | {"gather"}
 _SUMS = frozenset(["all-reduce", "reduce-scatter"])
+# What shows partial sums in another shape.
+_VIEWS = frozenset(["reshape", "transpose", "squeeze", "expand_dims", "sharding_constraint"])
+_ADDS = frozenset(["add", "add_any"])
 # Loops run again until what goes round lies where it came from; twice settles all but cycles.
 _ROUNDS = 3
 
@@ -34,6 +41,8 @@ def partition(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     weights: Collection[int] | None = None,
+    *,
+    scatters: bool = True,
 ) -> None:
     """Fills in where arrays lie and what moves.
 
@@ -43,6 +52,7 @@ def partition(
       inputs: the `PartitionSpec` of every input.
       outputs: the `PartitionSpec` of every output; None where the compiler may choose.
       weights: positions of inputs that are parameters or lie as they do; None for all.
+      scatters: the compiler scatters sums of activations that are wanted divided.
     """
     for i, (array, spec) in enumerate(zip(step.inputs, inputs, strict=True)):
         array.spec = _full(spec, len(array.shape))
@@ -50,7 +60,7 @@ def partition(
     for array, spec in zip(step.outputs, outputs, strict=True):
         if spec is not None:
             array.wanted = _full(spec, len(array.shape))
-    flow = _Flow(dict(mesh))
+    flow = _Flow(dict(mesh), scatters)
     flow.backward(step)
     flow.forward(step)
     flow.settle(step)
@@ -63,8 +73,9 @@ def _full(spec: Any, rank: int) -> Spec:
 
 
 class _Flow:
-    def __init__(self, mesh: dict[str, int]) -> None:
+    def __init__(self, mesh: dict[str, int], scatters: bool) -> None:
         self.mesh = mesh
+        self.scatters = scatters
         self.manual: frozenset[str] = frozenset()
 
     # Wanted layouts, from the results towards the arguments.
@@ -147,6 +158,7 @@ class _Flow:
                     fresh.append(move)
                 moved.add(key)
             instruction.moves = fresh
+        _join_sums(body)
 
     def _constrain(self, instruction: Instruction) -> None:
         source, out = instruction.ins[0], instruction.outs[0]
@@ -161,11 +173,18 @@ class _Flow:
         taken: set[str] = set(self.manual)
         operands = list(zip(instruction.ins, ins, strict=True))
         is_lookup = instruction.name in _LOOKUPS
+        if is_lookup:  # rows are read where the table lies, and added where it will
+            if instruction.name != "gather":
+                for out, axes in zip(instruction.outs, applied.outs, strict=True):
+                    self._claim(graph, axes, out.wanted or ((),) * len(axes), held, taken)
+            table, axes = operands[0]
+            if table.is_weight and table.spec is not None:
+                self._claim(graph, axes, table.spec, held, taken)
         agreed = self._agreed(graph, operands, zip(instruction.outs, applied.outs, strict=True))
         for axes, spec in agreed:
             self._claim(graph, axes, spec, held, taken)
         for array, axes in operands:
-            if array.spec is not None and array.is_weight == is_lookup:
+            if array.spec is not None and (is_lookup or not array.is_weight):
                 self._claim(graph, axes, array.spec, held, taken)
         for out, axes in zip(instruction.outs, applied.outs, strict=True):
             if out.wanted is not None and applied.kind != "opaque":
@@ -173,7 +192,7 @@ class _Flow:
                 self._claim(graph, axes, out.wanted, held, set(taken), without=summed)
                 taken |= {a for axes_ in held.values() for a in axes_}
         for array, axes in operands:
-            if array.spec is not None and array.is_weight != is_lookup:
+            if array.spec is not None and array.is_weight and not is_lookup:
                 self._claim(graph, axes, array.spec, held, taken)
         free = all(a.spec is None or not a.shape for a, _ in operands)
         for array, axes in operands:
@@ -230,6 +249,9 @@ class _Flow:
         for out in instruction.outs:
             scattered: Spec = out.spec or ((),) * len(out.shape)
             wanted = out.wanted or scattered
+            reads_weight = any(a.is_weight for a in instruction.ins)
+            if reads_weight and not self.scatters and instruction.name not in _SCATTERS:
+                wanted = scattered
             into = tuple(a for a in summed if any(a in e for e in wanted))
             rest = tuple(a for a in summed if a not in into)
             size = out.bytes(self.mesh)
@@ -430,6 +452,39 @@ class _Flow:
                     break
             found.append(tuple(names))
         return tuple(found)
+
+
+def _join_sums(body: Computation) -> None:
+    """Leaves one reduction where products' partial sums that nothing else reads are added."""
+    maker = {id(a): i for i in body.instructions for a in i.outs}
+    readers: dict[int, int] = {}
+    for array in (*body.outputs, *(a for i in body.instructions for a in i.ins)):
+        readers[id(array)] = readers.get(id(array), 0) + 1
+
+    def source(array: Array) -> Instruction | None:
+        """What makes the partial sums that an array shows."""
+        made = maker.get(id(array))
+        if made is None or readers[id(array)] != 1:
+            return None
+        if made.name in _VIEWS and not made.moves:
+            return source(made.ins[0])
+        if rule_kind(made.name) != "dot" and made.name not in _ADDS:
+            return None
+        return made if any(m.kind in _SUMS for m in made.moves) else None
+
+    for instruction in body.instructions:
+        if instruction.name not in _ADDS:
+            continue
+        sources = [source(a) for a in instruction.ins]
+        sums = [[m for m in s.moves if m.kind in _SUMS] if s else [] for s in sources]
+        first, second = ({(m.kind, m.axes, m.bytes) for m in moves} for moves in sums)
+        if not first or first != second:
+            continue
+        out = instruction.outs[0]
+        for made in sources:
+            assert made is not None
+            made.moves = [m for m in made.moves if m.kind not in _SUMS]
+        instruction.moves += [replace(m, array=out, target=out.spec or m.target) for m in sums[0]]
 
 
 def _apply(instruction: Instruction) -> tuple[DimensionGraph, list[tuple[int, ...]], Applied]:
