@@ -68,6 +68,7 @@ class Execution:
       microbatches: that fill the pipeline.
       offload: "optimizer" or "activations": what lies in the host's memory; or "none".
       sequence_parallel: see `Rewrite`.
+      gathers_weights: see `Rewrite`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -82,6 +83,7 @@ class Execution:
     microbatches: int = 1
     offload: str = "none"
     sequence_parallel: bool = False
+    gathers_weights: bool = False
 
     def shardings(
         self, tree: Any, specs: Mapping[str, PartitionSpec], *, host: bool = True
@@ -199,6 +201,7 @@ def _rewrite(
             remat=execution.remat,
             offload=execution.offload,
             sequence_parallel=execution.sequence_parallel,
+            gathers_weights=execution.gathers_weights,
             pipeline=pipeline,
         )
 

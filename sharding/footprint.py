@@ -15,7 +15,7 @@ from sharding.computation import Computation, computation
 from sharding.execute import Execution, leaf_specs, rewritten
 from sharding.hlo import Traffic
 from sharding.liveness import Peak, fusion_of, peak
-from sharding.partition import partition
+from sharding.partition import partition, partitioner_of
 from sharding.topology import Cluster
 
 
@@ -63,7 +63,7 @@ def footprint(
             traced.inputs[i].on_host = bool(traced.inputs[i].shape)
     partition(
         traced, mesh, leaf_specs(shapes, execution.inputs), leaf_specs(results, execution.outputs),
-        scatters=not cluster.is_torus)  # fmt: skip
+        partitioner=partitioner_of(cluster))  # fmt: skip
     held = peak(traced, mesh, fusion_of(cluster), donated_leaves(args, donate), detail=detail)
     return Footprint(peak=held, collectives=_traffic(traced, mesh))
 

@@ -12,7 +12,7 @@ through what is fused; loops hold what they stack throughout, and their bodies' 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sharding.computation import Array, Computation, Instruction
+from sharding.computation import Array, Computation, Instruction, Move
 from sharding.program import dtype_bytes
 from sharding.rules import TRANSCENDENTAL, rule_kind
 from sharding.topology import Cluster
@@ -42,7 +42,11 @@ class Fusion:
       retile: arrays of two-byte numbers that a loop reads are copied out of the arguments, whose
         tiles are those of four-byte numbers.
       late: what is needed only after a loop is computed after it, however much its operands take
-        meanwhile.
+        meanwhile; and within a loop a product only when it is read.
+      combined: what goes into a sum lies whole before it is scattered; a loop reduces all its
+        gradients together, at the end of its body.
+      restacks: what a loop stacks for a result, and what a product of its body sums over the last
+        axis of, is stacked as the product reads it, and copied after the loop.
     """
 
     epilogues: bool
@@ -52,12 +56,14 @@ class Fusion:
     relayout: bool
     retile: bool
     late: bool
+    combined: bool
+    restacks: bool
 
 
 _TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout=True,
-              retile=False, late=False)  # fmt: skip
+              retile=False, late=False, combined=False, restacks=False)  # fmt: skip
 _GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
-              retile=False, late=True)  # fmt: skip
+              retile=False, late=True, combined=True, restacks=True)  # fmt: skip
 # Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
 # buffer assignments (XLA_FLAGS=--xla_dump_to of a compilation by experiments.planner_memory).
 _CHIPS: Mapping[str, Fusion] = {
@@ -160,6 +166,23 @@ def _late(body: Computation) -> list[Instruction]:
     return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
 
 
+def _lazy(body: Computation) -> list[Instruction]:
+    """The instructions, products and views that are no results right before they are read."""
+    results = {id(array) for array in body.outputs}
+    when: dict[int, int] = {}
+    position: dict[int, int] = {}
+    for i in reversed(range(len(body.instructions))):
+        instruction = body.instructions[i]
+        moves = instruction.name in _VIEWS or rule_kind(instruction.name) == "dot"
+        if moves and not any(id(a) in results for a in instruction.outs):
+            position[i] = max(i, min((when.get(id(a), i) for a in instruction.outs), default=i))
+        else:
+            position[i] = i
+        for array in instruction.ins:
+            when[id(array)] = min(when.get(id(array), position[i]), position[i])
+    return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
+
+
 class _Body:
     """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
 
@@ -170,9 +193,13 @@ class _Body:
         outside: set[int],
         fusion: Fusion,
         slices: Sequence[Array] = (),
+        *,
+        inside: bool = False,
     ) -> None:
         self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
-        self.instructions = _late(body) if fusion.late else body.instructions
+        self.inside = inside
+        order = _lazy if inside else _late
+        self.instructions = order(body) if fusion.late else body.instructions
         self.readers: dict[int, list[int]] = {}
         self.maker: dict[int, int] = {}
         for i, instruction in enumerate(self.instructions):
@@ -295,6 +322,7 @@ class _Body:
                 read |= self.roots.get(id(array), frozenset())
             for move in instruction.moves:
                 if move.kind not in ("all-gather", "all-to-all"):
+                    self._unreduced(move, instruction, i)
                     continue
                 key = -len(self.buffers) - 1
                 what = f"{move.kind} {move.array.dtype}{move.array.shape}"
@@ -327,10 +355,28 @@ class _Body:
             for key in self.roots.get(id(array), frozenset()):
                 self.buffers[key].end = end
 
+    def _unreduced(self, move: Move, instruction: Instruction, i: int) -> None:
+        """What goes into a sum: until it is scattered, or until a loop reduces its gradients."""
+        if not self.fusion.combined:
+            return
+        is_gradient = rule_kind(instruction.name) == "dot" and not any(
+            array.is_weight for array in instruction.ins
+        )
+        if self.inside and is_gradient:
+            end = len(self.instructions)
+        elif move.kind == "reduce-scatter":
+            end = i
+        else:
+            return
+        what = f"{move.kind} of {move.array.dtype}{move.array.shape}"
+        self.buffers[-len(self.buffers) - 1] = _Buffer(move.bytes, i, end, what)
+
     def _copies(self, loop: Instruction) -> list[tuple[float, str]]:
         """Operands of a loop that are copied into a layout of its own."""
         if loop.name != "scan":
             return []
+        if self.fusion.restacks:
+            return self._restacked(loop)
         held = [a for a in loop.ins if not self.roots.get(id(a)) and id(a) in self.outside]
         if self.fusion.retile:
             return [(a.bytes(self.mesh), f"tiled again {a.dtype}{a.shape}") for a in held
@@ -343,6 +389,18 @@ class _Body:
         places = zip(body.inputs, loop.ins, strict=True)
         sizes = [a.bytes(self.mesh) for mine, a in places if id(mine) in written and a in held]
         return [(max(sizes), "laid out again for its writes")] if sizes else []
+
+    def _restacked(self, loop: Instruction) -> list[tuple[float, str]]:
+        (body,) = loop.bodies
+        summed: set[int] = set()
+        for inner in body.instructions:
+            if inner.name == "dot_general":
+                axes, _ = inner.eqn.params["dimension_numbers"]
+                summed |= {id(a) for a, gone in zip(inner.ins, axes, strict=True)
+                           if len(a.shape) - 1 in gone}  # fmt: skip
+        places = zip(body.outputs, loop.outs, strict=True)
+        return [(a.bytes(self.mesh), f"stacked as it is read {a.dtype}{a.shape}")
+                for mine, a in places if id(mine) in summed and id(a) in self.results]  # fmt: skip
 
     def _last_use(self, array: Array, now: int) -> int:
         """The last instruction that reads an array as a product does."""
@@ -360,7 +418,7 @@ class _Body:
                 # buffer while the first is still read.
                 outside |= {id(a) for a in body.outputs[count:]}
                 slices = body.inputs[loop.eqn.params["num_consts"] + count :]
-            found = _Body(body, self.mesh, outside, self.fusion, slices).peak()
+            found = _Body(body, self.mesh, outside, self.fusion, slices, inside=True).peak()
             best = max(best, found, key=lambda item: item[0])
         return best
 

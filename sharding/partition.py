@@ -10,19 +10,19 @@ a collective moves it. The rules:
   axis of the batch is gathered. Look-ups are the exception: the rows stay divided, the indices
   are gathered and the result is exchanged, which moves less than a table would.
 * A sum over a divided dimension leaves partial sums: they are scattered if the result is wanted
-  divided over that axis, and else reduced on all devices. Compilers for TPUs reduce activations
-  in any case, and cut them afterwards. Partial sums that are added to each other are added first
-  and reduced once.
+  divided over that axis, and else reduced on all devices. Partial sums that are added to each
+  other are added first and reduced once.
 * An operand is gathered once, in the type that is read, however many operations read it.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sharding.computation import Array, Computation, Instruction, Move, Spec
 from sharding.dims import DimensionGraph
 from sharding.rules import Applied, opaque, rule_for, rule_kind
+from sharding.topology import Cluster
 
 # Operations whose weights are not gathered: rows of them are looked up or added to.
 _SCATTERS = frozenset(["scatter", "scatter-add", "scatter_add"])
@@ -35,6 +35,28 @@ _ADDS = frozenset(["add", "add_any"])
 _ROUNDS = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Partitioner:
+    """What compilers do differently.
+
+    Attributes:
+      scatters: sums of activations that are wanted divided are scattered; else they are reduced on
+        all devices, of which each keeps its part.
+      regathers: two products of one body that read a weight of more than two dimensions gather it
+        for each, in the layout that suits it.
+    """
+
+    scatters: bool = True
+    regathers: bool = False
+
+
+def partitioner_of(cluster: Cluster) -> Partitioner:
+    """What the compiler for a cluster's chips does; seen in programs compiled for v4 to Ironwood
+    and for H100s.
+    """
+    return Partitioner(scatters=not cluster.is_torus, regathers=cluster.is_torus)
+
+
 def partition(
     step: Computation,
     mesh: Mapping[str, int],
@@ -42,7 +64,7 @@ def partition(
     outputs: Sequence[Any],
     weights: Collection[int] | None = None,
     *,
-    scatters: bool = True,
+    partitioner: Partitioner | None = None,
 ) -> None:
     """Fills in where arrays lie and what moves.
 
@@ -52,7 +74,7 @@ def partition(
       inputs: the `PartitionSpec` of every input.
       outputs: the `PartitionSpec` of every output; None where the compiler may choose.
       weights: positions of inputs that are parameters or lie as they do; None for all.
-      scatters: the compiler scatters sums of activations that are wanted divided.
+      partitioner: of the compiler; one that does as planned when None.
     """
     for i, (array, spec) in enumerate(zip(step.inputs, inputs, strict=True)):
         array.spec = _full(spec, len(array.shape))
@@ -60,7 +82,7 @@ def partition(
     for array, spec in zip(step.outputs, outputs, strict=True):
         if spec is not None:
             array.wanted = _full(spec, len(array.shape))
-    flow = _Flow(dict(mesh), scatters)
+    flow = _Flow(dict(mesh), partitioner or Partitioner())
     flow.backward(step)
     flow.forward(step)
     flow.settle(step)
@@ -73,9 +95,9 @@ def _full(spec: Any, rank: int) -> Spec:
 
 
 class _Flow:
-    def __init__(self, mesh: dict[str, int], scatters: bool) -> None:
+    def __init__(self, mesh: dict[str, int], partitioner: Partitioner) -> None:
         self.mesh = mesh
-        self.scatters = scatters
+        self.partitioner = partitioner
         self.manual: frozenset[str] = frozenset()
 
     # Wanted layouts, from the results towards the arguments.
@@ -154,7 +176,8 @@ class _Flow:
             fresh = []
             for move in instruction.moves:
                 key = id(move.array), move.target, move.kind
-                if move.kind in _SUMS or key not in moved:
+                again = self.partitioner.regathers and _free_axes(instruction, move.array) > 2
+                if move.kind in _SUMS or key not in moved or again:
                     fresh.append(move)
                 moved.add(key)
             instruction.moves = fresh
@@ -250,7 +273,7 @@ class _Flow:
             scattered: Spec = out.spec or ((),) * len(out.shape)
             wanted = out.wanted or scattered
             reads_weight = any(a.is_weight for a in instruction.ins)
-            if reads_weight and not self.scatters and instruction.name not in _SCATTERS:
+            if reads_weight and not self.partitioner.scatters and instruction.name not in _SCATTERS:
                 wanted = scattered
             into = tuple(a for a in summed if any(a in e for e in wanted))
             rest = tuple(a for a in summed if a not in into)
@@ -452,6 +475,14 @@ class _Flow:
                     break
             found.append(tuple(names))
         return tuple(found)
+
+
+def _free_axes(instruction: Instruction, array: Array) -> int:
+    """Axes of a weight that a product reads, without those that it only carries along."""
+    if instruction.name != "dot_general" or not array.is_weight:
+        return 0
+    _, batch = instruction.eqn.params["dimension_numbers"]
+    return len(array.shape) - len(batch[0])
 
 
 def _join_sums(body: Computation) -> None:

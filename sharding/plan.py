@@ -48,6 +48,8 @@ class Plan:
       microbatches: that fill the pipeline.
       offload: "optimizer" or "activations": what lies in the host's memory; or "none".
       sequence_parallel: what layers hand on is divided along the sequence over the tensor axis.
+      gathers_weights: layers that are computed again gather each weight once for both products
+        that read it then.
       prediction: what the step will cost; None of a plan that was written by hand.
       alternatives: the next best, fastest first.
       notes: what was out of reach, unknown or left whole, for `explain`.
@@ -78,6 +80,7 @@ class Plan:
     microbatches: int = 1
     offload: str = "none"
     sequence_parallel: bool = False
+    gathers_weights: bool = False
     placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     prediction: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -280,6 +283,7 @@ class Plan:
             microbatches=self.microbatches,
             offload=self.offload,
             sequence_parallel=self.sequence_parallel,
+            gathers_weights=self.gathers_weights,
         )
 
     def bind(self, devices: Sequence[Any] | None = None) -> "BoundPlan":

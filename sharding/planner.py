@@ -248,9 +248,8 @@ def _plan(
         divided = {leaf.path.partition("/")[2]: spread.inputs[leaf.path]
                    for leaf in traced.inputs if leaf.role == "param"}  # fmt: skip
         whole = {path: placed.inputs[f"0/{path}".rstrip("/")] for path in divided}
-        # Sums over micro-batches stay whole in ZeRO-1; of one micro-batch no sum is needed.
-        scattered = strategy.zero == 2 or (strategy.zero == 1 and strategy.microbatches == 1)
-        gradients = divided if scattered else whole
+        # In ZeRO-1 too: sums that stay whole would be gathered again for every micro-batch.
+        gradients = divided if strategy.zero in (1, 2) else whole
         if strategy.zero in (1, 2) and strategy.fsdp > 1:
             updates = {path: spec for path, spec in divided.items() if spec != whole[path]}
     return Plan(
@@ -263,6 +262,8 @@ def _plan(
         gradients=gradients,
         offload=strategy.offload,
         sequence_parallel=strategy.sequence_parallel and strategy.tensor > 1,
+        # The compiler for TPUs overlaps gathers that it places itself with the products.
+        gathers_weights=strategy.zero == 3 and strategy.fsdp > 1 and not cluster.is_torus,
         placement=placement_of(strategy, cluster),
         updates=updates,
         remat="none" if traced.has_remat else strategy.remat,

@@ -4,6 +4,7 @@ Sharding constraints on the results of products and look-ups and on what layers 
 rematerialisation of layers; and, in place of a scan over layers, whatever a pipeline makes of it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Rewrite:
       offload: "activations": what the policy keeps lies in the host's memory.
       sequence_parallel: what layers hand on is divided along the sequence over the tensor axis.
       pipeline: runs a scan over layers; None leaves it a scan.
+      gathers_weights: layers that are computed again gather each weight once, see `_gathered`.
+      inside: of a layer that is computed again.
     """
 
     traced: Trace
@@ -88,6 +91,8 @@ class Rewrite:
     pipeline: (
         Callable[[LayerScan, Sequence[Any], Sequence[Any], Sequence[Any]], list[Any]] | None
     ) = None
+    gathers_weights: bool = False
+    inside: bool = False
 
     def __call__(self, *args: Any) -> Any:
         """The function, on arguments of the traced shapes."""
@@ -219,6 +224,7 @@ class Rewrite:
         by_expert = name in _CONSTRAINED and self._of_experts(note)
         if name == "dot_general":
             ins = [self._exchanged(x, v, by_expert) for x, v in zip(ins, note.ins, strict=True)]
+            ins = [self._gathered(x, v) for x, v in zip(ins, note.ins, strict=True)]
         bound = eqn.primitive.get_bind_params(eqn.params)
         # Before JAX 0.10.2 the functions of a custom derivative stood apart.
         functions, params = ((), bound) if isinstance(bound, dict) else bound
@@ -248,6 +254,21 @@ class Rewrite:
         both = self._atoms(value) & splits.expert and self._atoms(value) & splits.batch
         return self._placed(x, value, by_expert) if both else x
 
+    def _gathered(self, x: Any, value: Value) -> Any:
+        """A weight of a layer that is computed again, as its product reads it.
+
+        The second forward and the backward product read it then. Left to themselves, compilers
+        gather it for each, in layouts that differ.
+        """
+        if not (self.inside and self.gathers_weights) or value.role != "param":
+            return x
+        axes = [tuple(a for atom in self.traced.graph.atoms(axis) for a in self._axes_of(atom))
+                for axis in value.axes]  # fmt: skip
+        if len({*sum(axes, ())}) != len(sum(axes, ())):
+            return x
+        spec = PartitionSpec(*(names or None for names in axes))
+        return _forward_only(functools.partial(self.constrain, spec=spec), x)
+
     def _remat(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
         body = eqn.params["jaxpr"]
 
@@ -274,10 +295,14 @@ class Rewrite:
     def _layers(self, eqn: Any, note: Note) -> LayerScan:
         params, body = eqn.params, eqn.params["jaxpr"]
 
+        # A policy that keeps whatever it does not name would keep the gathered weights.
+        again = note.carry is not None and self.remat in ("full", "projections")
+        inside = dataclasses.replace(self, inside=again)
+
         def run(consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
             if note.carry is not None:
                 carry = [self._placed(x, v) for x, v in zip(carry, note.carry, strict=True)]
-            return self._run(body.jaxpr, body.consts, [*consts, *carry, *xs], note.bodies[0])
+            return inside._run(body.jaxpr, body.consts, [*consts, *carry, *xs], note.bodies[0])
 
         policy = self._policy()
         if note.carry is not None and policy is not None:
@@ -302,6 +327,15 @@ class Rewrite:
             if found is not None:
                 return found
         return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward_only(place: Callable[[Any], Any], x: Any) -> Any:
+    """Lays an array somewhere, and leaves its cotangent where it is."""
+    return place(x)
+
+
+_forward_only.defvjp(lambda place, x: (place(x), None), lambda _place, _residual, g: (g,))
 
 
 def _carried(notes: Notes) -> Iterator[Value]:
