@@ -267,7 +267,7 @@ class Rewrite:
         if len({*sum(axes, ())}) != len(sum(axes, ())):
             return x
         spec = PartitionSpec(*(names or None for names in axes))
-        return _forward_only(functools.partial(self.constrain, spec=spec), x)
+        return _forward_only(lambda y: self.constrain(y, spec), x)
 
     def _remat(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
         body = eqn.params["jaxpr"]
