@@ -95,6 +95,12 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     held = {
         "case": dataclasses.asdict(case),
         "predicted_step_s": plan.step_time_s,
+        # As it was predicted before it was compiled; `predicted` predicts it as of today.
+        "first": {
+            "bytes": plan.memory_bytes,
+            "error_share": report.memory_error,
+            "collective_error_share": report.collective_error,
+        },
         "compiled": {
             name: value
             for name, value in dataclasses.asdict(report).items()

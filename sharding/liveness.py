@@ -45,8 +45,9 @@ class Fusion:
         meanwhile; and within a loop a product only when it is read.
       combined: what goes into a sum lies whole before it is scattered; a loop reduces all its
         gradients together, at the end of its body.
-      restacks: what a loop stacks for a result, and what a product of its body sums over the last
-        axis of, is stacked as the product reads it, and copied after the loop.
+      restacks: stacks lie as the body of their loop wants them, in copies: results that a product
+        sums over the last axis of, and arguments that are gathered along another axis than the
+        first.
     """
 
     epilogues: bool
@@ -376,7 +377,7 @@ class _Body:
         if loop.name != "scan":
             return []
         if self.fusion.restacks:
-            return self._restacked(loop)
+            return self._restacked(loop) + self._turned(loop)
         held = [a for a in loop.ins if not self.roots.get(id(a)) and id(a) in self.outside]
         if self.fusion.retile:
             return [(a.bytes(self.mesh), f"tiled again {a.dtype}{a.shape}") for a in held
@@ -401,6 +402,23 @@ class _Body:
         places = zip(body.outputs, loop.outs, strict=True)
         return [(a.bytes(self.mesh), f"stacked as it is read {a.dtype}{a.shape}")
                 for mine, a in places if id(mine) in summed and id(a) in self.results]  # fmt: skip
+
+    def _turned(self, loop: Instruction) -> list[tuple[float, str]]:
+        """Stacked arguments whose slices are gathered along another axis than their first.
+
+        What is gathered has to be contiguous, so that a copy of the stack is turned first; what is
+        computed before the loop is written turned.
+        """
+        (body,) = loop.bodies
+        gathered = {id(m.array): m for i in body.instructions for m in i.moves
+                    if m.kind == "all-gather"}  # fmt: skip
+        found = []
+        for mine, stack in zip(body.inputs, loop.ins, strict=True):
+            move = gathered.get(id(mine))
+            is_argument = id(stack) in self.outside and not self.roots.get(id(stack))
+            if move and is_argument and mine.spec and mine.spec[0] == move.target[0]:
+                found.append((stack.bytes(self.mesh), f"turned {stack.dtype}{stack.shape}"))
+        return found
 
     def _last_use(self, array: Array, now: int) -> int:
         """The last instruction that reads an array as a product does."""
