@@ -109,7 +109,7 @@ def test_planned_steps_equal_the_plain_step(tmp_path, capsys):
 def test_kept_figures_are_predicted_anew_and_what_is_missing_is_said(tmp_path, capsys):
     summary = run(planner_memory, tmp_path / "kept")
     (row,) = summary["rows"]
-    assert summary["programs"] == 1
+    assert summary["seen"]["programs"] == 1
     held = json.loads((planner_memory.FIGURES / "decode llama3-8b h100.json").read_text())
     assert row["compiled_bytes"] == held["compiled"]["peak_bytes"]
     assert row["error_share"] == pytest.approx(
@@ -121,8 +121,23 @@ def test_kept_figures_are_predicted_anew_and_what_is_missing_is_said(tmp_path, c
     assert row["collectives"]["all-reduce"]["bytes"] == pytest.approx(reduced, rel=0.01)
     assert row["predicted_collectives"]["all-reduce"]["bytes"] == pytest.approx(reduced, rel=0.01)
     empty = run(planner_memory, tmp_path / "none", "--figures", str(tmp_path / "nothing"))
-    assert (empty["programs"], empty["failed"]) == (0, 1)
+    assert (empty["seen"]["programs"], empty["seen"]["failed"]) == (0, 1)
     assert "not compiled yet" in capsys.readouterr().out
+
+
+def test_what_was_held_out_is_reported_as_it_was_first_predicted(tmp_path, monkeypatch):
+    kept = planner_memory.FIGURES / "decode llama3-8b h100.json"
+    held = json.loads(kept.read_text())
+    held["first"] = {"bytes": 1e9, "error_share": -0.5, "collective_error_share": 0.25}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / kept.name).write_text(json.dumps(held))
+    case = next(c for c in planner_memory.CASES if c.name == "decode llama3-8b h100")
+    monkeypatch.setattr(planner_memory, "HELD_OUT", (case,))
+    summary = run(planner_memory, tmp_path / "run", "--figures", str(tmp_path / "figures"))
+    assert "seen" not in summary
+    assert summary["held_out"]["error_lowest"] == -0.5
+    assert summary["held_out"]["collectives_within"] == 0
+    assert summary["rows"][0]["predicted_bytes"] == 1e9
 
 
 def test_a_compiler_that_is_absent_is_a_row_and_not_the_end(tmp_path, monkeypatch):
@@ -169,8 +184,8 @@ def test_memory_of_a_decoding_step(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="compiling for H100s needs jax-cuda13-plugin")
     figures = ("--compile", "--figures", str(tmp_path / "figures"))
     summary = run(planner_memory, tmp_path / "run", *figures)
-    assert (summary["programs"], summary["failed"]) == (1, 0)
-    assert summary["error_worst"] < 0.1
+    assert (summary["seen"]["programs"], summary["seen"]["failed"]) == (1, 0)
+    assert summary["seen"]["error_worst"] < 0.1
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,18 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert collectives(text)["all-reduce"] == Traffic(5, 5 * 4 * 8 * 4)
 
 
+def test_the_start_of_an_exchange_counts_what_it_returns():
+    text = """HloModule m
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %s = ((bf16[4,8]{1,0}), bf16[4,8]{1,0}) all-to-all-start(%p), replica_groups=[2,4]<=[8]
+  ROOT %d = bf16[4,8]{1,0} all-to-all-done(%s)
+}
+"""
+    assert collectives(text) == {"all-to-all": Traffic(1, 4 * 8 * 2)}
+
+
 def test_asynchronous_and_scattered_forms():
     text = """HloModule m
 
