@@ -27,6 +27,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "zero": strategy.zero,
         "remat": strategy.remat,
         "offload": strategy.offload,
+        "executed": strategy.interleave == 1 and not strategy.shares,
         **({"cuts": strategy.cuts} if strategy.cuts else {}),
         **({"shares": strategy.shares} if strategy.shares else {}),
         "step_time_s": candidate.step_s,
@@ -130,13 +131,19 @@ def candidate_text(candidate: Candidate) -> str:
 
 def simulation_text(program: Program, cluster: Cluster, candidate: Candidate) -> str:
     """One strategy of a program on a cluster, with its share of the peak and all warnings."""
-    return "\n".join([
+    lines = [
         *(f"warning: {warning}" for warning in cluster.warnings),
         f"{program.name} on {cluster.name} ({cluster.device_count} devices)",
         candidate_text(candidate),
         f"  {utilisation(program, cluster, candidate):.1%} of the chips' bf16 peak, recomputation "
         "not counted",
-    ])  # fmt: skip
+    ]
+    if candidate.strategy.interleave > 1 or candidate.strategy.shares:
+        lines.append(
+            "  costed for schedules that other software has: plan.apply runs one stretch a stage "
+            "and even shares (--pin interleave=1)"
+        )
+    return "\n".join(lines)
 
 
 def _divided(strategy: Strategy) -> str:

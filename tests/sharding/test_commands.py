@@ -78,6 +78,16 @@ def test_pins_and_pipelines(capsys):
     # 80 layers, the embedding and the head.
     assert len(found["stage_layers"]) == 8
     assert sum(found["stage_layers"]) == 82
+    assert found["executed"]
+
+
+def test_what_is_only_costed_says_so(capsys):
+    problem = ("--model", "llama3-70b", "--cluster", "h100:8x8", "--global-batch", "128", "--pin",
+               "stage=8", "--pin", "tensor=8", "--pin", "interleave=2", "--top", "1")  # fmt: skip
+    _, out, _ = run(capsys, "plan", *problem)
+    assert "costed for schedules that other software has" in out
+    _, out, _ = run(capsys, "plan", *problem, "--json")
+    assert not json.loads(out)["executed"]
 
 
 @pytest.mark.parametrize(
