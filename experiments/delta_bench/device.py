@@ -106,7 +106,11 @@ class Weights:
 
 
 def run(
-    out: Path, *, tiny: bool = False, names: Sequence[str] = tuple(LEAST_BYTES)
+    out: Path,
+    *,
+    tiny: bool = False,
+    names: Sequence[str] = tuple(LEAST_BYTES),
+    scale: Scale | None = None,
 ) -> dict[str, Any]:
     """Checks and times every kernel; writes `device_NAME.json` into a folder and prints a table.
 
@@ -118,11 +122,14 @@ def run(
       out: the folder, made if absent.
       tiny: a size for a CPU, where the kernels for GPUs are interpreted.
       names: of the kernels.
+      scale: how much is measured, where not all of it: then no kernel is timed by how many
+        vectors it loads at a time, and none is tried in a fresh process.
 
     Returns:
       What was written.
     """
-    device, scale = jax.devices()[0], TINY if tiny else Scale()
+    device, sweeps = jax.devices()[0], scale is None
+    scale = scale or (TINY if tiny else Scale())
     found: dict[str, Any] = {
         "device": device.device_kind,
         "platform": device.platform,
@@ -150,13 +157,14 @@ def run(
             print(name, found["kernels"][name], flush=True)
             write()
             if not _is_usable(device):
-                rest = _in_fresh_process(out, tiny, names[place + 1 :], path)
+                rest = _in_fresh_process(out, tiny, names[place + 1 :] if sweeps else (), path)
                 found["kernels"] |= rest.get("kernels", {})
                 found["errors"] |= {"device": f"unusable after {name}"} | rest.get("errors", {})
                 break
         else:
-            with _recorded(found["errors"], "sweep"):
-                found["sweep"] = _sweep(weights, count, scale, device)
+            if sweeps:
+                with _recorded(found["errors"], "sweep"):
+                    found["sweep"] = _sweep(weights, count, scale, device)
             del weights
             with _recorded(found["errors"], "round_trip"):
                 found["round_trip"] = round_trip(

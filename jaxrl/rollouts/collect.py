@@ -74,7 +74,8 @@ class Collector:
         # By its words: JAX moves no typed key to devices of other processes.
         words = self._bound.place(jax.random.key_data(key))
         key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
-        return processes.whole(self._collect(params, reference, prompts, key, version))
+        with self._bound.context():
+            return processes.whole(self._collect(params, reference, prompts, key, version))
 
     @cached_property
     def _bound(self):
