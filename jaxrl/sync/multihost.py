@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxrl.processes import broadcast
 from jaxrl.sync import errors
 from jaxrl.sync.errors import SyncError
 from kernels import sparse_delta
@@ -68,12 +69,3 @@ def whole(payload: bytes) -> bytes:
     return sparse_delta.merge(
         [part[:size].tobytes() for part, size in zip(parts, sizes.tolist(), strict=True)]
     )
-
-
-def broadcast(data: bytes) -> bytes:
-    """The bytes of the first process, in all of them; all call this together."""
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
-    padded = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        padded[:] = np.frombuffer(data, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
