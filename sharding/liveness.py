@@ -16,6 +16,7 @@ from sharding.computation import Array, Computation, Instruction, Move
 from sharding.program import dtype_bytes
 from sharding.rules import TRANSCENDENTAL, rule_kind
 from sharding.topology import Cluster
+from sharding.walk import scan_counts
 
 # Element-by-element operations that only show an array otherwise: reading through them is free.
 _VIEWS = frozenset(
@@ -431,11 +432,11 @@ class _Body:
             outside = {id(a) for a in body.inputs}
             slices: Sequence[Array] = ()
             if loop.name == "scan":
-                count = loop.eqn.params["num_carry"]
+                consts, count = scan_counts(loop.eqn.params)
                 # What is stacked is written into the stack; what goes round may need a second
                 # buffer while the first is still read.
                 outside |= {id(a) for a in body.outputs[count:]}
-                slices = body.inputs[loop.eqn.params["num_consts"] + count :]
+                slices = body.inputs[consts + count :]
             found = _Body(body, self.mesh, outside, self.fusion, slices, inside=True).peak()
             best = max(best, found, key=lambda item: item[0])
         return best

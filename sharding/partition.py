@@ -23,6 +23,7 @@ from sharding.computation import Array, Computation, Instruction, Move, Spec
 from sharding.dims import DimensionGraph
 from sharding.rules import Applied, opaque, rule_for, rule_kind
 from sharding.topology import Cluster
+from sharding.walk import scan_counts
 
 # Operations whose weights are not gathered: rows of them are looked up or added to.
 _SCATTERS = frozenset(["scatter", "scatter-add", "scatter_add"])
@@ -126,7 +127,7 @@ class _Flow:
 
     def _scan_backward(self, loop: Instruction) -> None:
         body, params = loop.bodies[0], loop.eqn.params
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_counts(params)
         for i, outer in enumerate(loop.outs):
             mine = body.outputs[i]
             if outer.wanted is not None and not mine.is_literal:
@@ -327,7 +328,7 @@ class _Flow:
 
     def _scan(self, loop: Instruction) -> None:
         body, params = loop.bodies[0], loop.eqn.params
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_counts(params)
         for mine, outer in zip(body.inputs, loop.ins, strict=True):
             mine.is_weight = outer.is_weight
         for mine, outer in zip(body.inputs[:consts], loop.ins[:consts], strict=True):
@@ -397,7 +398,7 @@ class _Flow:
             if instruction.name == "scan":
                 inner = instruction.bodies[0]
                 self.settle(inner)
-                consts = instruction.eqn.params["num_consts"]
+                consts, _ = scan_counts(instruction.eqn.params)
                 for mine, outer in zip(inner.inputs[:consts], instruction.ins, strict=False):
                     outer.spec = mine.spec if outer.spec is None else outer.spec
             elif not instruction.bodies and any(a.spec is None for a in instruction.ins):

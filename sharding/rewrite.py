@@ -19,7 +19,7 @@ from sharding.dims import product
 from sharding.splits import pairs_positions
 from sharding.strategies import REMAT
 from sharding.trace import Trace
-from sharding.walk import Note, Notes, Value
+from sharding.walk import Note, Notes, Value, scan_counts
 
 # What products are called where a policy moves them to the host's memory.
 _PRODUCT = "sharding product"
@@ -284,8 +284,8 @@ class Rewrite:
         return eqn.primitive.bind(*ins, **{**eqn.params, "jaxpr": made.jaxpr})
 
     def _scan(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
-        count = eqn.params["num_consts"]
-        carried = count + eqn.params["num_carry"]
+        count, going_round = scan_counts(eqn.params)
+        carried = count + going_round
         layers = self._layers(eqn, note)
         run = layers.run
         if note.carry is not None and self.pipeline is not None:

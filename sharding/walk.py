@@ -45,6 +45,14 @@ CALLS: Mapping[str, str] = {
 }
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a `scan` are constants and how many go round; the rest is sliced."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(consts), len(carried)
+
+
 @dataclass(eq=False)
 class Value:
     """An array on the walk.
@@ -235,7 +243,7 @@ class Walk:
 
     def _scan(self, eqn: Any, ins: list[Value]) -> list[Value]:
         params = eqn.params
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_counts(params)
         carry, xs = ins[consts : consts + carried], ins[consts + carried :]
         body = params["jaxpr"]
         leading = [value.axes[0] for value in xs]
@@ -264,7 +272,7 @@ class Walk:
         entered = [*ins[:consts], *inner_carry, *sliced]
         results = self.run(body.jaxpr, body.consts, entered)
         if stacked:
-            mine.stacked = tuple(results[params["num_carry"] :])
+            mine.stacked = tuple(results[carried:])
         for before, after in zip(inner_carry, results[:carried], strict=True):
             self._unite(before.axes, after.axes)
         self._loop = outer_loop
