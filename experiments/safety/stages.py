@@ -6,22 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int64
 
 from experiments.harness import Run
-from experiments.safety import placement, pretrained
+from experiments.safety import placement
 from experiments.safety.config import SafetyConfig
+from experiments.safety.policies import Policy as Policy
+from experiments.safety.policies import initial_policy as initial_policy
+from experiments.safety.policies import learned_part, trained_policy
 from experiments.safety.task import Evaluators, Task
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.constraints import Rectified
 from jaxrl.data.batches import PromptSet, shuffled
 from jaxrl.data.packing import PackedDemonstrations
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer, lm_ptx
-from jaxrl.models import Decoder, DecoderConfig, LoraParam, ScalarModel
-from jaxrl.models.huggingface import Pretrained, save_adapter, save_pretrained, with_adapter
+from jaxrl.models import ScalarModel
 from jaxrl.processes import Preempted
 from jaxrl.recipes import Recipe
 from jaxrl.replay import RECTIFIED, Replay
@@ -32,48 +33,6 @@ from sharding import Plan
 
 HELDOUT = "heldout"
 LOG_EVERY = 10  # SFT steps between rows of metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """A decoder's structure with one set of parameters.
-
-    Attributes:
-      graphdef: the structure.
-      params: the parameters, on the devices of the run's mesh once training has begun.
-      document: the `config.json` that it came with; None of a model that was made here.
-    """
-
-    graphdef: nnx.GraphDef
-    params: nnx.State
-    document: Mapping[str, Any] | None = None
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        return nnx.merge(self.graphdef, self.params).config
-
-    @property
-    def pretrained(self) -> Pretrained:
-        """The same as what `jaxrl.models.huggingface` reads, writes and adapts."""
-        assert self.document is not None
-        return Pretrained(
-            config=self.decoder,
-            document=self.document,
-            graphdef=self.graphdef,
-            params=self.params,
-        )
-
-
-def initial_policy(config: SafetyConfig, task: Task) -> Policy:
-    """The pretrained decoder, or an untrained one that is a function of the seed."""
-    if config.model.pretrained:
-        found = pretrained.load(config, task.tokenizer)
-        return Policy(graphdef=found.graphdef, params=found.params, document=found.document)
-    decoder = config.model.decoder(
-        task.tokenizer.vocab_size, config.prompt_len + config.completion_len
-    )
-    graphdef, params = nnx.split(Decoder(decoder, rngs=nnx.Rngs(config.seed)))
-    return Policy(graphdef=graphdef, params=params)
 
 
 def _plan(config: SafetyConfig, params: Any) -> Plan:
@@ -182,72 +141,7 @@ def train(
                     _save(checkpoints, done, state, trainer.replay)
                 if stopping:
                     raise Preempted(f"after step {done} of {recipe.name}")
-    return _trained(run, config, recipe, reference, state)
-
-
-def _trained(
-    run: Run, config: SafetyConfig, recipe: Recipe, reference: Policy, state: LearnerState
-) -> Policy:
-    """The policy of a learner's state; a pretrained one is also saved as it came.
-
-    models/RECIPE is what `transformers` loads; models/RECIPE-adapter, where adapters were trained,
-    what PEFT loads beside the base model.
-    """
-    params = state.params["policy"]
-    if reference.document is None:
-        return replace(reference, params=params)
-    folder = run.folder / "models" / recipe.name
-    if config.model.lora_rank:
-        parts = _learned_part(config, reference)
-        assert parts.adapted is not None
-        assert parts.frozen is not None
-        adapted = replace(parts.adapted, params=nnx.merge_state(params, parts.frozen))
-        adapter = folder.with_name(f"{recipe.name}-adapter")
-        save_adapter(adapter, adapted, base_model=config.model.pretrained)
-        params = pretrained.without_adapters(adapted, reference.pretrained).params
-    policy = replace(reference, params=params)
-    document = reference.document
-    dtype = document.get("dtype") or document.get("torch_dtype") or "bfloat16"
-    save_pretrained(folder, policy.decoder, params, document=document, dtype=jnp.dtype(dtype))
-    pretrained.copy_beside(pretrained.folder_of(config.model.pretrained), folder)
-    return policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LearnedPart:
-    """What of a policy is trained.
-
-    Attributes:
-      graphdef: structure of the whole.
-      params: what is trained: everything, or adapters.
-      frozen: the rest; None where there is none.
-      reference: parameters of the frozen reference, in the structure of `graphdef`.
-      adapted: the policy with fresh adapters; None without.
-    """
-
-    graphdef: nnx.GraphDef
-    params: nnx.State
-    reference: nnx.State
-    frozen: nnx.State | None = None
-    adapted: Pretrained | None = None
-
-
-def _learned_part(config: SafetyConfig, reference: Policy) -> _LearnedPart:
-    lora = config.model.lora()
-    if lora is None:
-        return _LearnedPart(
-            graphdef=reference.graphdef, params=reference.params, reference=reference.params
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            "adapters are trained by one process: the frozen weights are constants of its "
-            "programs; leave out --model.lora-rank, or run one process"
-        )
-    adapted = with_adapter(reference.pretrained, lora, seed=config.seed)
-    graphdef, params, frozen = nnx.split(adapted.model(), LoraParam, ...)
-    return _LearnedPart(
-        graphdef=graphdef, params=params, frozen=frozen, reference=adapted.params, adapted=adapted
-    )
+    return trained_policy(run, config, recipe, reference, state)
 
 
 def trainer_of(
@@ -259,7 +153,7 @@ def trainer_of(
     reference: Policy,
 ) -> Trainer:
     """The parts of a run of one recipe that starts from `reference`."""
-    part, critic_def = _learned_part(config, reference), None
+    part, critic_def = learned_part(config, reference), None
     shapes: dict[str, Any] = {"policy": part.reference}
     if recipe.value_heads:
         critic_def, shapes["critic"] = nnx.split(
@@ -322,7 +216,7 @@ def initial_state(
     config: SafetyConfig, learner: Learner, task: Task, reference: Policy
 ) -> LearnerState:
     """The state before the first update: the policy is the reference, its critic reads like it."""
-    params: dict[str, Any] = {"policy": _learned_part(config, reference).params}
+    params: dict[str, Any] = {"policy": learned_part(config, reference).params}
     if learner.recipe.value_heads:
         critic = _critic(config, reference, learner.recipe)
         # A critic that can read already learns faster: its trunk starts from the SFT policy.
