@@ -199,6 +199,8 @@ def test_a_folder_of_another_run_is_refused_with_the_field(finished, capsys):
         ("--kl-coef 0", r"positive KL coefficient"),
         ("--model.kv-heads 3", r"kv_heads must divide heads"),
         ("--data nowhere.json", r"no data at nowhere.json: give one of world"),
+        ("--sft.pack -1", r"sft.pack is the width of a row, or 0: got -1"),
+        ("--sft.pack 20", r"every example must have between 1 and 20 tokens"),
         ("--vocab-size 100", r"vocab_size must hold 256 bytes"),
         ("--prompt-len 3", r"must fit the context: .* row \d+ of .* has \d+ tokens.*, 3 fit"),
         ("--prompt-len 1 --drop-long", r"no train prompt of .* fits 1 tokens"),
@@ -220,6 +222,7 @@ def test_files_that_are_no_run_are_kept(tmp_path, capsys):
 
 LONG = [
     *TINY, "--steps", "30", "--sft.steps", "4", "--checkpoint-every", "4", "--seed", "1",
+    "--sft.pack", "112",
     "--algorithms", "repo_rloo,repo_tb_replay", "--critic-free-learning-rate", "0.02",
 ]  # fmt: skip
 
