@@ -19,7 +19,8 @@ from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores
 from jaxrl.models.cache import KeyValue
 
-LANES = 128  # columns of a vector register: what blocks and head widths are multiples of
+LANES = 128  # columns of a vector register: what blocks are multiples of
+_WIDTH = 64  # what head widths are multiples of: half a register is taken as it is
 _BLOCKS = (512, 256, LANES)
 _MOST_ADDED = 1 / 8  # columns that padding may add to make larger or fuller blocks
 
@@ -58,7 +59,7 @@ def attend(
     )
 
     def prepared(x: Float[Array, "N S h d"]) -> Float[Array, "N h W e"]:
-        width = -head_dim % LANES
+        width = -head_dim % (_WIDTH if head_dim < LANES else LANES)
         x = jnp.pad(aligned.widened(x), [(0, 0), (0, 0), (0, 0), (0, width)])
         return jnp.swapaxes(x, 1, 2)
 

@@ -284,7 +284,7 @@ def test_a_step_for_tpus_calls_splash(choice, windows):
     kinds = 2 if windows else 1
     # Forward, and in the backward pass forward again, its gradients to queries and to keys.
     assert text.count("tpu_custom_call") >= 3 * kinds
-    assert "tensor<2x2x512x128xbf16>" in text  # 2 of 4 rows, 2 of 4 heads, 128 wide
+    assert "tensor<2x2x512x64xbf16>" in text  # 2 of 4 rows, 2 of 4 heads, 64 wide
 
 
 def test_xla_is_xla_on_any_machine():
