@@ -15,6 +15,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 HEAD_AXES = ("tensor",)
 SEQUENCE_AXES = ("context",)
 EXPERT_AXES = ("expert",)
+_NAMES = frozenset((*BATCH_AXES, *HEAD_AXES, *SEQUENCE_AXES, *EXPERT_AXES, "stage"))
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,13 @@ class Layout:
 
     @classmethod
     def current(cls) -> "Layout | None":
-        """Of the mesh in the context; None where there is none, or where all of it is taken."""
+        """Of the mesh in the context; None where there is none, or where all of it is taken.
+
+        None, too, of a mesh with other names: nobody knows what they divide.
+        """
         mesh = jax.sharding.get_abstract_mesh()
-        return cls(mesh) if set(mesh.axis_names) - set(mesh.manual_axes) else None
+        free = set(mesh.axis_names) - set(mesh.manual_axes)
+        return cls(mesh) if free and not unknown_axes() else None
 
     def axes(self, names: tuple[str, ...], size: int) -> tuple[str, ...]:
         """Those of `names` that are in the mesh and together divide a dimension of `size`."""
@@ -63,6 +68,16 @@ class Layout:
     def ways(self, axes: tuple[str, ...]) -> int:
         """Devices along some axes together."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+def unknown_axes() -> tuple[str, ...]:
+    """Axes of the mesh in the context that are not named as the planner names them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        name
+        for name in mesh.axis_names
+        if name not in _NAMES and name not in mesh.manual_axes and mesh.shape[name] > 1
+    )
 
 
 def platform() -> str:

@@ -16,7 +16,7 @@ from jaxrl.models.attention import context, cudnn, plain, splash
 from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores, Window
 from jaxrl.models.cache import KeyValue
-from jaxrl.models.layout import SEQUENCE_AXES, Layout, platform
+from jaxrl.models.layout import SEQUENCE_AXES, Layout, platform, unknown_axes
 
 _LOG = logging.getLogger(__name__)
 
@@ -118,8 +118,14 @@ class Attention:
         wanted = self.implementation
         if wanted == "auto":
             wanted = _OF_PLATFORM.get(platform(), "xla")
-            if wanted != "xla" and Layout.current() is None and jax.device_count() > 1:
+            alone = Layout.current() is None and not unknown_axes()
+            if wanted != "xla" and alone and jax.device_count() > 1:
                 return _instead_of(wanted, _NO_MESH)
+        if wanted != "xla" and unknown_axes():
+            return _instead_of(
+                wanted, f"the mesh has axes {', '.join(unknown_axes())}, and only those named as "
+                "the planner's (data, fsdp, expert, tensor, context, stage) say what they divide"
+            )  # fmt: skip
         if wanted == "splash" and platform() == "gpu":
             return _instead_of(wanted, "its kernels are for TPUs")
         if wanted == "cudnn":

@@ -303,6 +303,16 @@ def test_auto_without_a_mesh_on_several_devices_is_xla(monkeypatch, caplog):
     assert "no mesh in the context" in caplog.text
 
 
+def test_a_mesh_with_other_names_is_left_to_xla(caplog):
+    _say.cache_clear()
+    mesh = AbstractMesh(
+        (2, 2), ("rows", "tensor"), (AxisType.Auto,) * 2, abstract_device=V5P.abstract_device
+    )
+    with caplog.at_level(logging.WARNING):
+        assert "tpu_custom_call" not in lowered_step(SMALL, mesh, "tpu")
+    assert "the mesh has axes rows, and only those named as the planner's" in caplog.text
+
+
 # --- a decoder on eight devices -----------------------------------------------------------------
 
 EIGHT = {"fsdp": 2, "context": 2, "tensor": 2}
