@@ -26,6 +26,7 @@ from jaxrl.models.cache import KeyValue
 
 _LOWEST = -1e30  # finite: the difference of two such maxima must not become NaN
 _PIECES = 2
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def zigzag(size: int, ways: int) -> np.ndarray:
@@ -123,14 +124,11 @@ def _forward(division: Division, query: Array, kv: KeyValue, columns: Columns) -
 
 def _backward(division: Division, saved: Any, cotangent: Array) -> Any:
     query, kv, columns, out, log_total = saved
-    wide = cotangent.astype(jnp.float32)
-    # Σ over keys of weight · its gradient: what the softmax takes off every score's gradient.
-    mean = jnp.einsum("nskhd,nskhd->nkhs", wide, out.astype(jnp.float32))
+    mean = jnp.einsum("nskhd,nskhd->nkhs", cotangent.astype(jnp.float32), out.astype(jnp.float32))
+    given = _Given(query, cotangent, log_total, mean)
 
     def visit(of_query: Array, kv: KeyValue, theirs: Columns, of_kv: KeyValue) -> Any:
-        return _differentiate(
-            division, of_query, of_kv, query, kv, columns, theirs, cotangent, log_total, mean
-        )
+        return _differentiate(division, of_query, of_kv, given, kv, columns, theirs)
 
     zeros = KeyValue(*(jnp.zeros(x.shape, jnp.float32) for x in kv))
     of_query, of_kv = _tour(
@@ -215,11 +213,16 @@ def _scores(
     division: Division, query: Array, key: Array
 ) -> tuple[Float32[Array, "n K h s t"], Float32[Array, "n K h s t"] | float]:
     """Scores, and the derivative of the soft cap at each."""
-    raw = jnp.einsum("nskhd,ntkd->nkhst", query, key, preferred_element_type=jnp.float32)
+    raw = _product("nskhd,ntkd->nkhst", query, key)
     if division.softcap is None:
         return raw, 1.0
     bent = jnp.tanh(raw / division.softcap)
     return bent * division.softcap, 1.0 - bent * bent
+
+
+def _where_seen(visible: Bool[Array, "n s t"], change: Callable[[Any], Any], state: Any) -> Any:
+    """The changed state, or at no cost the same one where nothing is visible."""
+    return jax.lax.cond(jnp.any(visible), change, lambda state: state, state)
 
 
 def _join(
@@ -241,23 +244,8 @@ def _join(
         pieces = zip(_pieces(kv.key, 1), _pieces(kv.value, 1), _split_columns(theirs), strict=True)
         for key, value, their in pieces:
             visible = _visible(division, own, their)
-
-            def join(state: _Running, part=part, key=key, value=value, visible=visible) -> _Running:
-                scores, _ = _scores(division, part, key)
-                seen = visible[:, None, None]
-                top = jnp.maximum(state.top, jnp.max(jnp.where(seen, scores, _LOWEST), axis=-1))
-                weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-                kept = jnp.exp(state.top - top)
-                added = jnp.einsum(
-                    "nkhst,ntkd->nskhd", weights.astype(value.dtype), value,
-                    preferred_element_type=jnp.float32,
-                )  # fmt: skip
-                return _Running(
-                    state.out * _by_column(kept) + added, top,
-                    state.total * kept + jnp.sum(weights, axis=-1),
-                )  # fmt: skip
-
-            state = jax.lax.cond(jnp.any(visible), join, lambda state: state, state)
+            change = partial(_join_piece, division, part, KeyValue(key, value), visible)
+            state = _where_seen(visible, change, state)
         joined.append(state)
     return _Running(
         jnp.concatenate([s.out for s in joined], axis=1),
@@ -266,57 +254,85 @@ def _join(
     )
 
 
+def _join_piece(
+    division: Division, query: Array, kv: KeyValue, visible: Array, state: _Running
+) -> _Running:
+    """The online softmax: what was summed is scaled to the new maximum."""
+    scores, _ = _scores(division, query, kv.key)
+    seen = visible[:, None, None]
+    top = jnp.maximum(state.top, jnp.max(jnp.where(seen, scores, _LOWEST), axis=-1))
+    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    kept = jnp.exp(state.top - top)
+    added = _product("nkhst,ntkd->nskhd", weights.astype(kv.value.dtype), kv.value)
+    return _Running(
+        state.out * _by_column(kept) + added, top, state.total * kept + jnp.sum(weights, axis=-1)
+    )
+
+
+class _Given(NamedTuple):
+    """What the backward pass knows of queries.
+
+    Attributes:
+      query: grouped and scaled.
+      cotangent: of their results.
+      log_total: of the softmax: log Σ exp(score).
+      mean: Σ over keys of weight · its gradient, which the softmax takes off each.
+    """
+
+    query: Float[Array, "n s K h d"]
+    cotangent: Float[Array, "n s K h d"]
+    log_total: Float32[Array, "n K h s"]
+    mean: Float32[Array, "n K h s"]
+
+    def pieces(self) -> list["_Given"]:
+        axes = (1, 1, 3, 3)
+        parts = (_pieces(x, axis) for x, axis in zip(self, axes, strict=True))
+        return [_Given(*piece) for piece in zip(*parts, strict=True)]
+
+
 def _differentiate(
     division: Division,
     of_query: Array,
     of_kv: KeyValue,
-    query: Array,
+    given: _Given,
     kv: KeyValue,
     mine: Columns,
     theirs: Columns,
-    cotangent: Array,
-    log_total: Array,
-    mean: Array,
 ) -> tuple[Array, KeyValue]:
-    """Adds what the keys and values of one device give and get."""
-    own = _split_columns(mine)
-    their = _split_columns(theirs)
-    keys, values = _pieces(kv.key, 1), _pieces(kv.value, 1)
+    """Adds what the keys and values of one device give to queries and get from them."""
+    keys, values, their = _pieces(kv.key, 1), _pieces(kv.value, 1), _split_columns(theirs)
     to_keys, to_values = _pieces(of_kv.key, 1), _pieces(of_kv.value, 1)
     done = []
-    rows = zip(
-        own, _pieces(query, 1), _pieces(of_query, 1), _pieces(cotangent, 1), _pieces(log_total, 3),
-        _pieces(mean, 3), strict=True,
-    )  # fmt: skip
-    for columns, part, to_query, of_out, logs, means in rows:
+    rows = zip(_split_columns(mine), _pieces(of_query, 1), given.pieces(), strict=True)
+    for own, to_query, part in rows:
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            visible = _visible(division, columns, their[i])
-
-            def add(
-                sums, part=part, key=key, value=value, visible=visible, of_out=of_out, logs=logs,
-                means=means,
-            ):  # fmt: skip
-                to_query, to_key, to_value = sums
-                scores, bend = _scores(division, part, key)
-                seen = visible[:, None, None]
-                weights = jnp.where(seen, jnp.exp(scores - logs[..., None]), 0.0)
-                product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-                narrow = weights.astype(value.dtype)
-                to_value = to_value + product("nkhst,nskhd->ntkd", narrow, of_out)
-                of_weights = product("nskhd,ntkd->nkhst", of_out, value)
-                of_scores = weights * (of_weights - means[..., None]) * bend
-                of_scores = of_scores.astype(part.dtype)
-                to_query = to_query + product("nkhst,ntkd->nskhd", of_scores, key)
-                to_key = to_key + product("nkhst,nskhd->ntkd", of_scores, part)
-                return to_query, to_key, to_value
-
+            visible = _visible(division, own, their[i])
+            change = partial(_differentiate_piece, division, part, KeyValue(key, value), visible)
             sums = to_query, to_keys[i], to_values[i]
-            to_query, to_keys[i], to_values[i] = jax.lax.cond(
-                jnp.any(visible), add, lambda sums: sums, sums
-            )
+            to_query, to_keys[i], to_values[i] = _where_seen(visible, change, sums)
         done.append(to_query)
     of_kv = KeyValue(jnp.concatenate(to_keys, axis=1), jnp.concatenate(to_values, axis=1))
     return jnp.concatenate(done, axis=1), of_kv
+
+
+def _differentiate_piece(
+    division: Division,
+    given: _Given,
+    kv: KeyValue,
+    visible: Array,
+    sums: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+    """Gradients to queries, keys and values, with weights made again from their logarithm's sum."""
+    to_query, to_key, to_value = sums
+    scores, bend = _scores(division, given.query, kv.key)
+    weights = jnp.where(visible[:, None, None], jnp.exp(scores - given.log_total[..., None]), 0.0)
+    of_value = _product("nkhst,nskhd->ntkd", weights.astype(kv.value.dtype), given.cotangent)
+    of_weights = _product("nskhd,ntkd->nkhst", given.cotangent, kv.value)
+    of_scores = weights * (of_weights - given.mean[..., None]) * bend
+    of_scores = of_scores.astype(given.query.dtype)
+    of_query = _product("nkhst,ntkd->nskhd", of_scores, kv.key)
+    of_key = _product("nkhst,nskhd->ntkd", of_scores, given.query)
+    return to_query + of_query, to_key + of_key, to_value + of_value
 
 
 def _by_column(x: Float32[Array, "n K h s"]) -> Float32[Array, "n s K h 1"]:
