@@ -1,4 +1,4 @@
-"""A train step with kernels and exchanges, compiled by the real compilers for real machines."""
+"""A train step with the attention kernels, compiled by the real compilers for real machines."""
 
 import ctypes
 import importlib.util
@@ -50,10 +50,6 @@ def test_splash_compiles_for_tpus_and_needs_less_memory(topology):
     # XLA holds scores of 4 rows, 16 heads, 512 and 4 · 512 queries, in float32.
     scores = 4 * 16 * 4 * 4 * 511 * 1023
     assert found["auto"]["temporary_bytes"] < found["xla"]["temporary_bytes"] - scores / 2
-    assert found["ring"]["permutes"] > 0
-    assert found["auto"]["permutes"] == 0
-    assert found["experts"]["splash"] >= 4
-    assert found["experts"]["exchanges"] > 0
 
 
 @pytest.mark.skipif(
