@@ -6,6 +6,7 @@ process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.dims import product
-from sharding.execute import Execution, leaf_specs, rewritten
+from sharding.execute import Execution, rewritten
 from sharding.hlo import Group, Traffic, collectives, groups
 from sharding.topology import Cluster
 from sharding.torus import device_grid
 
 _PLATFORMS = {"torus": "tpu", "switch": "cuda"}
+# Chips that share a host, by torus dimension, unless the compiler is told otherwise.
+_HOST = (2, 2, 1)
 # Chips whose two cores the compiler takes for two devices unless it is told otherwise.
 _MEGACORE = ("v4",)
 # What JAX calls them, and cores that work as one device: a step may ask the mesh that it is traced
@@ -181,8 +184,8 @@ def _lower(
     run = rewritten(step, shapes, execution, **roles)
     leaves, structure = jax.tree.flatten(shapes)
     out = jax.eval_shape(run, *shapes)
-    into = [NamedSharding(execution.mesh, s) for s in leaf_specs(shapes, execution.inputs)]
-    back = [NamedSharding(execution.mesh, s) for s in leaf_specs(out, execution.outputs)]
+    into = execution.shardings(shapes, execution.inputs)
+    back = execution.shardings(out, execution.outputs)
 
     def flat(*leaves: Any) -> tuple[Any, ...]:
         return tuple(jax.tree.leaves(run(*jax.tree.unflatten(structure, leaves))))
@@ -215,6 +218,11 @@ def _topology(cluster: Cluster, platform: str) -> dict[str, Any]:
         }
         if cluster.chip.name in _MEGACORE and cluster.chip.devices_per_chip == 1:
             named["chip_config_name"] = "megacore"
+        # A part of a host, or hosts in a row of single chips.
+        whole = (*shape, 1, 1)[: len(_HOST)]
+        bounds = [math.gcd(size, chips) for size, chips in zip(whole, _HOST, strict=True)]
+        if tuple(bounds) != _HOST:
+            named["chips_per_host_bounds"] = bounds
         return named | ({"num_slices": cluster.slices} if cluster.slices > 1 else {})
     if platform == "cuda":
         target = resources.files("sharding") / "catalog" / f"{cluster.chip.name}_target.txt"

@@ -53,7 +53,18 @@ def test_a_machine_without_a_known_target_is_said(models):
 @pytest.mark.aot
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the aot extra")
-def test_the_tpu_compiler_accepts_a_plan_for_a_pod(models):
-    plan, _ = _plan(models, "v5e:2x4", fsdp=4, tensor=2, zero=3)
+@pytest.mark.parametrize(
+    ("cluster", "pinned"),
+    [
+        ("v5e:2x4", {"fsdp": 4, "tensor": 2, "zero": 3}),
+        ("v5e:1x2", {"fsdp": 2, "zero": 3}),  # a part of a host
+        ("v5e:2x2", {"fsdp": 4, "zero": 3, "offload": "optimizer"}),
+    ],
+)
+def test_the_tpu_compiler_accepts_a_plan(models, cluster, pinned):
+    plan, _ = _plan(models, cluster, **pinned)
     report = plan.check(donate=(0, 1))
     assert 0 < report.argument_bytes <= report.peak_bytes
+    assert report.argument_bytes == pytest.approx(
+        plan.prediction.memory_breakdown["arguments"], rel=0.05
+    )
