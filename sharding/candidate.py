@@ -12,8 +12,9 @@ from sharding.strategies import Strategies, Strategy
 # taken, because not all differences are as uncertain: what recomputation adds is known better than
 # how well a collective hides.
 TIE_TOLERANCE = 0.02
-# Of plans that are not told apart by time, memory decides in steps of this share of a device's.
-MEMORY_STEP = 0.02
+# Of plans that are not told apart by time, memory decides in steps of this share of a device's: to
+# save less serves nobody, and is not worth even a time that only may be longer.
+MEMORY_STEP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ def test_of_equally_fast_strategies_the_smallest_is_taken():
         chosen = found.best[0]
         assert chosen.strategy == reference.strategy
         assert chosen.step_s <= fastest.step_s * (1 + tolerance)
-        assert chosen.memory_bytes < fastest.memory_bytes - 0.02 * cluster.memory_bytes
+        assert chosen.memory_bytes < fastest.memory_bytes - 0.1 * cluster.memory_bytes
         assert found.tied > 1
         # The gap is that of the time, whatever decided.
         assert np.isclose(found.gap, 1 - fastest.step_s / chosen.step_s, rtol=1e-9)
