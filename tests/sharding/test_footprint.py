@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from sharding.compile_check import abstract_mesh
 from sharding.computation import computation
 from sharding.hlo import Traffic
 from sharding.liveness import fusion_of, peak
-from sharding.partition import partition
+from sharding.partition import Partitioner, partition
 from sharding.topology import Cluster
 
 MESH = {"data": 2, "tensor": 4}
@@ -22,9 +23,9 @@ def _shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def _moves(step, args, inputs, outputs, weights=(1,)):
+def _moves(step, args, inputs, outputs, weights=(1,), **does):
     made = computation(step, args)
-    partition(made, MESH, inputs, outputs, weights)
+    partition(made, MESH, inputs, outputs, weights, partitioner=Partitioner(**does))
     found = []
 
     def walk(body, times):
@@ -62,6 +63,61 @@ def test_a_weight_over_the_axis_of_the_batch_is_gathered_once():
     )
     assert moves[0] == ("all-gather", ("data",), 16 * 4 * 4)
     assert [kind for kind, _, _ in moves].count("all-gather") == 1
+
+
+def test_compilers_that_do_not_scatter_activations_reduce_them_and_cut():
+    args = _shape(8, 16), _shape(16, 4)
+    specs = [P("data", "tensor"), P("tensor", None)], [P("data", "tensor")]
+    _, moves = _moves(lambda x, w: x @ w, args, *specs, scatters=False)
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+    # Gradients, of which neither operand is a weight, are scattered all the same.
+    _, moves = _moves(lambda x, w: x @ w, args, *specs, weights=(), scatters=False)
+    assert moves == [("reduce-scatter", ("tensor",), 4 * 4 * 4)]
+
+
+def test_a_table_divided_over_the_axis_of_the_batch_stays_where_it_is():
+    def step(table, tokens, grads):
+        rows = jax.lax.with_sharding_constraint(table[tokens], divided)
+        return rows, jnp.zeros_like(table).at[tokens].add(grads)
+
+    divided = jax.NamedSharding(abstract_mesh(MESH), P("data", None))
+    args = _shape(64, 16), _shape(8, dtype=jnp.int32), _shape(8, 16)
+    specs = [P(None, "data"), P("data"), P("data", None)]
+    _, moves = _moves(step, args, specs, [P("data", None), P(None, "data")], (0,))
+    exchanged = 8 * 16 // 2 * 4  # the looked-up rows, and the gradients of all rows
+    assert [m for m in moves if m[0] == "all-to-all"] == [("all-to-all", ("data",), exchanged)] * 2
+    kinds = {kind for kind, _, _ in moves}
+    assert kinds == {"all-to-all", "all-gather"}
+    assert max(size for kind, _, size in moves if kind == "all-gather") == 8 * 4  # the indices
+
+
+def test_partial_sums_are_added_before_they_are_reduced():
+    def step(x, y, v, w):
+        return x @ v + (y @ w).T.T
+
+    args = _shape(8, 16), _shape(8, 16), _shape(16, 4), _shape(16, 4)
+    specs = [P("data", "tensor"), P("data", "tensor"), P("tensor"), P("tensor")]
+    _, moves = _moves(step, args, specs, [P("data", None)], (2, 3))
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+
+    def read_twice(x, y, v, w):
+        first = x @ v
+        return first + y @ w, first
+
+    _, moves = _moves(read_twice, args, specs, [P("data", None)] * 2, (2, 3))
+    assert [kind for kind, _, _ in moves] == ["all-reduce"] * 2
+
+
+def test_a_weight_of_three_dimensions_is_gathered_for_each_product_where_layouts_differ():
+    def step(w, x):
+        y = jnp.einsum("bd,dhk->bhk", x, w)
+        return jnp.einsum("bhk,dhk->bd", y, w)
+
+    args = _shape(16, 4, 2), _shape(8, 16)
+    specs = [P("data"), P("data", None)], [P("data", None)]
+    gathered = "all-gather", ("data",), 16 * 4 * 2 * 4
+    assert _moves(step, args, *specs, (0,))[1] == [gathered]
+    assert _moves(step, args, *specs, (0,), regathers=True)[1] == [gathered] * 2
 
 
 def test_a_loop_moves_as_often_as_it_runs():
@@ -106,6 +162,46 @@ def test_a_loop_holds_its_stack_and_writes_in_place():
     found = peak(made, MESH, H100, donated=(0,))
     assert found.results == 0
     assert found.temporary < 64 * 64 * 4 / 8
+
+
+def test_gpus_hold_gradients_whole_until_a_loop_reduces_them():
+    def step(xs, ys):
+        def body(_, pair):
+            x, y = pair
+            return None, (x.T @ y, jnp.tanh(x) @ jnp.tanh(y).T)
+
+        return jax.lax.scan(body, None, (xs, ys))[1]
+
+    args = _shape(3, 64, 512), _shape(3, 64, 512)
+    specs = [P(None, "data")] * 2, [P(None, "data"), P(None, "data")]
+    made, moves = _moves(step, args, *specs, ())
+    gradient = 512 * 512 * 4
+    assert ("reduce-scatter", ("data",), 3 * gradient) in moves
+    rest = peak(made, MESH, V5E).temporary
+    assert peak(made, MESH, H100).temporary >= rest + gradient
+
+
+def test_gpus_copy_stacks_that_their_loop_reads_otherwise():
+    def step(ws, x):
+        def body(x, w):
+            keys = x * 2
+            return jnp.tanh(x @ w) + (x @ keys.T @ x), keys
+
+        return jax.lax.scan(body, x, ws)
+
+    args = _shape(5, 64, 64), _shape(32, 64)
+    out = [P("data", None), P(None, "data", None)]
+
+    def temporary(spec, gpu):
+        made, _ = _moves(step, args, [spec, P("data", None)], out, (0,))
+        return peak(made, MESH, gpu).temporary
+
+    # The keys are summed over their last axis: their stack of five is copied.
+    stack, layer = 5 * 16 * 64 * 4, 64 * 64 * 4
+    first, last = (temporary(spec, H100) for spec in (P(None, "data"), P(None, None, "data")))
+    assert first >= stack
+    # Gathered along the last axis, the stacked argument is turned before the loop.
+    assert last == pytest.approx(first + 5 * layer / 2, rel=0.05)
 
 
 def test_tpus_write_products_with_what_is_done_to_them():
