@@ -41,6 +41,7 @@ _LORA_AXES = {
     "attention_out": ("heads", "embed"), "gate": ("embed", "mlp"), "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
 }  # fmt: skip
+_TILE_ROWS = 128  # of matrix units, and of the tiles that GPU compilers try
 
 Weights = dict[str, Float[Array, "..."]]
 Attend = Callable[
@@ -98,6 +99,16 @@ def project(x: Float[Array, "*batch D"], kernel: Float[Array, "D *out"]) -> Floa
     """
     flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
     return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def _rows_fed(steps: int) -> int:
+    """Tokens of a completion that pass through the network.
+
+    Nothing is predicted from the last one, so that it can stay out; but lengths that fill the
+    tiles of matrix units should stay so: with 511 rows of 512 TPUs pad every product, and XLA:GPU
+    found no tiles at all for some.
+    """
+    return steps if steps % _TILE_ROWS == 0 else steps - 1
 
 
 def _as_rank(x: Float[Array, "*tail"], rank: int) -> Float[Array, "..."]:
@@ -245,9 +256,9 @@ class Decoder(nnx.Module):
         A prompt passes through the network once for all of its G completions; the result is
         that of running the G concatenated sequences one by one.
         """
-        groups, steps = tokens.shape[1], tokens.shape[2] - 1
+        groups, steps = tokens.shape[1], _rows_fed(tokens.shape[2])
         batch, prompt_len = prompts.tokens.shape
-        own_tokens = tokens[:, :, :-1].reshape(batch, groups * steps)
+        own_tokens = tokens[:, :, :steps].reshape(batch, groups * steps)
         mask = prompts.mask.astype(jnp.int32)
         prompt_positions = _positions(mask)
         own_positions = prompt_positions[:, -1:, None] + 1 + jnp.arange(steps)[None, None]
@@ -262,7 +273,7 @@ class Decoder(nnx.Module):
         first = hidden[:, None, prompt_len - 1 : prompt_len]
         first = jnp.broadcast_to(first, (batch, groups, 1, hidden.shape[-1]))
         of_own = hidden[:, prompt_len:].reshape(batch, groups, steps, hidden.shape[-1])
-        return jnp.concatenate([first, of_own], axis=2)
+        return jnp.concatenate([first, of_own[:, :, : tokens.shape[2] - 1]], axis=2)
 
     def _rows(
         self,
