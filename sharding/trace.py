@@ -117,7 +117,8 @@ def trace(
         for var, (path, _), role in zip(closed.jaxpr.invars, flat, roles, strict=True)
     ]
     results = walk.run(closed.jaxpr, closed.consts, values)
-    for value, result in _returned(args, out_shape, values, results):
+    kept = _returned(args, out_shape, values, results)
+    for value, result in kept:
         for a, b in zip(value.axes, result.axes, strict=True):
             graph.union(a, b)
 
@@ -125,6 +126,9 @@ def trace(
     changed = any(r.role == "param" and r not in values for r in results)
     trains = is_loss or changed if training is None else training
     forward, loss = _forward(walk, closed, values, results, trains)
+    for value, result in kept:  # the forward pass told parameters and optimiser state apart
+        if result not in values:
+            result.role = value.role
     differentiated = (
         loss is not None
         and not walk.has_remat

@@ -239,3 +239,20 @@ def test_an_opaque_step_keeps_for_its_backward_pass_what_its_loss_keeps(models):
         ]
         # Traced after differentiation, an opaque loss keeps a little of what stops no gradient.
         assert kept[0] == pytest.approx(kept[1], rel=0.1)
+
+
+def test_optimiser_state_comes_back_as_optimiser_state(models):
+    """As what lies with the parameters it came back whole from where it was divided (ZeRO-1)."""
+    params, tokens = models.decoder_params(KEY), models.tokens(KEY)
+    optimizer = optax.adam(1e-3)
+
+    def step(params, moments, tokens):
+        gradients = jax.grad(models.decoder_loss)(params, tokens)
+        updates, moments = optimizer.update(gradients, moments)
+        return optax.apply_updates(params, updates), moments, models.decoder_loss(params, tokens)
+
+    traced = trace(step, (params, optimizer.init(params), tokens))
+    before = {leaf.path: leaf.role for leaf in traced.inputs if leaf.path.startswith("1/")}
+    after = {leaf.path: leaf.role for leaf in traced.outputs if leaf.path.startswith("1/")}
+    assert "optimizer" in before.values()
+    assert after == before
