@@ -14,5 +14,6 @@ from sharding.planner import plan as plan
 from sharding.profiling import profile as profile
 from sharding.simulation import simulate as simulate
 from sharding.space import Constraints as Constraints
+from sharding.space import DoesNotFit as DoesNotFit
 from sharding.topology import Cluster as Cluster
 from sharding.transformer import transformer as transformer

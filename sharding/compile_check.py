@@ -5,16 +5,19 @@ TPU compiler is one to a process and may end it. `python -m sharding.compile_che
 process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,7 @@ def check(
     predicted_bytes: float | None = None,
     predicted_collectives: Mapping[str, Traffic] | None = None,
     timeout_s: float = 1200.0,
+    answers: Path | None = None,
     **roles: Any,
 ) -> Report:
     """Compiles a planned step for a cluster.
@@ -134,15 +138,19 @@ def check(
       predicted_bytes: for the report.
       predicted_collectives: for the report.
       timeout_s: seconds until the compilation is given up.
+      answers: folder in which the compiler's answers are kept, each under the digest of what it
+        was asked: the program, the devices and the compiler's version. A program that is there
+        is not compiled again.
       roles: `state` and `data` of `sharding.plan`.
 
     Raises:
-      RuntimeError: the compiler refused, or is not installed; the message has its last words.
+      RuntimeError: the compiler refused, is not installed or took too long; the message has its
+        last words.
     """
     platform = "cpu" if cluster.chip.name == "cpu" else _PLATFORMS[cluster.chip.kind]
     sizes = dict(execution.mesh.shape)
-    execution = replace(execution, mesh=_described_mesh(sizes, cluster.chip.name))
-    lowered, donated = _lower(step, tuple(args), execution, platform, donate, roles)
+    execution = replace(execution, mesh=abstract_mesh(sizes, cluster))
+    lowered, text, donated = _lower(step, tuple(args), execution, platform, donate, roles)
     request = {
         "platform": platform,
         "mesh": sizes,
@@ -150,25 +158,67 @@ def check(
         "topology": _topology(cluster, platform),
         "donated": donated,
     }
-    with tempfile.TemporaryDirectory(prefix="sharding-check-") as folder:
-        Path(folder, "step.bin").write_bytes(lowered)
-        Path(folder, "request.json").write_text(json.dumps(request))
-        done = subprocess.run(
-            [sys.executable, "-m", "sharding.compile_check", folder],
-            capture_output=True, text=True, timeout=timeout_s, check=False,
-            env=_environment(platform, product(sizes.values())),
-        )  # fmt: skip
-        answer = Path(folder, "answer.json")
-        if done.returncode or not answer.exists():
-            raise RuntimeError(
-                f"compiling for {cluster.name} failed (exit {done.returncode}); TPUs need "
-                f"`pip install jax[tpu]`, GPUs jax-cuda13-plugin: {done.stderr.strip()[-800:]}"
-            )
-        held = json.loads(answer.read_text())
+    kept = None
+    if answers is not None:
+        asked = json.dumps([text, request, _compiler(platform)], sort_keys=True)
+        kept = answers / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
+    if kept is not None and kept.exists():
+        held = json.loads(kept.read_text())
+    else:
+        held = _asked(lowered, request, cluster, timeout_s)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partly = kept.with_suffix(f".{os.getpid()}")  # whole or not at all, if interrupted
+            partly.write_text(json.dumps(held))
+            partly.replace(kept)
     held["groups"] = tuple(Group(**group) for group in held["groups"])
     return Report(
         **held, predicted_bytes=predicted_bytes, predicted_collectives=predicted_collectives or {}
     )
+
+
+def _asked(
+    lowered: bytes, request: Mapping[str, Any], cluster: Cluster, timeout_s: float
+) -> dict[str, Any]:
+    """What the compiler says, in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="sharding-check-") as folder:
+        Path(folder, "step.bin").write_bytes(lowered)
+        Path(folder, "request.json").write_text(json.dumps(request))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "sharding.compile_check", folder],
+                capture_output=True, text=True, timeout=timeout_s, check=False,
+                env=_environment(request["platform"], product(request["mesh"].values())),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"compiling for {cluster.name} took more than {timeout_s:.0f} s; give it more time"
+            ) from None
+        answer = Path(folder, "answer.json")
+        if done.returncode or not answer.exists():
+            raise RuntimeError(
+                f"compiling for {cluster.name} failed (exit {done.returncode}); TPUs need "
+                f"`pip install jax[tpu]`, GPUs jax-cuda13-plugin: {_last_words(done.stderr)}"
+            )
+        return json.loads(answer.read_text())
+
+
+def _last_words(stderr: str) -> str:
+    """The error of a traceback, without the places that follow it."""
+    lines = stderr.strip().splitlines()
+    errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return "\n".join(lines[errors[-1] :] if errors else lines)[:800]
+
+
+def _compiler(platform: str) -> list[str]:
+    """Names and versions of what compiles for a platform."""
+    found = [f"jax {jax.__version__}"]
+    for name in {"tpu": ("libtpu",), "cuda": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}.get(
+        platform, ()
+    ):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return found
 
 
 def _lower(
@@ -178,8 +228,10 @@ def _lower(
     platform: str,
     donate: Sequence[int],
     roles: Mapping[str, Any],
-) -> tuple[bytes, list[int]]:
-    """The step as serialised StableHLO for a mesh without devices, and which leaves it donates."""
+) -> tuple[bytes, str, list[int]]:
+    """The step as StableHLO for a mesh without devices, serialised and as text without places in
+    the source, and which leaves it donates.
+    """
     shapes = jax.eval_shape(lambda *a: a, *args)
     run = rewritten(step, shapes, execution, **roles)
     leaves, structure = jax.tree.flatten(shapes)
@@ -191,10 +243,11 @@ def _lower(
         return tuple(jax.tree.leaves(run(*jax.tree.unflatten(structure, leaves))))
 
     jitted = jax.jit(flat, in_shardings=tuple(into), out_shardings=tuple(back))
-    exported = jax.export.export(jitted, platforms=[platform])(*leaves)
+    with jax.sharding.use_abstract_mesh(execution.mesh.abstract_mesh):
+        exported = jax.export.export(jitted, platforms=[platform])(*leaves)
     ends = np.cumsum([0, *(len(jax.tree.leaves(a)) for a in shapes)]).tolist()
     donated = [i for arg in donate for i in range(ends[arg], ends[arg + 1])]
-    return bytes(exported.serialize()), donated
+    return bytes(exported.serialize()), exported.mlir_module(), donated
 
 
 def _environment(platform: str, devices: int) -> dict[str, str]:
@@ -277,23 +330,19 @@ def _compile(folder: Path) -> dict[str, Any]:
     }
 
 
-def _described_mesh(sizes: Mapping[str, int], chip: str) -> AbstractMesh:
-    """A mesh without devices that says of what kind they would be.
+def abstract_mesh(sizes: Mapping[str, int], cluster: Cluster | None = None) -> AbstractMesh:
+    """A mesh without devices, which says of what kind they would be where a cluster is given.
 
     Of GPUs it says CPU: cuDNN's calls cannot be lowered without devices, and the compiler's own
     attention takes more memory and never less.
     """
-    kind, cores = _KINDS.get(chip, ("cpu", None))
-    device = AbstractDevice(
-        device_kind=kind, num_cores=cores, platform="tpu" if chip in _KINDS else "cpu"
-    )
-    mesh = abstract_mesh(sizes)
-    return mesh.update(abstract_device=device)
-
-
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh without devices."""
-    return AbstractMesh(tuple(sizes.values()) or (1,), tuple(sizes) or ("single",))
+    device = None
+    if cluster is not None:
+        kind, cores = _KINDS.get(cluster.chip.name, ("cpu", None))
+        platform = "tpu" if cluster.chip.name in _KINDS else "cpu"
+        device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    names = tuple(sizes) or ("single",)
+    return AbstractMesh(tuple(sizes.values()) or (1,), names, abstract_device=device)
 
 
 if __name__ == "__main__":

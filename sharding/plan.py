@@ -241,6 +241,7 @@ class Plan:
         *,
         donate: Sequence[int] | None = None,
         timeout_s: float = 1200.0,
+        answers: Path | None = None,
     ) -> Report:
         """Compiles the step for the cluster that it was planned for, which need not be here.
 
@@ -250,22 +251,24 @@ class Plan:
           donate: positions of arguments whose memory the results may take; None is
             `plan.donate`.
           timeout_s: seconds until the compilation is given up.
+          answers: folder in which the compiler's answers are kept, so that the same program is
+            compiled once.
 
         Raises:
-          RuntimeError: the compiler refused, or is not installed.
+          RuntimeError: the compiler refused, is not installed or took too long.
         """
         step, args = step or self.step, args or self.args
         if step is None or args is None or not self.cluster:
             raise ValueError("a plan that was loaded or written by hand checks a step and its "
                              "arguments: plan.check(step, args), with `cluster` named")  # fmt: skip
+        where = Cluster.from_name(self.cluster) if self.where is None else self.where
         return check(
-            step, args, self.execution(abstract_mesh(self.mesh)), Cluster.from_name(self.cluster)
-            if self.where is None else self.where,
+            step, args, self.execution(abstract_mesh(self.mesh, where)), where,
             donate=self.donate if donate is None else donate,
             placement=self.placement,
             predicted_bytes=self.prediction.memory_bytes if self.prediction else None,
             predicted_collectives=self.prediction.collectives if self.prediction else {},
-            timeout_s=timeout_s, state=self.state, data=self.data,
+            timeout_s=timeout_s, answers=answers, state=self.state, data=self.data,
         )  # fmt: skip
 
     def execution(self, mesh: Any) -> Execution:

@@ -26,7 +26,7 @@ from sharding.simulation import (
     without_rule,
 )
 from sharding.solver import Candidate, Solution, solve
-from sharding.space import Constraints, policies
+from sharding.space import Constraints, DoesNotFit, policies
 from sharding.specs import Layout, layout
 from sharding.step_trace import trace_step
 from sharding.strategies import Strategies, Strategy
@@ -51,6 +51,7 @@ def plan(
     constraints: Constraints | None = None,
     state: Sequence[int] | None = None,
     data: Sequence[int] | None = None,
+    donate: Sequence[int] | None = None,
     calibration: Calibration | None = None,
     top: int = 5,
     tie_tolerance: float = TIE_TOLERANCE,
@@ -67,6 +68,8 @@ def plan(
       constraints: what the search has to keep to.
       state: positions of arguments that are state (parameters, optimiser); inferred when None.
       data: positions of arguments whose leading axis is the batch; inferred when None.
+      donate: positions of arguments whose memory results may take; the state that comes back
+        when None.
       calibration: constants of the cost model; the shipped ones when None.
       top: how many plans to list, the chosen one included.
       tie_tolerance: predicted times that differ by less than this share are not told apart, and
@@ -89,6 +92,7 @@ def plan(
         notes=(*where.warnings, *notes),
         state=None if state is None else tuple(state),
         data=None if data is None else tuple(data),
+        donate=returned(args, traced) if donate is None else tuple(donate),
     )  # fmt: skip
     prediction = dataclasses.replace(
         made.prediction,
@@ -122,7 +126,6 @@ def _fitting(
     for they may be too careful, and get less by as much as they turn out too hopeful.
     """
     limit = where.memory_bytes * allowed.memory_fraction
-    donate = returned(args, traced)
     # The stages of a mixed cluster have memories of their own, which the search looks at.
     share = allowed.memory_fraction * (1.0 if where.is_mixed else _HOPE)
     smallest = float("inf")
@@ -133,18 +136,20 @@ def _fitting(
         chosen, placed = _first_that_holds(traced, found.best, fixed)
         made = _plan(
             traced, where, chosen.strategy, placed, prediction=predicted(chosen), step=step,
-            args=tuple(jax.eval_shape(lambda *a: a, *args)), where=where, donate=donate,
+            args=tuple(jax.eval_shape(lambda *a: a, *args)), where=where,
             calibration=calibration, **fields)  # fmt: skip
         made = with_footprint(made)
         if where.is_mixed or made.memory_bytes <= limit:
             return found, made
         smallest = min(smallest, made.memory_bytes)
         share *= max(_LEAST_CUT, min(limit / made.memory_bytes, _MOST_CUT))
-    raise ValueError(
+    raise DoesNotFit(
         f"no plan of {traced.program.name} was found that fits {where.name}: the smallest of "
         f"{_ROUNDS} needs {smallest / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable; take "
         f"about {smallest / limit:.1f} times the devices, chips with more memory, or a smaller "
-        "batch"
+        "batch",
+        smallest,
+        limit,
     )
 
 

@@ -25,7 +25,7 @@ from sharding.machine import machine
 from sharding.memory import memory
 from sharding.program import Op, Program
 from sharding.roofline import SCATTERED, precision_gain
-from sharding.space import Constraints, candidates
+from sharding.space import Constraints, DoesNotFit, candidates
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
 
@@ -77,7 +77,7 @@ def solve(
     shared = cluster.chip.host_memory_bytes / cluster.chip.devices_per_chip
     fitting = np.flatnonzero((used <= limit) & (host <= shared))
     if not len(fitting):
-        raise ValueError(_overshoot(program, cluster, space, used, limit))
+        raise _overshoot(program, cluster, space, used, limit)
     bounds = lower_bound(program, space[fitting], cluster, constants)
     order = np.lexsort((fitting, bounds))  # ties by position: the same answer every time
     fitting, bounds = fitting[order], bounds[order]
@@ -206,13 +206,15 @@ def _distinct(space: Strategies, fitting: np.ndarray, order: Sequence[int], top:
 
 def _overshoot(
     program: Program, cluster: Cluster, space: Strategies, used: np.ndarray, limit: float
-) -> str:
+) -> DoesNotFit:
     least = int(np.argmin(used))
     factor = used[least] / limit
-    return (
+    return DoesNotFit(
         f"no plan of {program.name} fits {cluster.name}: the smallest needs "
         f"{used[least] / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable "
         f"({space.row(least).mesh}, remat {space.remat[least]}); take about {factor:.1f} times "
         "the devices, chips with more memory, a smaller batch or shorter sequences, or allow "
-        "offload='optimizer'"
+        "offload='optimizer'",
+        float(used[least]),
+        limit,
     )

@@ -19,6 +19,24 @@ _ACCUMULATION = 256
 _INTERLEAVES = (1, 2, 4, 8)
 
 
+class DoesNotFit(ValueError):
+    """No strategy fits the memory; the message says what would help.
+
+    Attributes:
+      needed_bytes: of a device, by the strategy that needs least.
+      limit_bytes: that it may take.
+    """
+
+    def __init__(self, message: str, needed_bytes: float, limit_bytes: float) -> None:
+        super().__init__(message)
+        self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
+
+    @property
+    def shortfall_bytes(self) -> float:
+        """What is missing."""
+        return self.needed_bytes - self.limit_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Constraints:
     """What a strategy must keep to.

@@ -6,32 +6,37 @@ Each program is compiled in a process of its own by `Plan.check`; that needs the
 import dataclasses
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
-
-from jaxrl.deployment.division import (
-    DEVICE_TRAFFIC,
-    Division,
-    NothingFits,
-    Part,
-    Planner,
-    divide,
-    planned,
-)
+from jaxrl.deployment import deltas
+from jaxrl.deployment.division import Division
 from jaxrl.deployment.machines import half_and_half
-from jaxrl.deployment.programs import Program
+from jaxrl.deployment.parts import Part
+from jaxrl.deployment.search import NothingFits, Planner, divide, full_decode, resident_bytes
 from jaxrl.deployment.workload import Workload
-from kernels import sparse_delta
-from sharding import Cluster, Plan, leaf_path
+from jaxrl.sync import Link
+from sharding import Cluster
 from sharding.compile_check import Report
 
 _log = logging.getLogger(__name__)
+_ATTEMPTS = 3  # divisions that are compiled, should the first not fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiling:
+    """How compilers are asked.
+
+    Attributes:
+      answers: folder that keeps what they said, so that no program is compiled twice, or again
+        when an interrupted dry run is started once more; None keeps nothing.
+      timeout_s: of one compilation.
+    """
+
+    answers: Path | None = None
+    timeout_s: float = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +46,9 @@ class Row:
     Attributes:
       part: the program with its plan.
       machine: where it runs.
-      others_bytes: of other models that lie on the same devices meanwhile.
+      others_bytes: of what else lies on the same devices meanwhile.
       report: what the compiler said; None where it was not asked.
-      error: why it could not be asked; None where all went well.
+      error: why it said nothing; None where all went well.
     """
 
     part: Part
@@ -54,7 +59,7 @@ class Row:
 
     @property
     def needed_bytes(self) -> float:
-        """A device's memory, by the compiler where it was asked, with the other models."""
+        """A device's memory, by the compiler where it was asked, with what else lies there."""
         own = self.part.memory_bytes if self.report is None else float(self.report.peak_bytes)
         return own + self.others_bytes
 
@@ -64,14 +69,14 @@ class Row:
         return self.needed_bytes - self.machine.memory_bytes
 
     def to_json(self) -> dict[str, Any]:
+        prediction = self.part.plan.prediction
         report = None
         if self.report is not None:
             report = {
                 "peak_bytes": self.report.peak_bytes,
+                "argument_bytes": self.report.argument_bytes,
                 "compile_s": round(self.report.compile_s, 1),
-                "collectives": {
-                    kind: dataclasses.asdict(t) for kind, t in self.report.collectives.items()
-                },
+                "collectives": _traffic(self.report.collectives),
             }
         return {
             "program": self.part.program.name,
@@ -81,10 +86,15 @@ class Row:
             "calls": self.part.program.calls,
             "predicted_s": self.part.step_s,
             "predicted_bytes": round(self.part.memory_bytes),
+            "predicted_collectives": _traffic(prediction.collectives if prediction else {}),
             "others_bytes": round(self.others_bytes),
             "compiled": report,
             "error": self.error,
         }
+
+
+def _traffic(collectives: Mapping[str, Any]) -> dict[str, Any]:
+    return {kind: dataclasses.asdict(traffic) for kind, traffic in collectives.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +107,7 @@ class DryRun:
       best: how they are divided.
       half: the best division of the cut through the middle; None where the parts were given,
         or where nothing fits it.
+      by_staleness: trained tokens a second of the best division by bound on staleness.
       rows: the programs.
     """
 
@@ -104,6 +115,7 @@ class DryRun:
     cluster: str
     best: Division
     half: Division | None
+    by_staleness: Mapping[int, float]
     rows: tuple[Row, ...]
 
     @property
@@ -120,25 +132,25 @@ class DryRun:
         return all(row.report is not None for row in self.rows)
 
     def to_json(self) -> str:
-        def described(division: Division | None) -> dict[str, Any] | None:
-            if division is None:
-                return None
-            names = (
-                "actors", "prompts", "codec", "update_s", "generation_s", "transfer_s", "pause_s",
-                "step_s", "staleness", "tokens_per_s", "limit",
-            )  # fmt: skip
-            found = {name: getattr(division, name) for name in names}
-            return found | {"learner": division.learner.name, "actor": division.actor.name}
-
         return json.dumps({
             "cluster": self.cluster,
             "workload": self.workload.summary().splitlines(),
-            "division": described(self.best),
-            "half_and_half": described(self.half),
+            "division": _described(self.best),
+            "half_and_half": None if self.half is None else _described(self.half),
+            "tokens_per_s_by_staleness": {str(k): v for k, v in self.by_staleness.items()},
             "fits": self.fits,
             "shortfall_bytes": round(self.shortfall_bytes),
             "programs": [row.to_json() for row in self.rows],
         }, indent=1)  # fmt: skip
+
+
+def _described(division: Division) -> dict[str, Any]:
+    names = (
+        "actors", "prompts", "codec", "update_s", "publish_s", "generation_s", "fetch_s",
+        "pause_s", "step_s", "staleness", "tokens_per_s", "limit",
+    )  # fmt: skip
+    found = {name: getattr(division, name) for name in names}
+    return found | {"learner": division.learner.name, "actor": division.actor.name}
 
 
 def dry_run(
@@ -146,108 +158,110 @@ def dry_run(
     cluster: Cluster,
     actors: Cluster | None = None,
     *,
-    compiles: bool = True,
+    link: Link | None = None,
+    compiling: Compiling | None = None,
     max_staleness: int = 8,
     told: Callable[[str], None] = lambda line: None,
 ) -> DryRun:
     """Divides the chips, plans every program on its part, and compiles it.
 
+    Where the compilers find that the best division does not fit, the next one is tried, twice.
+
     Args:
       workload: what is run.
       cluster: all chips; the learner's where `actors` is given.
       actors: the actors' machines, where they are others.
-      compiles: whether to ask the compilers; without, memory is the planner's.
+      link: between learner and actors; None: the hosts' own networks.
+      compiling: how the compilers are asked; None asks none, and memory is the planner's.
       max_staleness: versions by which a rollout may be old.
       told: is called with a line as the work proceeds.
 
     Raises:
       NothingFits: no division fits.
     """
-    planner = Planner(workload)
+    planner = Planner(workload, link=link)
     told("dividing the chips between learner and actors")
-    best, _ = divide(workload, cluster, actors, max_staleness=max_staleness, planner=planner)
+    best, others = divide(workload, cluster, actors, max_staleness=max_staleness, planner=planner)
     half = None
     if actors is None:
         try:
             half, _ = planner.divide([half_and_half(cluster)], max_staleness=max_staleness)
         except NothingFits as error:
             _log.info("half and half: %s", error)
-    name = cluster.name if actors is None else f"{cluster.name} + {actors.name}"
-    rows = []
-    for row in _rows(best):
-        if compiles:
-            told(f"compiling {row.part.program.name} for {row.machine.name}")
-            row = compiled(row)
-        rows.append(row)
-    return DryRun(workload=workload, cluster=name, best=best, half=half, rows=tuple(rows))
+    tried: list[DryRun] = []
+    for division in _different([best, *others])[: _ATTEMPTS if compiling else 1]:
+        rows = [
+            row if compiling is None else compiled(row, compiling, told) for row in _rows(
+                workload, division)
+        ]  # fmt: skip
+        tried.append(
+            DryRun(
+                workload=workload,
+                cluster=cluster.name if actors is None else f"{cluster.name} + {actors.name}",
+                best=division,
+                half=half,
+                by_staleness=_by_staleness([best, *others]),
+                rows=tuple(rows),
+            )
+        )
+        if tried[-1].fits:
+            return tried[-1]
+        told(f"{division.learner.name} with {division.prompts} prompts an actor does not fit")
+    return min(tried, key=lambda run: run.shortfall_bytes)
 
 
-def _rows(division: Division) -> Iterator[Row]:
+def _different(divisions: Iterable[Division]) -> list[Division]:
+    """The first of those that take the same memory."""
+    found: dict[Any, Division] = {}
+    for one in divisions:
+        found.setdefault((one.learner.name, one.actor.name, one.prompts), one)
+    return list(found.values())
+
+
+def _by_staleness(divisions: Iterable[Division]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for one in divisions:
+        found[one.staleness] = max(found.get(one.staleness, 0.0), one.tokens_per_s)
+    return dict(sorted(found.items()))
+
+
+def _rows(workload: Workload, division: Division) -> Iterator[Row]:
     """Every program with all its layers, and what else lies beside it."""
-    resident: dict[str, float] = {}
-    for part in division.parts[1:]:
-        key = part.program.parameters
-        resident[key] = max(resident.get(key, 0.0), part.resident_bytes)
-    for part in division.parts:
-        learner = part.program.side == "learner"
-        others = 0.0
-        if not learner:
-            others = sum(b for key, b in resident.items() if key != part.program.parameters)
-        machine = division.learner if learner else division.actor
-        if part.program.name == "decode":
-            # The search had planned it with a few layers only.
-            axes = ("tensor", "expert")
-            pins = {axis: part.plan.mesh.get(axis, 1) for axis in axes}
-            part = planned(part.program, machine, pinned=pins)
-        yield Row(part=part, machine=machine, others_bytes=others)
-    yield Row(part=delta_part(division), machine=division.learner)
+    update, *generation = division.parts
+    learner, actor = division.learner, division.actor
+    encode = deltas.encoding(update, learner)
+    # The weights that were published last wait for the next ones, to be compared with.
+    yield Row(part=update, machine=learner, others_bytes=encode.resident_bytes)
+    generation = [
+        full_decode(part, actor) if part.program.name == "decode" else part for part in generation
+    ]
+    held = resident_bytes(generation)
+    for part in generation:
+        beside = sum(n for key, n in held.items() if key != part.program.parameters)
+        yield Row(part=part, machine=actor, others_bytes=beside)
+    yield Row(part=encode, machine=learner, others_bytes=update.resident_bytes)
+    prefill, decode = (
+        next(p for p in generation if p.program.name == name) for name in ("prefill", "decode")
+    )
+    # New weights are built while a batch is written; the old ones are the program's arguments.
+    beside = decode.memory_bytes + sum(
+        n for key, n in held.items() if key not in ("policy", "next policy")
+    )
+    yield Row(
+        part=deltas.applying(prefill, actor, density=workload.density),
+        machine=actor,
+        others_bytes=beside,
+    )
 
 
-def compiled(row: Row, *, timeout_s: float = 1800.0) -> Row:
+def compiled(row: Row, compiling: Compiling, told: Callable[[str], None]) -> Row:
     """The row with what the compiler says, or with why it says nothing."""
+    told(f"compiling {row.part.program.name} for {row.machine.name}")
     try:
-        report = row.part.plan.check(donate=row.part.program.donate, timeout_s=timeout_s)
-    except (RuntimeError, OSError, TimeoutError) as error:
+        report = row.part.plan.check(
+            donate=row.part.program.donate, timeout_s=compiling.timeout_s,
+            answers=compiling.answers,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
         return dataclasses.replace(row, error=str(error))
     return dataclasses.replace(row, report=report)
-
-
-def delta_part(division: Division) -> Part:
-    """The device half of encoding an update, on the shards of the learner's parameters."""
-    update = division.parts[0]
-    mesh = AbstractMesh(tuple(update.plan.mesh.values()), tuple(update.plan.mesh))
-    params = update.program.args[0].params["policy"]
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    paths = jax.tree_util.tree_leaves_with_path(weights)
-    specs = {leaf_path(path): update.plan.inputs[f"0/params/policy/{leaf_path(path)}"]
-             for path, _ in paths}  # fmt: skip
-    lies = jax.tree.unflatten(
-        jax.tree.structure(weights), [NamedSharding(mesh, specs[leaf_path(p)]) for p, _ in paths]
-    )
-    backend = "tpu" if division.learner.is_torus else "gpu"
-
-    def delta(old, new):
-        return sparse_delta.diff(old, new, shardings=lies, backend=backend).records
-
-    shard = sum(
-        2.0 * math.prod(sharding.shard_shape(x.shape))
-        for sharding, x in zip(jax.tree.leaves(lies), jax.tree.leaves(weights), strict=True)
-    )
-    program = Program(
-        name="delta encode", side="learner", step=delta, args=(weights, weights), parameters="bf16"
-    )
-    plan = Plan(
-        mesh=update.plan.mesh,
-        inputs={f"{i}/{path}": spec for i in (0, 1) for path, spec in specs.items()},
-        placement=update.plan.placement,
-        program="delta encode", cluster=division.learner.name,
-        step=delta, args=program.args, where=division.learner,
-    )  # fmt: skip
-    seconds = DEVICE_TRAFFIC * shard / division.learner.chip.hbm_bytes_per_s
-    return Part(
-        program=program,
-        plan=plan,
-        step_s=seconds,
-        memory_bytes=DEVICE_TRAFFIC * shard,
-        resident_bytes=0.0,
-    )

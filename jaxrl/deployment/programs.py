@@ -16,6 +16,8 @@ from jaxrl.models import Decoder, DecoderConfig, ScalarModel
 from jaxrl.types import Prompts, Rollouts
 
 Side = Literal["learner", "actor"]
+GENERATION = "generation"
+"""Key of what exists only while a batch is written: weights of layers apart, and caches."""
 _SCORED = 16  # prompts whose completions are scored at once
 
 
@@ -38,6 +40,7 @@ class Program:
       parameters: key of the parameters that the first argument holds: programs of one side with
         the same key share them, and their sharding.
       experts: whether the model is a mixture of experts.
+      on_device: its calls are a loop on the device: the host starts only the first.
       state: positions of arguments that are parameters or carried on.
       data: positions of arguments whose leading axis is the batch.
     """
@@ -50,6 +53,7 @@ class Program:
     donate: tuple[int, ...] = ()
     parameters: str = "policy"
     experts: bool = False
+    on_device: bool = False
     state: tuple[int, ...] | None = field(default=None)
     data: tuple[int, ...] | None = field(default=None)
 
@@ -95,14 +99,16 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     def prefill(params, prompts):
         model = nnx.merge(graphdef, params)
         hidden, cache = model.prefill(prompts, group_size=g, max_new_tokens=t)
-        return model.logits(hidden), cache
+        return model.logits(hidden), cache, model.layer_weights()
 
-    cache = jax.eval_shape(lambda p, x: prefill(p, x)[1].with_room(t), params, batch)
+    _, cache, layers = jax.eval_shape(prefill, params, batch)
+    cache = jax.eval_shape(lambda cache: cache.with_room(t), cache)
+    ends = {name: params[name] for name in params if name != "layers"}
 
-    # The loop joins the projections once, before it; here every call does.
-    def decode(params, cache, tokens, step):
-        model = nnx.merge(graphdef, params)
-        hidden, cache = model.decode(model.layer_weights(), cache, tokens, step)
+    # Inside the loop layers stand apart, as the prefill left them.
+    def decode(ends, layers, cache, tokens, step):
+        model = nnx.merge(graphdef, nnx.State({**ends, "layers": params["layers"]}))
+        hidden, cache = model.decode(layers, cache, tokens, step)
         return model.logits(hidden), cache
 
     def reference(params, prompts, tokens, mask):
@@ -117,8 +123,9 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     programs = [
         Program(name="prefill", side="actor", step=prefill, args=(params, batch),
                 experts=moe, state=(0,), data=(1,)),
-        Program(name="decode", side="actor", step=decode, args=(params, cache, one, step),
-                calls=t, donate=(1,), experts=moe, state=(0, 1), data=(2,)),
+        Program(name="decode", side="actor", step=decode, args=(ends, layers, cache, one, step),
+                calls=t, donate=(2,), parameters=GENERATION, experts=moe, on_device=True,
+                state=(0, 1), data=(2, 3)),
         Program(name="reference", side="actor", step=reference,
                 args=(params, _prompts(workload, scored), tokens, mask), calls=calls,
                 parameters="reference", experts=moe, state=(0,), data=(1, 2, 3)),
@@ -139,7 +146,7 @@ def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls
 
     ids = _shape((rows, workload.prompt_len + workload.completion_len), jnp.int32)
     return Program(
-        name=name, side="actor", step=_named(name, score), args=(params, ids, ids),
+        name=name, side="actor", step=_named(name, score), args=(params, ids, ids), calls=calls,
         parameters=name, experts=bool(trunk.experts),
         state=(0,), data=(1, 2),
     )  # fmt: skip

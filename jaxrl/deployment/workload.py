@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from scipy.optimize import brentq
+
 from jaxrl.learner import OptimizerConfig
 from jaxrl.models import DecoderConfig
 from jaxrl.recipes import Recipe
@@ -17,11 +20,16 @@ class Workload:
       prompts_per_step: B of an update.
       prompt_len: P, tokens of a prompt.
       completion_len: T, tokens of a completion, the longest.
+      mean_len: tokens of a completion on average; None: all are the longest. Every token ends its
+        completion with equal probability, until T ends it.
       reward_model: trunk of a learned reward; None: a function on the host.
       cost_model: trunk of a learned cost; None: a function on the host.
       critic: trunk of the critic, where the recipe has value heads; None: like the policy.
       optimizer: of policy and critic.
       density: share of the bf16 weights that an update changes, for the cost of publishing them.
+
+    Raises:
+      ValueError: a size or share out of its range.
     """
 
     recipe: Recipe
@@ -29,6 +37,7 @@ class Workload:
     prompts_per_step: int = 64
     prompt_len: int = 512
     completion_len: int = 512
+    mean_len: float | None = None
     reward_model: DecoderConfig | None = None
     cost_model: DecoderConfig | None = None
     critic: DecoderConfig | None = None
@@ -39,6 +48,11 @@ class Workload:
         for name in ("prompts_per_step", "prompt_len", "completion_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mean_len is not None and not 1 <= self.mean_len <= self.completion_len:
+            raise ValueError(
+                "mean_len lies between 1 and completion_len, or is None: "
+                f"{self.mean_len=}, {self.completion_len=}"
+            )
         if not 0 < self.density <= 1:
             raise ValueError(f"density is a share of the weights in (0, 1], got {self.density}")
 
@@ -47,9 +61,31 @@ class Workload:
         return self.recipe.group_size
 
     @property
-    def trained_tokens(self) -> int:
-        """Completion tokens of one update, each at its longest."""
-        return self.prompts_per_step * self.group_size * self.completion_len
+    def trained_tokens(self) -> float:
+        """Completion tokens of one update, on average."""
+        mean = self.completion_len if self.mean_len is None else self.mean_len
+        return self.prompts_per_step * self.group_size * mean
+
+    def decoding_steps(self, prompts: int) -> float:
+        """Tokens of the longest completion of a batch of prompts, on average: it ends the batch.
+
+        Σₜ 1 − (1 − S(t))ⁿ over t < T, where S(t) = (1 − p)ᵗ is the share of completions that are
+        longer than t, and n their number.
+        """
+        if self.mean_len is None:
+            return float(self.completion_len)
+        longer = (1 - self._ending()) ** np.arange(self.completion_len)
+        return float(np.sum(1 - (1 - longer) ** (prompts * self.group_size)))
+
+    def _ending(self) -> float:
+        """p, with which a token is a completion's last: Σₜ (1 − p)ᵗ over t < T is the mean."""
+        longest, mean = self.completion_len, self.mean_len
+        assert mean is not None
+        if mean >= longest:
+            return 0.0
+        if mean <= 1:
+            return 1.0
+        return brentq(lambda p: -np.expm1(longest * np.log1p(-p)) / p - mean, 1e-12, 1 - 1e-12)
 
     @property
     def critic_trunk(self) -> DecoderConfig | None:
@@ -74,10 +110,12 @@ class Workload:
             return "a function on the host" if model is None else f"{model.num_params / 1e9:.2f}B"
 
         critic = self.critic_trunk
+        mean = "" if self.mean_len is None else f", {self.mean_len:g} on average"
         return "\n".join([
             f"recipe {self.recipe.name}; policy {size(self.policy)} parameters, trained in float32",
             f"{b} prompts × {g} completions a step; prompts of {self.prompt_len} and completions "
-            f"of up to {self.completion_len} tokens: {self.trained_tokens:,} trained tokens a step",
+            f"of up to {self.completion_len} tokens{mean}: {self.trained_tokens:,.0f} trained "
+            "tokens a step",
             f"reward model {size(self.reward_model)}; cost model {size(self.cost_model)}; "
             f"critic {'none' if critic is None else size(critic)}",
             f"{self.density:.2%} of the bf16 weights change in a step (assumed)",

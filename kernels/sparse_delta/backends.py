@@ -1,11 +1,11 @@
 """Which implementation of the device half runs: TPU kernels, GPU kernels or plain jnp."""
 
+import math
 from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from kernels.sparse_delta import reference
@@ -37,6 +37,11 @@ def device_backend(device: Any) -> Backend | None:
     return None if kernels == "reference" else kernels
 
 
+def is_small(shard: tuple[int, ...]) -> bool:
+    """Whether a shard of this shape goes by the host."""
+    return not shard or math.prod(shard) < _LEAST_ELEMENTS
+
+
 def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | None:
     """Which kernels rebuild a leaf; None where the host does.
 
@@ -51,10 +56,9 @@ def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | 
     sharding = value.sharding
     platform = next(iter(sharding.device_set)).platform
     shard = sharding.shard_shape(leaf.shape)
-    size = int(np.prod(shard, dtype=np.int64))
     in_its_memory = sharding.memory_kind in (None, "device") or platform == "cpu"
-    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE and size < _MOST_ELEMENTS
-    if size < _LEAST_ELEMENTS or not in_its_memory or not handy:
+    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE and math.prod(shard) < _MOST_ELEMENTS
+    if is_small(shard) or not in_its_memory or not handy:
         return None
     return wanted or device_backend(next(iter(sharding.device_set)))
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt, UInt32
 
 from kernels.sparse_delta import reference
@@ -29,8 +29,10 @@ from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import Slots
 from kernels.sparse_delta.tiles import TileGrid, box_view
 
-_AXIS = "device"
-_EACH, _ALL = PartitionSpec(_AXIS), PartitionSpec()
+AXIS = "device"
+"""Of the mesh of a stack."""
+AnyMesh = Mesh | AbstractMesh
+_EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
 
 
 class Patches(NamedTuple):
@@ -62,7 +64,7 @@ class Edits(NamedTuple):
 
 def mesh_of(devices: Sequence[Any]) -> Mesh:
     """Some devices of this process in a row, as stacks lie on them."""
-    return Mesh(np.asarray(devices), (_AXIS,))
+    return Mesh(np.asarray(devices), (AXIS,))
 
 
 def stack(mesh: Mesh, shards: Sequence[jax.Array]) -> jax.Array:
@@ -110,7 +112,7 @@ def _class_counts(
     chosen: Array | None,
     thresholds: Array,
     *,
-    mesh: Mesh,
+    mesh: AnyMesh,
     grid: TileGrid,
     backend: Backend,
 ) -> Array:
@@ -140,7 +142,7 @@ def rewrite(
 
 
 def _rewrite_stack(
-    old: Array, edits: Edits, *, mesh: Mesh, grid: TileGrid, backend: Backend
+    old: Array, edits: Edits, *, mesh: AnyMesh, grid: TileGrid, backend: Backend
 ) -> Array:
     local = functools.partial(_rewritten, grid=grid, backend=backend)
     return _on_each(local, mesh, in_specs=(_EACH, _specs(edits)))(old, edits)
@@ -172,7 +174,7 @@ def rewritten_sums(
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _rewritten_sums(
-    old: Array, edits: Edits, origins: Array, *, mesh: Mesh, grid: TileGrid, backend: Backend
+    old: Array, edits: Edits, origins: Array, *, mesh: AnyMesh, grid: TileGrid, backend: Backend
 ) -> Array:
     def local(shard: Array, edits: Edits, origin: Array) -> Array:
         return _sums(_rewritten(shard, edits, grid=grid, backend=backend), origin, grid)
@@ -186,14 +188,41 @@ def shard_sums(stacked: jax.Array, origins: Array, *, grid: TileGrid) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "grid"))
-def _shard_sums(stacked: Array, origins: Array, *, mesh: Mesh, grid: TileGrid) -> Array:
+def _shard_sums(stacked: Array, origins: Array, *, mesh: AnyMesh, grid: TileGrid) -> Array:
     def local(shard: Array, origin: Array) -> Array:
         return _sums(shard, origin, grid)
 
     return _on_each(local, mesh, in_specs=(_EACH, _EACH))(stacked, origins)
 
 
-def _on_each(local: Callable[..., Array], mesh: Mesh, *, in_specs: Any) -> Callable[..., Array]:
+def rebuilt(
+    old: Array,
+    edits: Edits,
+    origins: Array,
+    *,
+    mesh: AnyMesh,
+    grid: TileGrid,
+    backend: Backend,
+) -> tuple[Array, Array, Array]:
+    """All that a leaf asks of the devices, for a trace: class counts, new values, digest sums.
+
+    Args:
+      old: a stack on `mesh`, which it does not tell while it is traced.
+      edits: what changes; the thresholds of the first slots are those of the counts.
+      origins: as of `rewritten_sums`.
+      mesh: of the stack.
+      grid: of the whole tensor.
+      backend: which kernels.
+    """
+    on: Any = {"mesh": mesh, "grid": grid}
+    counts = _class_counts(old, None, edits.slots[0][1], backend=backend, **on)
+    new = _rewrite_stack(old, edits, backend=backend, **on)
+    return counts, new, _shard_sums(new, origins, **on)
+
+
+def _on_each(
+    local: Callable[..., Array], mesh: AnyMesh, *, in_specs: Any
+) -> Callable[..., Array]:
     return jax.shard_map(
         local,
         mesh=mesh,

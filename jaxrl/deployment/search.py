@@ -1,0 +1,357 @@
+"""Which chips learn and which act: chosen together with the actors' size, batch, codec, staleness.
+
+Every cut, size of an actor, batch and codec is looked at: what costs time is planning their
+programs, of which each is planned once on each machine.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import jax
+
+from jaxrl.deployment.division import Codec, Division, division
+from jaxrl.deployment.machines import Cut, actor_sizes, cuts
+from jaxrl.deployment.parts import USABLE, Part, planned
+from jaxrl.deployment.programs import GENERATION, Program, actor_programs, learner_programs
+from jaxrl.deployment.workload import Workload
+from jaxrl.models import DecoderConfig
+from jaxrl.sync import Link
+from sharding import Cluster, DoesNotFit, Plan
+
+_COMMON = 0.25  # share of an actor's memory that its programs use in turn
+# What models that score are held to, as long as an actor does not fit: copies of their parameters
+# are faster than shards.
+_SCORERS: tuple[Mapping[str, int], ...] = ({}, {"data": 1, "zero": 3})
+_IN_FLIGHT = 4  # updates' worth of prompts that actors have begun, at most
+_BATCHES = 5  # sizes of an actor's batch, each half the one before
+_GAIN = 1.01  # staleness that is worth less than this stays out
+
+
+class NothingFits(ValueError):
+    """No division fits the memory of its chips.
+
+    Attributes:
+      shortfall_bytes: what a device of the best one lacks; None where none failed for memory.
+    """
+
+    def __init__(self, message: str, shortfall_bytes: float | None) -> None:
+        super().__init__(message)
+        self.shortfall_bytes = shortfall_bytes
+
+
+class Planner:
+    """Plans the programs of a workload on parts of a cluster, each once."""
+
+    def __init__(self, workload: Workload, *, link: Link | None = None):
+        """Args:
+        workload: what is run.
+        link: between learner and actors; None: the hosts' own networks.
+        """
+        self.workload, self.link = workload, link
+        self._learners: dict[str, Part | ValueError] = {}
+        self._actors: dict[tuple[str, int], tuple[Part, ...] | ValueError] = {}
+        self._scorers: dict[tuple[Any, ...], Part | ValueError] = {}
+
+    def divide(
+        self, candidates: Iterable[Cut], *, max_staleness: int = 8
+    ) -> tuple[Division, list[Division]]:
+        """The division that trains most tokens a second, and all others that fit, best first.
+
+        Of those that are within a hundredth of the best the one that is least stale, and of these
+        the one with the fewest actors: fewer copies of the weights to bring up to date.
+
+        Raises:
+          NothingFits: none of them.
+        """
+        found: list[Division] = []
+        refusals: list[tuple[str, ValueError]] = []
+        for cut in candidates:
+            try:
+                found += self.divisions(cut, max_staleness=max_staleness)
+            except ValueError as error:
+                refusals.append((f"{cut.learner.name} + {cut.actors.name}", error))
+        if not found:
+            raise _nothing_fits(refusals)
+        found.sort(key=lambda d: (-d.tokens_per_s, d.staleness, d.actors))
+        fastest = found[0].tokens_per_s
+        near = [d for d in found if d.tokens_per_s * _GAIN >= fastest]
+        best = min(near, key=lambda d: (d.staleness, d.actors, -d.tokens_per_s))
+        return best, [d for d in found if d is not best]
+
+    def divisions(self, cut: Cut, *, max_staleness: int = 8) -> list[Division]:
+        """Every size, batch, codec and staleness that fits one cut.
+
+        Raises:
+          ValueError: none does; the message is that of the one that lacked least.
+        """
+        update, found, refusals = self.learner(cut.learner), [], []
+        for actor, count in actor_sizes(cut.actors):
+            for prompts in self._batches(count):
+                try:
+                    parts = self.actor(actor, prompts)
+                except ValueError as error:
+                    refusals.append((actor.name, error))
+                    continue
+                found += [
+                    division(
+                        self.workload, cut, update, actor=actor, actors=count, prompts=prompts,
+                        codec=codec, parts=parts, max_staleness=bound, link=self.link,
+                    )
+                    for codec in get_args(Codec)
+                    for bound in _bounds(max_staleness)
+                ]  # fmt: skip
+        if not found:
+            raise min((error for _, error in refusals), key=_lacks)
+        return found
+
+    def _batches(self, actors: int) -> list[int]:
+        """Prompts at one actor: powers of two."""
+        most = max(1, _IN_FLIGHT * self.workload.prompts_per_step // actors)
+        largest = int(math.log2(most))
+        return [2**i for i in range(max(0, largest - _BATCHES + 1), largest + 1)]
+
+    def learner(self, cluster: Cluster) -> Part:
+        """The update on a machine.
+
+        Raises:
+          ValueError: it does not fit.
+        """
+        if cluster.name not in self._learners:
+            (program,) = learner_programs(self.workload)
+            # The weights that were published last wait there, to be compared with.
+            published = 2 * self.workload.policy.num_params / cluster.device_count
+            memory = USABLE - published / cluster.memory_bytes
+            self._learners[cluster.name] = _or_error(
+                lambda: planned(program, cluster, memory=memory)
+            )
+        return _or_raise(self._learners[cluster.name])
+
+    def actor(self, cluster: Cluster, prompts: int) -> tuple[Part, ...]:
+        """Generation and scoring for so many prompts on one actor's machine.
+
+        Raises:
+          ValueError: they do not fit together.
+        """
+        key = cluster.name, prompts
+        if key not in self._actors:
+            for pins in _SCORERS:
+                self._actors[key] = _or_error(lambda p=pins: self._plan_actor(cluster, prompts, p))
+                if not isinstance(self._actors[key], DoesNotFit):
+                    break
+        return _or_raise(self._actors[key])
+
+    def _plan_actor(
+        self, cluster: Cluster, prompts: int, scorers: Mapping[str, int]
+    ) -> tuple[Part, ...]:
+        programs = {p.name: p for p in actor_programs(self.workload, prompts)}
+        # What lives together shares most of the memory in proportion to its size; the rest, and
+        # the caches' part while nothing is generated, is for whichever runs.
+        sizes = {p.parameters: _state_bytes(p) for p in programs.values()}
+        sizes["policy"] *= 2  # the next version is built beside the one that serves
+        whole = sum(sizes.values())
+        own = {key: USABLE * (_COMMON + (1 - _COMMON) * n / whole) for key, n in sizes.items()}
+        free = USABLE * (1 - _COMMON) * sizes[GENERATION] / whole
+        decode = self._decode(programs["decode"], cluster, prompts, own[GENERATION])
+        parts = []
+        for program in programs.values():
+            if program.name == "decode":
+                parts.append(decode)
+            elif program.parameters == "policy":
+                # The policy lies where decoding wants it.
+                pinned = {"tensor": _model_parallel(decode.plan)}
+                memory = own["policy"] + own[GENERATION] - USABLE * _COMMON
+                parts.append(planned(program, cluster, pinned=pinned, memory=memory))
+            else:
+                memory = round(own[program.parameters] + free, 2)
+                parts.append(self._scorer(program, cluster, memory, scorers))
+        needed = actor_bytes(parts)
+        limit = cluster.memory_bytes * USABLE
+        if needed > limit:
+            raise DoesNotFit(
+                f"an actor on {cluster.name} needs {needed / 1e9:.1f} GB a device of "
+                f"{limit / 1e9:.1f} GB usable for its models and {prompts} prompts",
+                needed,
+                limit,
+            )
+        return tuple(parts)
+
+    def _scorer(
+        self, program: Program, cluster: Cluster, memory: float, pinned: Mapping[str, int]
+    ) -> Part:
+        rows = jax.tree.leaves(program.args[1])[0].shape[0]
+        key = cluster.name, program.name, rows, memory, tuple(pinned)
+        if key not in self._scorers:
+            self._scorers[key] = _or_error(
+                lambda: planned(program, cluster, memory=memory, pinned=pinned)
+            )
+        part = _or_raise(self._scorers[key])
+        return dataclasses.replace(part, program=program)  # which knows how often it is called
+
+    def _decode(self, program: Program, cluster: Cluster, prompts: int, memory: float) -> Part:
+        """Decoding, divided as is fastest, or further until it fits."""
+        limit = cluster.memory_bytes * memory
+        free = self._all_layers(program, cluster, prompts, memory, {})
+        if free.memory_bytes <= limit:
+            return free
+        least = free.memory_bytes
+        for tensor in (2, 4, 8, 16, 32):
+            if tensor <= _model_parallel(free.plan) or cluster.device_count % tensor:
+                continue
+            try:
+                part = self._all_layers(program, cluster, prompts, memory, {"tensor": tensor})
+            except ValueError:
+                continue  # nothing that the model has divides so far
+            if part.memory_bytes <= limit:
+                return part
+            least = min(least, part.memory_bytes)
+        raise DoesNotFit(
+            f"decoding {prompts} prompts on {cluster.name} needs {least / 1e9:.1f} GB a device of "
+            f"{limit / 1e9:.1f} GB that the other models leave, however it is divided",
+            least,
+            limit,
+        )
+
+    def _all_layers(
+        self,
+        program: Program,
+        cluster: Cluster,
+        prompts: int,
+        memory: float,
+        pinned: Mapping[str, int],
+    ) -> Part:
+        """Decoding planned with few layers, which stand apart, and drawn out to all of them."""
+        layers = self.workload.policy.layers
+        few = 2 * _period(self.workload.policy)
+        if layers <= 2 * few:
+            return planned(program, cluster, pinned=pinned, memory=memory)
+        longer = planned(self._shortened(2 * few, prompts), cluster, pinned=pinned, memory=memory)
+        mesh = {name: longer.plan.mesh.get(name, 1) for name in _AXES}
+        shorter = planned(self._shortened(few, prompts), cluster, pinned=mesh, memory=memory)
+
+        def drawn(name: str) -> float:
+            first, second = getattr(shorter, name), getattr(longer, name)
+            return second + (second - first) * (layers - 2 * few) / few
+
+        names = ("step_s", "memory_bytes", "resident_bytes")
+        return Part(program=program, plan=longer.plan, **{name: drawn(name) for name in names})
+
+    def _shortened(self, layers: int, prompts: int) -> Program:
+        policy = self.workload.policy
+        short = dataclasses.replace(policy, layers=layers, windows=policy.windows[:layers])
+        programs = actor_programs(dataclasses.replace(self.workload, policy=short), prompts)
+        return next(p for p in programs if p.name == "decode")
+
+
+_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+
+def divide(
+    workload: Workload,
+    cluster: Cluster,
+    actors: Cluster | None = None,
+    *,
+    max_staleness: int = 8,
+    planner: Planner | None = None,
+) -> tuple[Division, list[Division]]:
+    """The division that trains most tokens a second, and the others, best first.
+
+    Args:
+      workload: what is run.
+      cluster: of all chips; of the learner's where `actors` is given.
+      actors: the actors' machines, where they are others.
+      max_staleness: versions by which a rollout may be old.
+      planner: keeps plans for a second call.
+
+    Raises:
+      NothingFits: no division fits.
+    """
+    planner = planner or Planner(workload)
+    candidates: Sequence[Cut] = cuts(cluster) if actors is None else [Cut(cluster, actors)]
+    return planner.divide(candidates, max_staleness=max_staleness)
+
+
+def resident_bytes(parts: Iterable[Part]) -> dict[str, float]:
+    """Of a device, by parameters that stay where they are from batch to batch.
+
+    The policy is there twice: its next version is built beside the one that serves.
+    """
+    held: dict[str, float] = {}
+    for part in parts:
+        key = part.program.parameters
+        if key != GENERATION:
+            held[key] = max(held.get(key, 0.0), part.resident_bytes)
+    return held | {"next policy": held.get("policy", 0.0)}
+
+
+def actor_bytes(parts: Sequence[Part]) -> float:
+    """Of a device, when the program runs that needs most beside all parameters."""
+    held = resident_bytes(parts)
+    return max(
+        part.memory_bytes + sum(n for key, n in held.items() if key != part.program.parameters)
+        for part in parts
+    )
+
+
+def full_decode(part: Part, cluster: Cluster) -> Part:
+    """Decoding with all its layers, divided as it was planned with a few."""
+    if part.plan.args == part.program.args:
+        return part
+    pins = {axis: part.plan.mesh.get(axis, 1) for axis in _AXES}
+    return planned(part.program, cluster, pinned=pins)
+
+
+def _bounds(most: int) -> list[int]:
+    """Bounds on staleness that are looked at: powers of two, and the largest."""
+    return sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
+
+
+def _nothing_fits(refusals: Sequence[tuple[str, ValueError]]) -> NothingFits:
+    where, nearest = min(refusals, key=lambda refusal: _lacks(refusal[1]))
+    lacks = _lacks(nearest)
+    return NothingFits(
+        f"the nearest of {len(refusals)} divisions is {where}: {nearest}",
+        None if math.isinf(lacks) else lacks,
+    )
+
+
+def _lacks(error: ValueError) -> float:
+    return error.shortfall_bytes if isinstance(error, DoesNotFit) else math.inf
+
+
+def _state_bytes(program: Program) -> float:
+    """Of everything that a program is given of parameters and caches, undivided."""
+    leaves = jax.tree.leaves(program.args[: 3 if program.parameters == GENERATION else 1])
+    return float(sum(x.size * x.dtype.itemsize for x in leaves))
+
+
+def _model_parallel(plan: Plan) -> int:
+    """Ways in which decoding divides the heads of the weights."""
+    return plan.mesh.get("tensor", 1) * plan.mesh.get("expert", 1)
+
+
+def _period(config: DecoderConfig) -> int:
+    """After how many layers the windows repeat."""
+    windows = config.windows
+    return next(
+        (
+            n
+            for n in range(1, len(windows))
+            if all(w == windows[i % n] for i, w in enumerate(windows))
+        ),
+        1,
+    )
+
+
+def _or_error(make):
+    try:
+        return make()
+    except ValueError as error:
+        return error
+
+
+def _or_raise(found):
+    if isinstance(found, ValueError):
+        raise found
+    return found
