@@ -6,7 +6,7 @@ Each program is compiled in a process of its own by `Plan.check`; that needs the
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class DryRun:
       best: how they are divided.
       half: the best division of the cut through the middle; None where the parts were given,
         or where nothing fits it.
-      by_staleness: trained tokens a second of the best division by bound on staleness.
+      by_staleness: trained tokens a second of the best division that is no staler, by staleness.
       rows: the programs.
     """
 
@@ -146,7 +146,7 @@ class DryRun:
 
 def _described(division: Division) -> dict[str, Any]:
     names = (
-        "actors", "prompts", "codec", "update_s", "publish_s", "generation_s", "fetch_s",
+        "actors", "prompts", "prompts_per_step", "codec", "update_s", "publish_s", "generation_s", "fetch_s",
         "pause_s", "step_s", "staleness", "tokens_per_s", "limit",
     )  # fmt: skip
     found = {name: getattr(division, name) for name in names}
@@ -159,6 +159,7 @@ def dry_run(
     actors: Cluster | None = None,
     *,
     link: Link | None = None,
+    batches: Sequence[int] = (),
     compiling: Compiling | None = None,
     max_staleness: int = 8,
     told: Callable[[str], None] = lambda line: None,
@@ -172,6 +173,7 @@ def dry_run(
       cluster: all chips; the learner's where `actors` is given.
       actors: the actors' machines, where they are others.
       link: between learner and actors; None: the hosts' own networks.
+      batches: prompts of an update to choose among; the workload's where empty.
       compiling: how the compilers are asked; None asks none, and memory is the planner's.
       max_staleness: versions by which a rollout may be old.
       told: is called with a line as the work proceeds.
@@ -179,7 +181,7 @@ def dry_run(
     Raises:
       NothingFits: no division fits.
     """
-    planner = Planner(workload, link=link)
+    planner = Planner(workload, link=link, batches=batches)
     told("dividing the chips between learner and actors")
     best, others = divide(workload, cluster, actors, max_staleness=max_staleness, planner=planner)
     half = None
@@ -196,7 +198,9 @@ def dry_run(
         ]  # fmt: skip
         tried.append(
             DryRun(
-                workload=workload,
+                workload=dataclasses.replace(
+                    workload, prompts_per_step=division.prompts_per_step
+                ),
                 cluster=cluster.name if actors is None else f"{cluster.name} + {actors.name}",
                 best=division,
                 half=half,
@@ -220,9 +224,11 @@ def _different(divisions: Iterable[Division]) -> list[Division]:
 
 def _by_staleness(divisions: Iterable[Division]) -> dict[int, float]:
     found: dict[int, float] = {}
-    for one in divisions:
-        found[one.staleness] = max(found.get(one.staleness, 0.0), one.tokens_per_s)
-    return dict(sorted(found.items()))
+    best = 0.0
+    for one in sorted(divisions, key=lambda division: division.staleness):
+        best = max(best, one.tokens_per_s)
+        found[one.staleness] = best
+    return found
 
 
 def _rows(workload: Workload, division: Division) -> Iterator[Row]:

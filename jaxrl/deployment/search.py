@@ -44,13 +44,20 @@ class NothingFits(ValueError):
 class Planner:
     """Plans the programs of a workload on parts of a cluster, each once."""
 
-    def __init__(self, workload: Workload, *, link: Link | None = None):
-        """Args:
-        workload: what is run.
-        link: between learner and actors; None: the hosts' own networks.
+    def __init__(
+        self, workload: Workload, *, link: Link | None = None, batches: Sequence[int] = ()
+    ):
+        """A planner that has planned nothing yet.
+
+        Args:
+          workload: what is run.
+          link: between learner and actors; None: the hosts' own networks.
+          batches: prompts of an update to choose among; the workload's where empty. A number of
+            chips that does not divide a batch cannot learn from it.
         """
         self.workload, self.link = workload, link
-        self._learners: dict[str, Part | ValueError] = {}
+        self.batches = tuple(batches) or (workload.prompts_per_step,)
+        self._learners: dict[tuple[str, int], Part | ValueError] = {}
         self._actors: dict[tuple[str, int], tuple[Part, ...] | ValueError] = {}
         self._scorers: dict[tuple[Any, ...], Part | ValueError] = {}
 
@@ -81,52 +88,60 @@ class Planner:
         return best, [d for d in found if d is not best]
 
     def divisions(self, cut: Cut, *, max_staleness: int = 8) -> list[Division]:
-        """Every size, batch, codec and staleness that fits one cut.
+        """Every batch, size of an actor, its batch, codec and staleness that fits one cut.
 
         Raises:
           ValueError: none does; the message is that of the one that lacked least.
         """
-        update, found, refusals = self.learner(cut.learner), [], []
-        for actor, count in actor_sizes(cut.actors):
-            for prompts in self._batches(count):
-                try:
-                    parts = self.actor(actor, prompts)
-                except ValueError as error:
-                    refusals.append((actor.name, error))
-                    continue
-                found += [
-                    division(
-                        self.workload, cut, update, actor=actor, actors=count, prompts=prompts,
-                        codec=codec, parts=parts, max_staleness=bound, link=self.link,
-                    )
-                    for codec in get_args(Codec)
-                    for bound in _bounds(max_staleness)
-                ]  # fmt: skip
+        found: list[Division] = []
+        refusals: list[ValueError] = []
+        for batch in self.batches:
+            try:
+                update = self.learner(cut.learner, batch)
+            except ValueError as error:
+                refusals.append(error)
+                continue
+            workload = dataclasses.replace(self.workload, prompts_per_step=batch)
+            for actor, count in actor_sizes(cut.actors):
+                for prompts in self._prompts(count):
+                    try:
+                        parts = self.actor(actor, prompts)
+                    except ValueError as error:
+                        refusals.append(error)
+                        continue
+                    found += [
+                        division(
+                            workload, cut, update, actor=actor, actors=count, prompts=prompts,
+                            codec=codec, parts=parts, max_staleness=bound, link=self.link,
+                        )
+                        for codec in get_args(Codec)
+                        for bound in _bounds(max_staleness)
+                    ]  # fmt: skip
         if not found:
-            raise min((error for _, error in refusals), key=_lacks)
+            raise min(refusals, key=_lacks)
         return found
 
-    def _batches(self, actors: int) -> list[int]:
+    def _prompts(self, actors: int) -> list[int]:
         """Prompts at one actor: powers of two."""
         most = max(1, _IN_FLIGHT * self.workload.prompts_per_step // actors)
         largest = int(math.log2(most))
         return [2**i for i in range(max(0, largest - _BATCHES + 1), largest + 1)]
 
-    def learner(self, cluster: Cluster) -> Part:
-        """The update on a machine.
+    def learner(self, cluster: Cluster, batch: int) -> Part:
+        """The update with so many prompts on a machine.
 
         Raises:
           ValueError: it does not fit.
         """
-        if cluster.name not in self._learners:
-            (program,) = learner_programs(self.workload)
+        key = cluster.name, batch
+        if key not in self._learners:
+            workload = dataclasses.replace(self.workload, prompts_per_step=batch)
+            (program,) = learner_programs(workload)
             # The weights that were published last wait there, to be compared with.
-            published = 2 * self.workload.policy.num_params / cluster.device_count
+            published = 2 * workload.policy.num_params / cluster.device_count
             memory = USABLE - published / cluster.memory_bytes
-            self._learners[cluster.name] = _or_error(
-                lambda: planned(program, cluster, memory=memory)
-            )
-        return _or_raise(self._learners[cluster.name])
+            self._learners[key] = _or_error(lambda: planned(program, cluster, memory=memory))
+        return _or_raise(self._learners[key])
 
     def actor(self, cluster: Cluster, prompts: int) -> tuple[Part, ...]:
         """Generation and scoring for so many prompts on one actor's machine.
