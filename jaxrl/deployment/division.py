@@ -1,14 +1,15 @@
 """One way to divide a run's machines, and the pace that comes of it.
 
-The learner updates and publishes, one after the other; actors generate and score; whichever is
-slower sets the pace, unless rollouts would be older than they may be:
+The learner updates, actors generate and score; whichever is slower sets the pace, unless rollouts
+would be older than they may be:
 
-    pace = max(update + publication, prompts a step / actors' prompts a second)
+    pace = max(update, prompts a step / actors' prompts a second)
     step = max(pace, age / staleness)
 
 where the age of a rollout when it is trained on is the time from the end of the update that made
-its weights: publication, the way to the actor, and the actor's batch. Versions that an actor is
-too slow to fetch it leaves out, as `jaxrl.sync` does.
+its weights: publication, the way to the actor, and the actor's batch. Publication runs beside the
+updates and fetching beside the generation; versions that come faster than they can be published or
+fetched are passed over, as `jaxrl.train` and `jaxrl.sync` do.
 """
 
 import math
@@ -43,8 +44,8 @@ class Division:
       actors: how many.
       prompts: that an actor generates for at once.
       codec: how weights travel.
-      update_s: predicted seconds of an update.
-      publish_s: seconds that the learner then takes to encode and store its weights.
+      update_s: predicted seconds of an update, with what encoding takes the learner's devices.
+      publish_s: seconds until its weights are in the store, beside the next updates.
       fetch_s: from then until every actor has rebuilt them, beside its generation.
       batch_s: of one actor's batch: prefill, decoding, log-probabilities, scores.
       pause_s: that new weights take an actor's devices.
@@ -70,11 +71,6 @@ class Division:
     parts: tuple[Part, ...]
 
     @property
-    def learner_s(self) -> float:
-        """Seconds of an update with its publication."""
-        return self.update_s + self.publish_s
-
-    @property
     def generation_s(self) -> float:
         """Seconds until the actors together have written one update's rollouts."""
         per_batch = self.batch_s + self.pause_s
@@ -83,7 +79,8 @@ class Division:
     @property
     def age_s(self) -> float:
         """Seconds from the end of an update to training on what its weights wrote."""
-        late = max(0.0, self.fetch_s - self._pace_s)  # the next version comes no sooner
+        # The next version comes no sooner.
+        late = max(0.0, self.publish_s - self._pace_s, self.fetch_s - self._pace_s)
         return self.publish_s + self.fetch_s + late + self.batch_s
 
     @property
@@ -93,7 +90,7 @@ class Division:
 
     @property
     def _pace_s(self) -> float:
-        return max(self.learner_s, self.generation_s)
+        return max(self.update_s, self.generation_s)
 
     @property
     def step_s(self) -> float:
@@ -109,17 +106,15 @@ class Division:
         """What sets the pace."""
         if self.step_s > self._pace_s:
             return "staleness"
-        if self.generation_s > self.learner_s:
-            return "generation"
-        return "update" if self.update_s >= self.publish_s else "publication"
+        return "generation" if self.generation_s > self.update_s else "update"
 
     def __str__(self) -> str:
         return (
             f"learner {self.learner.name}, {self.actors} actors of {self.actor.name} with "
             f"{self.prompts} prompts each, {self.codec} weights: {self.tokens_per_s:,.0f} trained "
-            f"tokens/s ({self.step_s:.2f} s a step: update {self.update_s:.2f}, publication "
-            f"{self.publish_s:.2f}, generation {self.generation_s:.2f}; weights reach actors in "
-            f"{self.fetch_s:.2f} s; {self.limit} limits), {self.staleness} versions stale"
+            f"tokens/s ({self.step_s:.2f} s a step: update {self.update_s:.2f}, generation "
+            f"{self.generation_s:.2f}; weights are published in {self.publish_s:.2f} s and fetched "
+            f"in {self.fetch_s:.2f}; {self.limit} limits), {self.staleness} versions stale"
         )
 
 
@@ -170,8 +165,8 @@ def division(
     steps = workload.decoding_steps(prompts)
     return Division(
         learner=cut.learner, actor=actor, actors=actors, prompts=prompts, codec=codec,
-        update_s=update.step_s,
-        publish_s=encode_s + coding_s + upload_s,
+        update_s=update.step_s + encode_s,
+        publish_s=coding_s + upload_s,
         fetch_s=download_s + decoding_s,
         batch_s=sum(p.step_s * (steps if p.program.on_device else p.program.calls) for p in parts),
         pause_s=DEVICE_TRAFFIC * weights / _memory_bandwidth(actor),
