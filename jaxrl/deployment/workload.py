@@ -64,7 +64,7 @@ class Workload:
     def trained_tokens(self) -> float:
         """Completion tokens of one update, on average."""
         mean = self.completion_len if self.mean_len is None else self.mean_len
-        return self.prompts_per_step * self.group_size * mean
+        return float(self.prompts_per_step * self.group_size * mean)
 
     def decoding_steps(self, prompts: int) -> float:
         """Tokens of the longest completion of a batch of prompts, on average: it ends the batch.

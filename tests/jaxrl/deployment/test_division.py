@@ -1,64 +1,60 @@
-"""The pace of a divided run against closed forms, and its search against enumeration."""
+"""The pace of a divided run, against closed forms."""
 
 import dataclasses
-import itertools
 
-import jax
+import numpy as np
 import pytest
 
 from jaxrl import recipes
-from jaxrl.deployment import (
-    NothingFits,
-    Planner,
-    Workload,
-    actor_programs,
-    cuts,
-    divide,
-    dry_run,
-    learner_programs,
-)
-from jaxrl.deployment.division import Division, bits_per_change
+from jaxrl.deployment import Cut, Division, Program, Workload
+from jaxrl.deployment.division import bits_per_change, division
+from jaxrl.deployment.parts import Part
 from jaxrl.models import DecoderConfig
-from sharding import Cluster
+from jaxrl.sync import Link
+from sharding import Cluster, Plan
 
-SMALL = DecoderConfig(
-    vocab_size=1024, layers=8, embed=512, heads=8, kv_heads=4, head_dim=64, mlp=2048,
-    tie_embeddings=False,
-)  # fmt: skip
+TINY = DecoderConfig(vocab_size=512, layers=2, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128)
 WORKLOAD = Workload(
-    recipe=recipes.get("repo_tb"), policy=SMALL, reward_model=SMALL, prompts_per_step=16,
-    prompt_len=64, completion_len=128,
+    recipe=recipes.get("repo_tb", group_size=4), policy=TINY, prompts_per_step=16, prompt_len=32,
+    completion_len=100,
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def planner() -> Planner:
-    return Planner(WORKLOAD)
-
-
-def division(**changes) -> Division:
+def made(**changes) -> Division:
     fields = {
         "learner": Cluster.from_name("h100:1x8"), "actor": Cluster.from_name("h100:1x2"),
-        "actors": 4, "prompts": 8, "codec": "sparse", "update_s": 1.0, "batch_s": 3.9,
-        "transfer_s": 0.5, "pause_s": 0.1, "prompts_per_step": 16, "trained_tokens": 1600,
-        "parts": (),
+        "actors": 4, "prompts": 8, "codec": "sparse", "update_s": 1.0, "publish_s": 0.3,
+        "fetch_s": 0.2, "batch_s": 3.9, "pause_s": 0.1, "max_staleness": 8, "prompts_per_step": 16,
+        "trained_tokens": 1600.0, "parts": (),
     }  # fmt: skip
     return Division(**(fields | changes))
 
 
-def test_the_slowest_of_three_sets_the_pace():
+def test_the_slower_of_learner_and_actors_sets_the_pace():
     # 4 actors × 8 prompts in 3.9 + .1 s: 8 prompts/s, so that 16 take 2 s.
-    assert division().generation_s == pytest.approx(2.0)
-    assert (division().step_s, division().limit) == (pytest.approx(2.0), "generation")
-    assert division(update_s=5.0).limit == "update"
-    assert division(transfer_s=7.0).limit == "transfer"
-    assert division().tokens_per_s == pytest.approx(800.0)
+    assert made().generation_s == pytest.approx(2.0)
+    assert (made().step_s, made().limit) == (pytest.approx(2.0), "generation")
+    assert (made(update_s=5.0).step_s, made(update_s=5.0).limit) == (5.0, "update")
+    assert made().tokens_per_s == pytest.approx(800.0)
+    assert made(publish_s=1.9).step_s == pytest.approx(2.0)  # beside the updates
 
 
-def test_a_rollout_is_as_old_as_steps_pass_while_it_is_written():
-    # (3.9 + .5) s of writing and of the weights' way, at 2 s a step: 2.2 versions.
-    assert division().staleness == 3
-    assert division(actors=1, prompts=2, batch_s=0.9, pause_s=0.1, update_s=9.0).staleness == 1
+def test_a_rollout_is_as_old_as_steps_pass_from_its_weights_to_its_use():
+    # .3 s until the weights are stored, .2 until an actor has them, 3.9 of writing, at 2 s a step.
+    assert made().age_s == pytest.approx(4.4)
+    assert made().staleness == 3
+    assert made(update_s=9.0).staleness == 1
+
+
+def test_a_bound_on_staleness_slows_what_would_be_older():
+    bound = made(max_staleness=2)
+    assert (bound.staleness, bound.limit) == (2, "staleness")
+    assert bound.step_s == pytest.approx(4.4 / 2)
+
+
+def test_weights_that_come_slower_than_updates_are_older_by_the_wait_for_the_next():
+    # Of 10 s a fetch and 2 s a step, 8 s pass before the next version.
+    assert made(fetch_s=10.0).age_s == pytest.approx(0.3 + 10.0 + 8.0 + 3.9)
 
 
 @pytest.mark.parametrize("density", [1e-4, 1e-3, 0.0062, 0.02, 0.3, 1.0])
@@ -66,85 +62,48 @@ def test_bits_lie_between_their_neighbours(density):
     assert 5.6 <= bits_per_change(density) <= 16.0
 
 
-def test_programs_have_the_shapes_of_the_run():
-    (update,) = learner_programs(WORKLOAD)
-    state, rollouts = update.args
-    assert set(state.params) == {"policy"}
-    assert rollouts.tokens.shape == (16, 8, 128)
-    new_state, metrics = jax.eval_shape(update.step, *update.args)
-    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
-    assert "loss" in metrics
-    programs = {p.name: p for p in actor_programs(WORKLOAD, 4)}
-    assert set(programs) == {"prefill", "decode", "reference", "reward"}
-    logits, cache = jax.eval_shape(programs["decode"].step, *programs["decode"].args)
-    assert logits.shape == (4, 8, 1024)
-    assert jax.tree.map(lambda x: x.shape, cache) == jax.tree.map(
-        lambda x: x.shape, programs["decode"].args[1]
-    )
-    assert programs["decode"].calls == 128
-    assert jax.eval_shape(programs["reference"].step, *programs["reference"].args).shape == (
-        4, 8, 128,
+def costed(link: Link | None, codec: str, *, actors: int = 4) -> Division:
+    learner, actor = Cluster.from_name("v5p:2x2x2"), Cluster.from_name("v5p:2x2x1")
+    update = Program(name="update", side="learner", step=dict, args=())
+    part = Part(program=update, plan=Plan(), step_s=1.0, memory_bytes=0.0, resident_bytes=0.0)
+    return division(
+        WORKLOAD, Cut(learner, Cluster.from_name("v5p:2x2x4")), part, actor=actor, actors=actors,
+        prompts=8, codec=codec, parts=(), max_staleness=8, link=link,
     )  # fmt: skip
-    assert jax.eval_shape(programs["reward"].step, *programs["reward"].args).shape == (32, 1)
 
 
-def test_a_critic_is_part_of_the_update():
-    workload = dataclasses.replace(WORKLOAD, recipe=recipes.get("repo"))
-    (update,) = learner_programs(workload)
-    assert set(update.args[0].params) == {"policy", "critic"}
+def test_dense_weights_take_their_bytes_over_the_hosts_network():
+    weights, network = 2 * TINY.num_params, Cluster.from_name("v5p:2x2x1").chip.host_bytes_per_s
+    found = costed(None, "dense")
+    assert found.publish_s == pytest.approx(weights / network)
+    assert found.fetch_s == pytest.approx(weights / network)
+    assert found.update_s == 1.0
 
 
-def test_decoding_drawn_out_is_decoding_planned_whole(planner):
-    machine = Cluster.from_name("h100:1x2")
-    drawn = next(p for p in planner.actor(machine, 8) if p.program.name == "decode")
-    shallow = dataclasses.replace(SMALL, layers=4)  # few enough to be planned as it is
-    whole = Planner(dataclasses.replace(WORKLOAD, policy=shallow)).actor(machine, 8)
-    whole = next(p for p in whole if p.program.name == "decode")
-    assert whole.step_s < drawn.step_s < 2.2 * whole.step_s
-    assert whole.memory_bytes < drawn.memory_bytes < 2 * whole.memory_bytes
-
-
-def test_the_best_is_the_best_of_all(planner):
-    cluster = Cluster.from_name("h100:4x8")
-    best, others = divide(WORKLOAD, cluster, planner=planner)
-    every = list(itertools.chain(*(planner.divisions(cut) for cut in cuts(cluster))))
-    allowed = [d for d in every if d.staleness <= 8]
-    assert best.tokens_per_s == pytest.approx(max(d.tokens_per_s for d in allowed), rel=1e-6)
-    assert len(others) + 1 == len(allowed)
-    assert {d.codec for d in every} == {"sparse", "dense"}
-
-
-def test_less_staleness_is_never_faster(planner):
-    cluster = Cluster.from_name("h100:4x8")
-    paces = []
-    for bound in (2, 3, 8):
-        best, _ = divide(WORKLOAD, cluster, planner=planner, max_staleness=bound)
-        assert best.staleness <= bound
-        paces.append(best.tokens_per_s)
-    assert paces == sorted(paces)
-
-
-def test_other_chips_for_the_actors(planner):
-    best, _ = divide(
-        WORKLOAD, Cluster.from_name("h100:1x8"), Cluster.from_name("v5e:4x4"), planner=planner
+def test_a_slow_link_is_shared_by_all_actors_and_wants_few_bytes():
+    link = Link(bits_per_s=1e6, latency_s=0.5)
+    dense, sparse = costed(link, "dense"), costed(link, "sparse")
+    assert dense.fetch_s == pytest.approx(4 * 16 * TINY.num_params / 1e6 + 0.5)
+    assert costed(link, "dense", actors=2).fetch_s == pytest.approx(
+        2 * 16 * TINY.num_params / 1e6 + 0.5
     )
-    assert best.learner.name == "h100:1x8"
-    assert best.actor.chip.name == "v5e"
+    bits = TINY.num_params * WORKLOAD.density * bits_per_change(WORKLOAD.density)
+    assert sparse.fetch_s == pytest.approx(4 * bits / 1e6 + 0.5, rel=1e-3)
+    assert sparse.update_s > dense.update_s  # whose devices look for what changed
 
 
-def test_nothing_fits_says_by_how_much():
-    large = dataclasses.replace(
-        WORKLOAD, policy=dataclasses.replace(SMALL, embed=32768, mlp=131072)
-    )
-    with pytest.raises(NothingFits, match="GB"):
-        divide(large, Cluster.from_name("h100:2x2"))
+@pytest.mark.parametrize("mean", [1.0, 5.0, 37.5, 99.0, 100.0])
+def test_lengths_have_the_mean_that_is_asked_for_and_a_batch_lasts_as_its_longest(mean):
+    workload = dataclasses.replace(WORKLOAD, mean_len=mean)
+    prompts = 3
+    ending = workload._ending()
+    draws = np.random.default_rng(0).geometric(ending, (4000, prompts * 4)) if ending else None
+    drawn = np.full((1, 1), 100) if draws is None else np.minimum(draws, 100)
+    assert drawn.mean() == pytest.approx(mean, rel=0.02)
+    assert workload.decoding_steps(prompts) == pytest.approx(drawn.max(axis=1).mean(), rel=0.02)
+    assert workload.trained_tokens == pytest.approx(16 * 4 * mean)
 
 
-def test_a_dry_run_without_compilers(planner):
-    run = dry_run(WORKLOAD, Cluster.from_name("h100:2x8"), compiles=False)
-    names = [row.part.program.name for row in run.rows]
-    assert names == ["update", "prefill", "decode", "reference", "reward", "delta encode"]
-    assert run.fits
-    assert not run.compiled
-    assert run.half is not None
-    assert run.best.tokens_per_s >= run.half.tokens_per_s
+def test_lengths_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="mean_len lies between 1 and completion_len"):
+        dataclasses.replace(WORKLOAD, mean_len=101.0)
