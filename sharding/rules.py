@@ -27,6 +27,7 @@ class Applied:
         `batched_right` of the second.
       mixed: dimensions whose positions do not stay apart although they survive (a sort, a
         cumulative sum): to divide them would need more than the collectives that are counted.
+      cut: dimensions of which a part is taken: where they are divided, the part has to move.
       flops: of the whole, undivided operation.
     """
 
@@ -38,6 +39,7 @@ class Applied:
     batched: Axes = ()
     batched_right: Axes = ()
     mixed: Axes = ()
+    cut: Axes = ()
     flops: float = 0.0
 
 
@@ -314,7 +316,7 @@ def _top_k(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
 def _same_extent(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
     """Slices, pads and concatenations: axes of unchanged extent are the same, others are new."""
     shape = _shape(eqn.outvars[0])
-    out = []
+    out, cut = [], []
     for i, size in enumerate(shape):
         alike = [axes[i] for axes in ins if len(axes) == len(shape) and graph.size(axes[i]) == size]
         for other in alike[1:]:
@@ -323,9 +325,10 @@ def _same_extent(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applie
             out.append(alike[0])
         elif ins and len(ins[0]) == len(shape):
             out.append(graph.derived(ins[0][i], size, _extent(eqn, i)))
+            cut += [ins[0][i]] if eqn.primitive.name == "slice" else []
         else:
             out.append(graph.new(size))
-    return Applied(kind="elementwise", outs=(tuple(out),))
+    return Applied(kind="elementwise", outs=(tuple(out),), cut=tuple(cut))
 
 
 def _extent(eqn: Any, axis: int) -> tuple[Any, ...]:

@@ -56,6 +56,9 @@ class Products:
 
     def __init__(self, graph: DimensionGraph, stretches: Sequence[Stretch]) -> None:
         self.graph = graph
+        self.cuts: list[Record] = [
+            record for stretch in stretches for record in stretch.records if record.applied.cut
+        ]
         self.records: list[tuple[Record, float]] = [
             (record, record.applied.flops * stretch.repeat)
             for stretch in stretches
@@ -70,6 +73,10 @@ class Products:
     def of(self, axes: Iterable[int]) -> set[int]:
         """Factors of dimensions."""
         return {atom for axis in axes for atom in self.graph.atoms(axis)}
+
+    def size(self, value: Value) -> int:
+        """Elements of an array."""
+        return product(self.graph.size(axis) for axis in value.axes)
 
 
 def find_splits(
@@ -176,16 +183,17 @@ def _tensor(products: Products, candidates: Sequence[int], batch: set[int]) -> s
             continue
         rows.append((inside, flops))
         summed = products.of(record.applied.contracted)
-        size_of = products.graph.size
         for atom in inside:
             if atom in summed:
-                moved = product(size_of(axis) for axis in record.outs[0].axes)
-                traffic[column[atom]] += moved
+                traffic[column[atom]] += products.size(record.outs[0])
             for value in record.ins[:2]:
                 # Of an activation the sums of its cotangents travel; of a cache more is read.
                 cache = value.role == "param" and not _is_param(products, value, batch)
                 if (value.role == "activation" or cache) and atom not in products.atoms(value):
-                    traffic[column[atom]] += product(size_of(axis) for axis in value.axes)
+                    traffic[column[atom]] += products.size(value)
+    for record in products.cuts:
+        for atom in products.of(record.applied.cut) & set(candidates):
+            traffic[column[atom]] += products.size(record.outs[0])
     if not rows:
         return set()
     work = np.asarray([flops for _, flops in rows])
@@ -204,6 +212,7 @@ def _tensor(products: Products, candidates: Sequence[int], batch: set[int]) -> s
         gain,
         integrality=np.ones(total),
         bounds=(0, 1),
+        options={"mip_rel_gap": 0.0},  # of many layers each is a small share
         constraints=[
             LinearConstraint(cover, -np.inf, 0.0),
             LinearConstraint(alone, -np.inf, 1.0),

@@ -4,6 +4,7 @@ Every cut, size of an actor, batch and codec is looked at: what costs time is pl
 programs, of which each is planned once on each machine.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,22 +206,26 @@ class Planner:
         return dataclasses.replace(part, program=program)  # which knows how often it is called
 
     def _decode(self, program: Program, cluster: Cluster, prompts: int, memory: float) -> Part:
-        """Decoding, divided as is fastest, or further until it fits."""
-        limit = cluster.memory_bytes * memory
+        """Decoding as it is fastest, of all ways that fit.
+
+        Heads of keys are the most ways in which caches can be divided beside the batch: beyond
+        them every device would hold whole ones.
+        """
+        limit, most = cluster.memory_bytes * memory, self.workload.policy.kv_heads
         free = self._all_layers(program, cluster, prompts, memory, {})
-        if free.memory_bytes <= limit:
+        if free.memory_bytes <= limit and free.plan.mesh.get("tensor", 1) <= most:
             return free
-        least = free.memory_bytes
-        for tensor in (2, 4, 8, 16, 32):
-            if tensor <= _model_parallel(free.plan) or cluster.device_count % tensor:
-                continue
-            try:
-                part = self._all_layers(program, cluster, prompts, memory, {"tensor": tensor})
-            except ValueError:
-                continue  # nothing that the model has divides so far
-            if part.memory_bytes <= limit:
-                return part
-            least = min(least, part.memory_bytes)
+        found: list[Part] = []
+        for tensor in (2**i for i in range(most.bit_length())):
+            if tensor <= most and cluster.device_count % tensor == 0:
+                with contextlib.suppress(ValueError):  # nothing that the model has divides so
+                    found.append(
+                        self._all_layers(program, cluster, prompts, memory, {"tensor": tensor})
+                    )
+        fitting = [part for part in found if part.memory_bytes <= limit]
+        if fitting:
+            return min(fitting, key=lambda part: part.step_s)
+        least = min(part.memory_bytes for part in [free, *found])
         raise DoesNotFit(
             f"decoding {prompts} prompts on {cluster.name} needs {least / 1e9:.1f} GB a device of "
             f"{limit / 1e9:.1f} GB that the other models leave, however it is divided",
