@@ -29,6 +29,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ MODEL = DecoderConfig(
 CHECKS = RolloutChecks(
     prompts=PROMPTS, group_size=GROUP, completion_len=LENGTH, vocab_size=MODEL.vocab_size
 )
+
+
+SIZES = {
+    "own": MODEL, "model": "own", "reward_model": "", "cost_model": "", "algorithm": "tba",
+    "group_size": GROUP, "prompts": (8,), "prompt_len": 16, "completion_len": LENGTH,
+}  # fmt: skip
+"""What `--dry-run CLUSTER` plans, with the other flags of `python -m experiments.dry_run`."""
 
 
 def policy() -> tuple[nnx.GraphDef, nnx.State]:
@@ -207,6 +215,9 @@ def parser() -> argparse.ArgumentParser:
     add("--process-id", "--process", type=int, default=-1,
         help="number of this process of the learner; by default JAX_PROCESS_ID")  # fmt: skip
     add("--steps", type=int, default=60, help="updates")
+    add("--dry-run", metavar="CLUSTER",
+        help="plan and compile for machines that are not here, such as v5p:4x4x4, with the other "
+        "flags of `python -m experiments.dry_run`, such as --model llama3-8b")  # fmt: skip
     add(
         "--replay",
         action="store_true",
@@ -219,8 +230,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a learner, and its actors where it has to start them."""
-    from experiments.harness import join  # brings what draws figures: not for every actor
+    # What these bring is not for every actor: figures, tables, command lines.
+    from experiments.dry_run import hand_over_sizes
+    from experiments.harness import join
 
+    if hand_over_sizes(SIZES, sys.argv[1:] if argv is None else argv):
+        return
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     join(args.coordinator, args.num_processes, args.process_id)

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments import harness, hypotheses, safety_seeds
+from experiments import dry_run, harness, hypotheses, safety_seeds
 from experiments.harness import Run, RunOptions, report, tables
 from experiments.safety.config import QUICK, SafetyConfig
 from experiments.safety.results import COLUMNS
+from experiments.safety.sizes import sizes
 from experiments.safety.stages import Evaluation
 from experiments.safety_limit import VARIANTS
 from experiments.safety_seeds import LAGRANGIAN, REPO
@@ -190,7 +191,14 @@ def _table(numbers: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tab
     )
 
 
+def planned_sizes(config: Config) -> dry_run.Sizes:
+    """Those of the first world."""
+    return sizes(config.of_seed(config.controls[0], config.seed))
+
+
 def main(argv: list[str] | None = None) -> None:
+    if dry_run.hand_over(Config, planned_sizes, argv=argv):
+        return
     config = harness.cli(
         Config,
         presets={"quick": Config()},

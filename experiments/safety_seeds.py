@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import harness, hypotheses
+from experiments import dry_run, harness, hypotheses
 from experiments.harness import Run, RunOptions, plots, report, tables
 from experiments.safety import stages, task
 from experiments.safety.config import QUICK, SafetyConfig
 from experiments.safety.results import COLUMNS
+from experiments.safety.sizes import sizes
 from experiments.safety.stages import Evaluation
 from jaxrl import evaluation, recipes
 from jaxrl.constraints import Rectified
@@ -315,6 +316,8 @@ def _report(
 
 
 def main(argv: list[str] | None = None) -> None:
+    if dry_run.hand_over(Config, lambda config: sizes(config.of_seed(config.seed)), argv=argv):
+        return
     config = harness.cli(
         Config,
         presets={"quick": Config()},

@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import harness
+from experiments import dry_run, harness
 from experiments.delta_bench.pairs import Bits
 from experiments.delta_bench.peers import COO, peers
 from experiments.delta_bench.recorded import Recording, Versions, record
 from experiments.harness import Report, Run, RunOptions
 from experiments.safety.config import ModelConfig
+from experiments.safety.sizes import sizes as sizes_of_safety
 from experiments.sync_bench import figures, tables, transports
 from experiments.sync_bench.contestants import Contestant, Dense, Measured, Ours, Peer
 from jaxrl.sync import Link
@@ -258,8 +259,19 @@ def report(summary: dict[str, Any], shown: Sequence[harness.Table]) -> Report:
     return page.record("Summary", summary)
 
 
+def planned_sizes(config: Config) -> dry_run.Sizes:
+    """Those of the recorded training, over the first of the links."""
+    between = config.links[0] if config.links else ""
+    return {
+        **sizes_of_safety(config.recording.safety(config.reference_rate, config.seed)),
+        "between": between,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m experiments.weight_sync`."""
+    if dry_run.hand_over(Config, planned_sizes, presets=PRESETS, argv=argv):
+        return
     config = harness.cli(
         Config, presets=PRESETS, argv=argv, prog="python -m experiments.weight_sync",
         description=__doc__,

@@ -17,6 +17,9 @@ Exit status 1 if it does not fit, with the smallest shortfall. No accelerator is
 compilation a configuration takes about a minute on two CPU cores.
 """
 
+from experiments.dry_run.config import OWN as OWN
 from experiments.dry_run.config import DryRunConfig as DryRunConfig
+from experiments.dry_run.hand_over import Sizes as Sizes
 from experiments.dry_run.hand_over import hand_over as hand_over
+from experiments.dry_run.hand_over import hand_over_sizes as hand_over_sizes
 from experiments.dry_run.running import main as main

@@ -43,18 +43,36 @@ def hand_over(
     given = list(sys.argv[1:] if argv is None else argv)
     if FLAG not in given:
         return False
+    own, others = _parted(given, {"--preset", *flag_names(config_type)})
+    config = harness.cli(config_type, presets=presets, argv=own)
+    return hand_over_sizes(sizes(config), others)
+
+
+def hand_over_sizes(sizes: Sizes, argv: Sequence[str]) -> bool:
+    """`hand_over` of an experiment whose sizes are known; all other flags are the dry run's.
+
+    Args:
+      sizes: what is planned, where `argv` does not say otherwise.
+      argv: arguments.
+
+    Returns:
+      Whether `--dry-run` was among them.
+
+    Raises:
+      SystemExit: as of `hand_over`.
+    """
+    given = list(argv)
+    if FLAG not in given:
+        return False
     at = given.index(FLAG)
     if at + 1 == len(given) or given[at + 1].startswith("--"):
         print(f"error: {FLAG} needs a cluster, such as v5p:4x4x4", file=sys.stderr)
         raise SystemExit(2)
-    cluster = given[at + 1]
-    own, others = _parted([*given[:at], *given[at + 2 :]], {"--preset", *flag_names(config_type)})
-    config = harness.cli(config_type, presets=presets, argv=own)
-    decided = dict(sizes(config))
+    decided = dict(sizes)
     decoder = decided.pop("own", None)
     assert decoder is None or isinstance(decoder, DecoderConfig)
     flags = [part for name, value in decided.items() for part in _flag(name, value)]
-    main(["--cluster", cluster, *flags, *others], own=decoder)
+    main(["--cluster", given[at + 1], *flags, *given[:at], *given[at + 2 :]], own=decoder)
     return True
 
 
@@ -66,7 +84,7 @@ def _flag(name: str, value: object) -> tuple[str, str]:
 
 def _parted(given: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
     """Arguments that are flags of an experiment, with their values, and the others."""
-    dry = {name for name in flag_names(DryRunConfig)} - known
+    dry = {FLAG, *flag_names(DryRunConfig)} - known
     dry |= {f"--no-{name[2:]}" for name in dry}
     own: list[str] = []
     others: list[str] = []

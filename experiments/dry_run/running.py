@@ -62,9 +62,7 @@ def _several(config: DryRunConfig) -> dict[str, DryRunConfig]:
     return {config.model: config}
 
 
-def _planned(
-    config: DryRunConfig, console: Console, own: DecoderConfig | None
-) -> DryRun | None:
+def _planned(config: DryRunConfig, console: Console, own: DecoderConfig | None) -> DryRun | None:
     """One dry run, printed; None where nothing fits."""
     try:
         workload = config.workload(own)

@@ -8,6 +8,7 @@ from experiments.harness import Run
 from experiments.safety import __doc__ as description
 from experiments.safety import placement, results, scorers, stages, task
 from experiments.safety.config import PRESETS, SafetyConfig
+from experiments.safety.sizes import sizes
 from jaxrl.processes import Preempted
 
 
@@ -37,9 +38,9 @@ def _train(run, config, work, evaluators, name, sft) -> stages.Policy:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if dry_run.hand_over(argv):
-        return
     argv = with_model(sys.argv[1:] if argv is None else argv)
+    if dry_run.hand_over(SafetyConfig, sizes, presets=PRESETS, argv=argv):
+        return
     config = harness.cli(
         SafetyConfig,
         presets=PRESETS,

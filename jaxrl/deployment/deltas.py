@@ -55,9 +55,7 @@ def applying(prefill: Part, machine: Cluster, *, density: float) -> Part:
     """
     weights = prefill.program.args[0]
     lies = _shardings(weights, prefill.plan, machine, "0")
-    step, args = forecast.applying(
-        weights, lies, density=density, backend=_backend(machine)
-    )
+    step, args = forecast.applying(weights, lies, density=density, backend=_backend(machine))
     devices = math.prod(prefill.plan.mesh.values())
     row = PartitionSpec(forecast.DEVICE_AXIS)
     found = jax.eval_shape(step, *args)
@@ -72,9 +70,7 @@ def applying(prefill: Part, machine: Cluster, *, density: float) -> Part:
     return _part("delta apply", "actor", plan, size, _shard_bytes(weights, lies), machine)
 
 
-def _part(
-    name: str, side: Side, plan: Plan, size: float, weights: float, machine: Cluster
-) -> Part:
+def _part(name: str, side: Side, plan: Plan, size: float, weights: float, machine: Cluster) -> Part:
     """`size` is of everything, `weights` of one version of the weights; bytes of a device."""
     assert plan.step is not None
     assert plan.args is not None

@@ -168,7 +168,10 @@ def division(
         update_s=update.step_s + encode_s,
         publish_s=coding_s + upload_s,
         fetch_s=download_s + decoding_s,
-        batch_s=0.0 + sum(p.step_s * (steps if p.program.on_device else p.program.calls) for p in parts),
+        batch_s=math.fsum(
+            part.step_s * (steps if part.program.on_device else part.program.calls)
+            for part in parts
+        ),
         pause_s=DEVICE_TRAFFIC * weights / _memory_bandwidth(actor),
         max_staleness=max_staleness,
         prompts_per_step=workload.prompts_per_step, trained_tokens=workload.trained_tokens,

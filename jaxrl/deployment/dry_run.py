@@ -146,8 +146,8 @@ class DryRun:
 
 def _described(division: Division) -> dict[str, Any]:
     names = (
-        "actors", "prompts", "prompts_per_step", "codec", "update_s", "publish_s", "generation_s", "fetch_s",
-        "pause_s", "step_s", "staleness", "tokens_per_s", "limit",
+        "actors", "prompts", "prompts_per_step", "codec", "update_s", "publish_s",
+        "generation_s", "fetch_s", "pause_s", "step_s", "staleness", "tokens_per_s", "limit",
     )  # fmt: skip
     found = {name: getattr(division, name) for name in names}
     return found | {"learner": division.learner.name, "actor": division.actor.name}
@@ -198,9 +198,7 @@ def dry_run(
         ]  # fmt: skip
         tried.append(
             DryRun(
-                workload=dataclasses.replace(
-                    workload, prompts_per_step=division.prompts_per_step
-                ),
+                workload=dataclasses.replace(workload, prompts_per_step=division.prompts_per_step),
                 cluster=cluster.name if actors is None else f"{cluster.name} + {actors.name}",
                 best=division,
                 half=half,

@@ -220,9 +220,7 @@ def rebuilt(
     return counts, new, _shard_sums(new, origins, **on)
 
 
-def _on_each(
-    local: Callable[..., Array], mesh: AnyMesh, *, in_specs: Any
-) -> Callable[..., Array]:
+def _on_each(local: Callable[..., Array], mesh: AnyMesh, *, in_specs: Any) -> Callable[..., Array]:
     return jax.shard_map(
         local,
         mesh=mesh,
