@@ -25,10 +25,10 @@ SHORT = [
 
 
 def test_it_prints_the_programs_and_the_pace(capsys, tmp_path):
-    dry_run.main(["--cluster", "h100:2x8", *SHORT, "--json", str(tmp_path / "run.json")])
+    dry_run.main(["--cluster", "h100:2x2", *SHORT, "--json", str(tmp_path / "run.json")])
     printed = capsys.readouterr().out
     for wanted in ("0.60B parameters", "update", "decode", "delta encode", "delta apply",
-                   "best: learner h100:1x8", "times as many tokens", "fits: "):  # fmt: skip
+                   "best: learner h100:1x2", "times as many tokens", "fits: "):  # fmt: skip
         assert wanted in printed
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["fits"]
@@ -73,7 +73,7 @@ def test_wrong_names_exit_with_2(arguments, message, capsys):
     ],
 )
 def test_experiments_that_train_hand_over_their_sizes(main, said, capsys):
-    main(["--dry-run", "h100:2x8", "--no-compile"])
+    main(["--dry-run", "h100:2x1", "--no-compile"])
     printed = capsys.readouterr().out
     assert "best: learner" in printed
     for wanted in (*said, "reward model a function on the host"):
@@ -81,7 +81,7 @@ def test_experiments_that_train_hand_over_their_sizes(main, said, capsys):
 
 
 def test_flags_of_both_commands_go_where_they_belong(capsys):
-    safety(["--steps", "3", "--dry-run", "h100:2x8", "--completion-len", "64", "--no-compile",
+    safety(["--steps", "3", "--dry-run", "h100:2x1", "--completion-len", "64", "--no-compile",
             "--samples-per-step=32", "--max-staleness", "2"])  # fmt: skip
     printed = capsys.readouterr().out
     assert "4 prompts × 8 completions" in printed
@@ -94,7 +94,7 @@ def test_flags_of_both_commands_go_where_they_belong(capsys):
 
 
 def test_a_model_that_is_named_takes_the_preset_of_pretrained_ones(capsys):
-    safety(["--dry-run", "h100:4x8", "--model", "qwen3-0.6b", "--no-compile"])
+    safety(["--dry-run", "h100:2x1", "--model", "qwen3-0.6b", "--no-compile"])
     printed = capsys.readouterr().out
     assert "policy 0.60B parameters" in printed
     assert "reward model 0.60B; cost model 0.60B" in printed  # which the preset learns
@@ -161,7 +161,7 @@ def test_a_compilation_that_takes_too_long_is_said(tmp_path):
 
 def test_the_next_weights_are_built_from_the_shards_of_the_policy():
     config = dry_run.DryRunConfig(model="qwen3-0.6b", reward_model="", cost_model="", prompts=(8,))
-    run = planned_run(config.workload(), Cluster.from_name("h100:2x8"))
+    run = planned_run(config.workload(), Cluster.from_name("h100:2x2"))
     prefill = next(p for p in run.best.parts if p.program.name == "prefill")
     part = deltas.applying(prefill, run.best.actor, density=0.01)
     olds, _, _ = part.plan.args
