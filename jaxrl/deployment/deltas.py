@@ -45,8 +45,10 @@ def encoding(update: Part, machine: Cluster) -> Part:
     return _part("delta encode", "learner", plan, size, _shard_bytes(weights, lies), machine)
 
 
-def applying(prefill: Part, machine: Cluster, *, density: float) -> Part:
+def applying(prefill: Part, machine: Cluster, *, density: float) -> Part | None:
     """Building the next weights beside those that serve, on the shards of an actor's policy.
+
+    None where all of them are so small that they go by the host.
 
     Args:
       prefill: the actor's program that reads the policy where it lies.
@@ -56,6 +58,8 @@ def applying(prefill: Part, machine: Cluster, *, density: float) -> Part:
     weights = prefill.program.args[0]
     lies = _shardings(weights, prefill.plan, machine, "0")
     step, args = forecast.applying(weights, lies, density=density, backend=_backend(machine))
+    if not args[0]:
+        return None
     devices = math.prod(prefill.plan.mesh.values())
     row = PartitionSpec(forecast.DEVICE_AXIS)
     found = jax.eval_shape(step, *args)
@@ -97,14 +101,14 @@ def _everywhere(tree: Any, spec: PartitionSpec) -> dict[str, PartitionSpec]:
 
 
 def _shard_bytes(weights: Any, lies: Any) -> float:
-    return sum(
+    return math.fsum(
         float(math.prod(own.shard_shape(x.shape))) * x.dtype.itemsize
         for own, x in zip(jax.tree.leaves(lies), jax.tree.leaves(weights), strict=True)
     )
 
 
 def _bytes(tree: Any) -> float:
-    return sum(float(x.size) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return math.fsum(float(x.size) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _backend(machine: Cluster) -> Backend:

@@ -251,11 +251,9 @@ def _rows(workload: Workload, division: Division) -> Iterator[Row]:
     beside = decode.memory_bytes + sum(
         n for key, n in held.items() if key not in ("policy", "next policy")
     )
-    yield Row(
-        part=deltas.applying(prefill, actor, density=workload.density),
-        machine=actor,
-        others_bytes=beside,
-    )
+    apply = deltas.applying(prefill, actor, density=workload.density)
+    if apply is not None:
+        yield Row(part=apply, machine=actor, others_bytes=beside)
 
 
 def compiled(row: Row, compiling: Compiling, told: Callable[[str], None]) -> Row:

@@ -164,6 +164,7 @@ def test_the_next_weights_are_built_from_the_shards_of_the_policy():
     run = planned_run(config.workload(), Cluster.from_name("h100:2x2"))
     prefill = next(p for p in run.best.parts if p.program.name == "prefill")
     part = deltas.applying(prefill, run.best.actor, density=0.01)
+    assert part is not None
     olds, _, _ = part.plan.args
     devices = run.best.actor.device_count
     whole = sum(x.size for x in olds.values())
