@@ -8,7 +8,6 @@ import pytest
 from experiments import dry_run, launch, safety_controls, safety_seeds, weight_sync
 from experiments.asynchrony.__main__ import main as asynchrony_main
 from experiments.asynchrony.config import TINY
-from experiments.dry_run import tables
 from experiments.dry_run.config import SUITE, WORKLOADS
 from experiments.safety.__main__ import main as safety
 from experiments.safety.config import BASE
@@ -115,36 +114,6 @@ def test_every_configuration_that_is_planned_together_is_one():
         config = dataclasses.replace(dry_run.DryRunConfig(), **changes)
         assert config.workload().prompts_per_step == config.prompts[0]
         assert Cluster.from_name(config.cluster).chip_count >= 64
-
-
-def test_what_compilers_say_is_kept_and_read_again(tmp_path, monkeypatch):
-    """A program for CPUs, so that no other compiler is needed."""
-    config = dry_run.DryRunConfig(
-        model="own", reward_model="", cost_model="", prompts=(2,), prompt_len=8, completion_len=8
-    )
-    own = TINY.model.decoder(64, 16)
-    workload = config.workload(own)
-    run = planned_run(workload, Cluster.from_name("h100:2x1"))
-    row = next(row for row in run.rows if row.part.program.name == "reference")
-    machine = dataclasses.replace(
-        Cluster.from_name("h100:1x1"), chip=dataclasses.replace(row.machine.chip, name="cpu")
-    )
-    plan = dataclasses.replace(row.part.plan, where=machine)
-    row = dataclasses.replace(row, part=dataclasses.replace(row.part, plan=plan), machine=machine)
-    first = compiled(row, Compiling(answers=tmp_path), print)
-    assert first.error is None
-    assert first.report is not None
-    assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr("subprocess.run", None)  # nothing is compiled any more
-    again = compiled(row, Compiling(answers=tmp_path), print)
-    assert again.report == first.report
-    assert again.needed_bytes == first.report.peak_bytes + row.others_bytes
-    # More than there is, by what the compiler said.
-    short = dataclasses.replace(again, others_bytes=machine.memory_bytes)
-    assert short.shortfall_bytes == pytest.approx(first.report.peak_bytes)
-    bad = dataclasses.replace(run, rows=(short,))
-    assert not bad.fits
-    assert any("lacks" in line and "(compiled)" in line for line in tables.verdict(bad))
 
 
 def test_a_compilation_that_takes_too_long_is_said(tmp_path):
