@@ -430,7 +430,9 @@ def test_a_ring_hands_on_keys_and_never_gathers_them():
             return nnx.merge(nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[0], params).hidden(tokens)
 
         with jax.set_mesh(mesh):
-            return jax.jit(run).lower(*on_mesh(mesh, (params, tokens))).compile().as_text()
+            text = jax.jit(run).lower(*on_mesh(mesh, (params, tokens))).compile().as_text()
+        assert text is not None
+        return text
 
     ring = compiled(config)
     gathered = compiled(dataclasses.replace(TINY, context="all_gather"))
