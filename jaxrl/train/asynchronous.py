@@ -6,7 +6,6 @@ hand out items ─► actors ─► take what is acknowledged ─► (replay) �
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import Demonstrations
 from jaxrl.learner import Learner, LearnerState
 from jaxrl.replay import Replay
-from jaxrl.sync import BackgroundPublisher, Published, Publisher, StoreError
+from jaxrl.sync import Published, Publisher
 from jaxrl.train import multihost
 from jaxrl.train.intake import Intake
+from jaxrl.train.publishing import Publications
 from jaxrl.train.synchronous import (
     NonFiniteUpdates,
     SamplerDrift,
@@ -33,9 +33,6 @@ from jaxrl.train.synchronous import (
     summarise,
 )
 from jaxrl.types import Rollouts
-
-_log = logging.getLogger(__name__)
-_LOOK_EVERY_S = 2.0  # at what waiting actors complain of
 
 Step = tuple[int, LearnerState, dict[str, float], list[Refusal]]
 
@@ -138,13 +135,10 @@ class AsynchronousTrainer:
         )
         self._recovered = False
         self._saved: dict[int, Mapping[str, Any]] = {}
-        self._background = BackgroundPublisher(
-            self.publisher, before=self._intake.flush, on_turn=self._wake
+        self._publications = Publications(
+            self.publisher, every=self.sync_every, before=self._intake.flush, on_turn=self._wake
         )
-        self._published: Published | None = None
-        self._promised: int | None = None  # the version under way, or published last
         self._version = 0
-        self._looked_at = 0.0
         self._refused = self._skipped = 0
 
     def run(self, state: LearnerState, *, start: int, steps: int) -> Iterator[Step]:
@@ -164,7 +158,7 @@ class AsynchronousTrainer:
         """
         if not self._recovered:
             self._intake.recover(None, start)
-        with self._background, self.pool or contextlib.nullcontext():
+        with self._publications, self.pool or contextlib.nullcontext():
             if self.pool is not None:
                 self.pool.start(self._intake.accept, None if self.replay is None else self._supply)
             ended = time.perf_counter()
@@ -185,8 +179,7 @@ class AsynchronousTrainer:
                 ended = now
                 self._check(summary, step)
                 yield step + 1, state, summary, batch.refusals
-            while self._background.busy:
-                self._advance(_Batch())
+            self._publications.finish()
 
     # ------------------------------------------------------------------ over a crash
 
@@ -251,53 +244,13 @@ class AsynchronousTrainer:
     def _publish(self, state: LearnerState, version: int, batch: "_Batch") -> None:
         """Publishes the policy when it is due; the learner waits for neither codec nor store."""
         began = time.perf_counter()
-        if self._background.ready:
-            multihost.tell({"advance": True})
-            self._advance(batch)
-        due = self._promised is None or version - self._promised >= self.sync_every
-        repair = not due and self._repair_is_due()
-        if (due or repair) and self._background.free:
-            multihost.tell({"publish": version, "anchor": repair})
-            self._start(state, version, anchor=repair)
+        with self.span("publish"):
+            complete = self._publications.lead(
+                state.params["policy"], version, starting=self._intake.expect
+            )
+        if complete:
+            batch.published = self._publications.published
         batch.publishing_s += time.perf_counter() - began
-
-    def _start(self, state: LearnerState, version: int, *, anchor: bool) -> None:
-        # Actors may have it before the publication is known to be complete.
-        self._promised, self._intake.newest = version, max(self._intake.newest, version)
-        with self.span("publish"), self._failures_of(version):
-            self._background.start(state.params["policy"], version, anchor=anchor)
-
-    def _advance(self, batch: "_Batch") -> None:
-        """Takes the publication that is under way on, as far as it goes."""
-        with self._failures_of(self._promised):
-            published = self._background.advance()
-            if published is not None:
-                self._published = batch.published = published
-
-    @contextlib.contextmanager
-    def _failures_of(self, version: int | None) -> Iterator[None]:
-        """What a store refuses is tried again."""
-        try:
-            yield
-        except StoreError as error:
-            last = None if self._published is None else self._published.version
-            self._promised = last
-            _log.error(
-                "version %s cannot be published and is tried again; the actors go on with %s: %s",
-                version, last, error,
-            )  # fmt: skip
-
-    def _repair_is_due(self) -> bool:
-        """Whether actors wait for a payload that is damaged; asked now and then."""
-        now = time.monotonic()
-        if self._published is None or now - self._looked_at < _LOOK_EVERY_S:
-            return False
-        self._looked_at = now
-        try:
-            return self._background.damaged()
-        except StoreError as error:
-            _log.warning("what actors complain of cannot be read now: %s", error)
-            return False
 
     def _hand_out(self, version: int) -> None:
         """Keeps the actors supplied, as far ahead as the staleness bound allows.
@@ -307,16 +260,17 @@ class AsynchronousTrainer:
         being published: the actor waits for it.
         """
         assert self.pool is not None
-        while self.replay is None and self._promised is not None:
+        promised = self._publications.promised
+        while self.replay is None and promised is not None:
             ahead = self._intake.pending
-            if ahead > self.max_staleness - (version - self._promised):
+            if ahead > self.max_staleness - (version - promised):
                 return
             self.pool.submit(self._intake.next_item(version + ahead - self.max_staleness))
 
     def _supply(self) -> WorkItem | None:
         """The next item for an actor that has none, where a replay decouples the two sides."""
         assert self.pool is not None
-        if self._promised is None or self.pool.unread >= self.max_unread:
+        if self._publications.promised is None or self.pool.unread >= self.max_unread:
             return None
         return self._intake.next_item(self._version - self.max_staleness)
 
@@ -335,12 +289,7 @@ class AsynchronousTrainer:
 
     def _follow(self, state: LearnerState) -> "_Batch":
         """Does as the leader does until it has a batch."""
-        while not (message := multihost.hear())[0].keys().isdisjoint(("publish", "advance")):
-            header, _ = message
-            if "advance" in header:
-                self._advance(_Batch())
-            else:
-                self._start(state, header["publish"], anchor=header["anchor"])
+        message = self._publications.follow(state.params["policy"])
         return _Batch(results=[multihost.rollouts_from_message(message)])
 
     def _lead(self, step: int, state: LearnerState, version: int) -> "_Batch":

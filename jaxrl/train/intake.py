@@ -203,6 +203,10 @@ class Intake:
         """Items handed out and not answered."""
         return len(self._open)
 
+    def expect(self, version: int) -> None:
+        """Says that actors may have a version from now on."""
+        self.newest = max(self.newest, version)
+
     def next_item(self, min_version: int) -> WorkItem:
         """The next item to hand out: a function of the seed and its number."""
         with self._lock:
