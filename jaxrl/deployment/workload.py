@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from jaxrl.learner import OptimizerConfig
 from jaxrl.models import DecoderConfig
@@ -85,7 +85,9 @@ class Workload:
             return 0.0
         if mean <= 1:
             return 1.0
-        return brentq(lambda p: -np.expm1(longest * np.log1p(-p)) / p - mean, 1e-12, 1 - 1e-12)
+        return root_scalar(
+            lambda p: -np.expm1(longest * np.log1p(-p)) / p - mean, bracket=(1e-12, 1 - 1e-12)
+        ).root
 
     @property
     def critic_trunk(self) -> DecoderConfig | None:

@@ -79,12 +79,11 @@ def _slots(grid: TileGrid, shard: tuple[int, ...], density: float, *, wide: bool
     mean = density * SUBBLOCK
     # Of many sub-blocks the fullest is some deviations above the mean.
     fullest = np.asarray([min(SUBBLOCK, mean + 8 * math.sqrt(mean))])
-    keys = jax.ShapeDtypeStruct(
-        (tiles, locate.room_for(fullest), subblocks_of(grid.tile)), jnp.uint32
-    )
+
+    def spec(*shape: int, dtype: Any = jnp.uint32) -> Any:  # stands in a field for an array
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    keys = spec(tiles, locate.room_for(fullest), subblocks_of(grid.tile))
     return Slots(
-        jax.ShapeDtypeStruct((tiles,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        keys,
-        keys if wide else None,
+        spec(tiles, dtype=jnp.int32), spec(1, dtype=jnp.int32), keys, keys if wide else None
     )
