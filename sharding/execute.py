@@ -183,7 +183,7 @@ def _rewrite(
     step: Callable[..., Any], shapes: tuple[Any, ...], execution: Execution, **roles: Any
 ) -> Rewrite:
     mesh = execution.mesh
-    with _in_context(execution):
+    with _in_context(execution, shapes):
         traced = trace(step, shapes, **roles)
 
     def constrain(x: Any, spec: PartitionSpec) -> Any:
@@ -219,15 +219,26 @@ def _rewrite(
     )
 
 
-def _in_context(execution: Execution) -> contextlib.AbstractContextManager[Any]:
+def _in_context(
+    execution: Execution, shapes: tuple[Any, ...]
+) -> contextlib.AbstractContextManager[Any]:
     """The mesh for a step that asks for it: to run a kernel under `jax.shard_map`, for example.
 
-    Not where there are stages: within one, the mesh has the stage axis taken away.
+    Not where there are stages: within one, the mesh has the stage axis taken away. Nor where
+    parameters carry logical names (linen's `Partitioned`): with a mesh at hand, Flax constrains
+    them to axes of those names, which the mesh need not have.
     """
-    if execution.pipeline:
+    if execution.pipeline or _has_logical_names(shapes):
         return contextlib.nullcontext()
     mesh = execution.mesh
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh)
+
+
+def _has_logical_names(shapes: tuple[Any, ...]) -> bool:
+    def is_box(x: Any) -> bool:
+        return hasattr(x, "unbox") and hasattr(x, "names")
+
+    return any(map(is_box, jax.tree.leaves(shapes, is_leaf=is_box)))
 
 
 def _micro_shapes(traced: Trace, shapes: tuple[Any, ...], parts: int) -> tuple[Any, ...]:

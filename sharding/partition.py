@@ -27,6 +27,13 @@ from sharding.walk import scan_counts
 
 # Operations whose weights are not gathered: rows of them are looked up or added to.
 _SCATTERS = frozenset(["scatter", "scatter-add", "scatter_add"])
+# Collectives that stand in a program, under `jax.shard_map`.
+_WRITTEN_OUT = {
+    "psum": "all-reduce", "psum_invariant": "all-reduce", "pmax": "all-reduce",
+    "pmin": "all-reduce", "all_gather": "all-gather", "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all",
+    "ppermute": "collective-permute",
+}  # fmt: skip
 _LOOKUPS = _SCATTERS | {"gather"}
 _SUMS = frozenset(["all-reduce", "reduce-scatter"])
 # What shows partial sums in another shape.
@@ -169,6 +176,8 @@ class _Flow:
                 self._scan(instruction)
             elif instruction.name == "shard_map":
                 self._by_hand(instruction)
+            elif instruction.name in _WRITTEN_OUT:
+                self._written_out(instruction)
             elif instruction.bodies:
                 self._branches(instruction)
             else:
@@ -378,7 +387,7 @@ class _Flow:
         """What runs under `shard_map`: shapes within are local to its axes already."""
         params, (body,) = instruction.eqn.params, instruction.bodies
         outside = self.manual
-        self.manual = outside | frozenset(params.get("manual_axes", params["mesh"].axis_names))
+        self.manual = outside | frozenset(params["newly_manual_axes"])
         for mine, outer in zip(body.inputs, instruction.ins, strict=True):
             mine.is_weight = outer.is_weight
             mine.spec = None if outer.spec is None else self._open(outer.spec)
@@ -391,6 +400,21 @@ class _Flow:
             held = mine.spec or ((),) * len(outer.shape)
             outer.spec = tuple(a + b for a, b in zip(by_hand, held, strict=True))
         self.manual = outside
+
+    def _written_out(self, instruction: Instruction) -> None:
+        """A collective of the program's own: axes that are not its business stay as they are."""
+        params = instruction.eqn.params
+        named = params.get("axis_name", params.get("axes"))
+        axes = (named,) if isinstance(named, str) else tuple(a for a in named if a in self.mesh)
+        kind = _WRITTEN_OUT[instruction.name]
+        for source, out in zip(instruction.ins, instruction.outs, strict=True):
+            spec = source.spec
+            if spec is not None and len(source.shape) != len(out.shape):
+                spec = ((),) * len(out.shape)
+                instruction.moves += self._reshard(source, ((),) * len(source.shape))
+            out.spec = spec
+            size = max(source.bytes(self.mesh), out.bytes(self.mesh))
+            instruction.moves.append(Move(kind, axes, size, source, spec or ()))
 
     def settle(self, body: Computation) -> None:
         """Lays what is made of literals as its readers have it, which costs nothing."""

@@ -130,6 +130,25 @@ def test_a_loop_moves_as_often_as_it_runs():
     assert moves == [("all-gather", ("data",), 5 * 16 * 16 * 4)]
 
 
+def test_axes_that_a_shard_map_leaves_alone_stay_divided_within():
+    mesh = abstract_mesh(MESH)
+
+    def step(x, w):
+        def local(x, w):
+            return jax.lax.psum(jnp.tanh(x @ w), "tensor")
+
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(P(None, "tensor"), P("tensor")), out_specs=P(),
+            axis_names={"tensor"}, check_vma=False,
+        )(x, w)  # fmt: skip
+
+    made, moves = _moves(
+        step, (_shape(8, 16), _shape(16, 4)), [P("data", "tensor"), P("tensor")], [P("data")]
+    )
+    assert made.outputs[0].spec == (("data",), ())
+    assert moves == [("all-reduce", ("tensor",), 8 // 2 * 4 * 4)]
+
+
 def test_what_is_fused_takes_no_memory_and_what_is_read_later_lives_until_then():
     def step(x, w):
         y = x @ w  # read by the exponential and by the last sum
