@@ -141,7 +141,7 @@ class _Builder:
         if name in self.tensors and self.tensors[name].dims != dims:
             name = f"{name} whole"  # a stacked parameter that is also used outside its scan
         self.tensors[name] = Tensor(name=name, dims=dims, dtype=stored.dtype, role=role,
-                                    path=stored.path)  # fmt: skip
+                                    path=stored.path, loop=len(self.dims(loop)))  # fmt: skip
         self._of_value[id(stored)] = name
         return name
 

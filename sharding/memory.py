@@ -1,5 +1,6 @@
 """Bytes of one device: training state, kept activations, and the largest transient."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,10 @@ def _working_set(view: View, block: Block) -> np.ndarray:
     largest = 0.0 * view.one
     for op in block.ops:
         for name in op.outputs:
-            largest = np.maximum(largest, view.bytes(name) * (1.0 + view.program.training))
+            tensor = view.program.tensors[name]
+            rounds = math.prod(view.program.dims[d] for d in tensor.dims[: tensor.loop])
+            size = view.bytes(name) / rounds
+            largest = np.maximum(largest, size * (1.0 + view.program.training))
     return largest
 
 

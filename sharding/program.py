@@ -51,6 +51,8 @@ class Tensor:
       role: what it is to the program. Optimiser state is not listed but counted by
         `Program.optimizer_bytes`; "state" is what else is carried (a cache, statistics).
       path: `sharding.leaf_path` of the argument that it is or is a slice of, or "".
+      loop: how many of `dims`, the first ones, a loop runs over: chunks of a long array, of which
+        one at a time exists.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Tensor:
     dtype: str = "bfloat16"
     role: Role = "activation"
     path: str = ""
+    loop: int = 0
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):

@@ -93,7 +93,7 @@ def test_flags_of_both_commands_go_where_they_belong(capsys):
 
 
 def test_a_model_that_is_named_takes_the_preset_of_pretrained_ones(capsys):
-    safety(["--dry-run", "h100:2x1", "--model", "qwen3-0.6b", "--no-compile"])
+    safety(["--dry-run", "h100:2x2", "--model", "qwen3-0.6b", "--no-compile"])
     printed = capsys.readouterr().out
     assert "policy 0.60B parameters" in printed
     assert "reward model 0.60B; cost model 0.60B" in printed  # which the preset learns

@@ -1,8 +1,11 @@
 """Time and memory of described programs, against hand arithmetic and what must hold."""
 
+import functools
 import math
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +18,7 @@ from sharding.memory import kept_bytes, memory
 from sharding.roofline import op_time
 from sharding.strategies import Strategies, Strategy
 from sharding.topology import Cluster
+from sharding.trace import trace
 from sharding.transformer import find_model, models, named_model, transformer
 
 TINY = {"layers": 4, "d_model": 1024, "heads": 8, "d_ff": 4096, "vocab": 8192, "gated": False}
@@ -219,6 +223,26 @@ def test_full_rematerialisation_keeps_the_layers_inputs():
     kept = kept_bytes(view, layer)
     assert kept[0] > kept[1] > kept[2] == 2 * 1024 * 1024
     assert np.all(np.diff(memory(view, [b.repeat for b in program.blocks]).total) < 0)
+
+
+def test_of_what_a_loop_makes_in_chunks_one_is_held():
+    rows, width, vocab = 64, 8, 512
+
+    def loss(head, x, parts):
+        @jax.checkpoint
+        def chunk(total, rows):
+            return total + jax.nn.logsumexp(rows @ head, -1).sum(), None
+
+        return jax.lax.scan(chunk, 0.0, x.reshape(parts, rows // parts, width))[0]
+
+    def held(parts):
+        args = (jnp.zeros((width, vocab)), jnp.zeros((rows, width)))
+        program = trace(functools.partial(loss, parts=parts), args).program
+        view = View(program, Strategies.stack([Strategy()]), None)
+        return float(memory(view, [b.repeat for b in program.blocks]).transient[0])
+
+    assert held(1) == 2 * 4 * rows * vocab  # float32, and the cotangents
+    assert held(8) == held(1) / 8
 
 
 def test_collectives_of_known_length():
