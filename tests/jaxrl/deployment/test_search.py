@@ -32,7 +32,7 @@ WORKLOAD = Workload(
     recipe=recipes.get("repo_tb"), policy=SMALL, reward_model=SMALL, prompts_per_step=16,
     prompt_len=64, completion_len=128,
 )  # fmt: skip
-CLUSTER = Cluster.from_name("h100:4x8")
+CLUSTER = Cluster.from_name("h100:4x2")
 
 
 @pytest.fixture(scope="module")
@@ -159,20 +159,9 @@ def test_a_slow_link_makes_the_weights_sparse_and_few_actors(planner):
 def test_a_batch_that_three_nodes_can_divide_is_taken_where_it_pays(planner):
     both = Planner(WORKLOAD, batches=(16, 24))
     _, others = divide(WORKLOAD, CLUSTER, planner=both)
-    three = {d.prompts_per_step for d in others if d.learner.name == "h100:3x8"}
+    three = {d.prompts_per_step for d in others if d.learner.name == "h100:3x2"}
     assert 24 in three
-    assert {d.prompts_per_step for d in others if d.learner.name == "h100:2x8"} == {16, 24}
-
-
-def test_longer_answers_want_more_actors():
-    shares = []
-    for length in (16, 512):
-        workload = dataclasses.replace(
-            WORKLOAD, completion_len=length, prompt_len=512, reward_model=None
-        )
-        best, _ = divide(workload, Cluster.from_name("h100:4x2"))
-        shares.append(best.learner.chip_count)
-    assert shares[0] > shares[1]
+    assert {d.prompts_per_step for d in others if d.learner.name == "h100:2x2"} == {16, 24}
 
 
 def test_other_chips_for_the_actors(planner):
