@@ -72,9 +72,13 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
             return
         try:
             result = actor.run(item_from_json(header["item"]))
-        except (
-            Exception
-        ) as error:  # whatever it was, the pool must learn it before this process ends
+        except Exception as error:  # whatever it was: the pool learns it before this process ends
             connection.send({"failed": f"{type(error).__name__}: {error}"}, b"")
             raise
-        connection.send(*result_to_wire(result))
+        try:
+            connection.send(*result_to_wire(result))
+        except ConnectionBroken:
+            # A learner that ended meanwhile has said so: its farewell is there to be read.
+            if connection.wait(0.5) and "bye" in connection.receive()[0]:
+                return
+            raise
