@@ -188,7 +188,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
 def _is_usable(device: Any) -> bool:
     try:
         return int(jax.device_put(jnp.int32(1), device) + 1) == 2
-    except Exception:
+    except Exception:  # a kernel that failed may have left it in any state: that is the answer
         return False
 
 
@@ -207,7 +207,7 @@ def _recorded(errors: dict[str, str], name: str) -> Iterator[None]:
     """Notes what is raised, and goes on."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # one kernel that fails must not hide what the others do
         errors[name] = f"{type(error).__name__}: {error}"[:2000]
         traceback.print_exc()
 

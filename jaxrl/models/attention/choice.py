@@ -167,6 +167,7 @@ class Attention:
         )  # fmt: skip
         batch, heads, kv = _head_axes(layout, query, kv)
         row = PartitionSpec(batch, SEQUENCE_AXES, heads)
+        # Specs stand where the tree that they are for has arrays, which its annotations do not say.
         columns = context.Columns(PartitionSpec(SEQUENCE_AXES), PartitionSpec(batch, SEQUENCE_AXES))  # type: ignore[arg-type]
         run = jax.shard_map(
             functools.partial(context.attend, division=division, rule=self.rule),
@@ -185,6 +186,7 @@ def _on_each_device(
         return run(query, kv, segments)
     batch, heads, kv = _head_axes(layout, query, kv)
     row = PartitionSpec(batch, None, heads)
+    # Specs stand where `KeyValue` has arrays, which its annotations do not say.
     divided = jax.shard_map(
         run, mesh=layout.mesh, in_specs=(row, KeyValue(row, row), PartitionSpec(batch)),  # type: ignore[arg-type]
         out_specs=row, check_vma=False,

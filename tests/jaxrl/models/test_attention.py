@@ -63,7 +63,7 @@ def padded_left(padding, size):
     return jnp.asarray(np.arange(size)[None] >= np.asarray(padding)[:, None], jnp.int32)
 
 
-def agree(run, reference, query, kv, segments, *, atol=2e-5):
+def assert_agree(run, reference, query, kv, segments, *, atol=2e-5):
     """Values and gradients of two attentions are alike at the columns that are not padding."""
     real = (segments != 0)[..., None, None]
     direction = jax.random.normal(jax.random.key(9), query.shape)
@@ -129,7 +129,7 @@ def test_splash_is_plain_attention(name):
     size = pattern.prompt + 3 * pattern.completion
     query, kv = operands(size=size, **sizes)
     run = functools.partial(splash.attend, pattern=pattern, rule=rule, interpret=True)
-    agree(run, plainly(pattern, rule), query, kv, padded_left([0, 37], size))
+    assert_agree(run, plainly(pattern, rule), query, kv, padded_left([0, 37], size))
 
 
 def test_splash_keeps_packed_sequences_apart():
@@ -137,7 +137,7 @@ def test_splash_keeps_packed_sequences_apart():
     query, kv = operands(size=150)
     segments = jnp.asarray([[1] * 40 + [2] * 90 + [0] * 20, [1] * 1 + [2] * 149], jnp.int32)
     run = functools.partial(splash.attend, pattern=pattern, rule=rule, interpret=True)
-    agree(run, plainly(pattern, rule), query, kv, segments)
+    assert_agree(run, plainly(pattern, rule), query, kv, segments)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_cudnn_is_asked_for_is_plain_attention(name, packed):
     run = functools.partial(
         cudnn.attend, pattern=pattern, rule=rule, packed=packed, implementation="xla"
     )
-    agree(run, plainly(pattern, rule), query, kv, padded_left([0, 2], size))
+    assert_agree(run, plainly(pattern, rule), query, kv, padded_left([0, 2], size))
 
 
 def test_what_cudnn_is_asked_for_keeps_packed_sequences_apart():
@@ -184,7 +184,7 @@ def test_what_cudnn_is_asked_for_keeps_packed_sequences_apart():
     run = functools.partial(
         cudnn.attend, pattern=pattern, rule=Scores(), packed=True, implementation="xla"
     )
-    agree(run, plainly(pattern, Scores()), query, kv, segments)
+    assert_agree(run, plainly(pattern, Scores()), query, kv, segments)
 
 
 def test_what_cudnn_is_asked_for_at_right_padding():
@@ -194,7 +194,7 @@ def test_what_cudnn_is_asked_for_at_right_padding():
     run = functools.partial(
         cudnn.attend, pattern=pattern, rule=Scores(), packed=False, implementation="xla"
     )
-    agree(run, plainly(pattern, Scores()), query, kv, segments)
+    assert_agree(run, plainly(pattern, Scores()), query, kv, segments)
 
 
 H100 = AbstractMesh(
@@ -366,7 +366,7 @@ def sequence_gradients(graphdef, params, tokens, segments):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-def same(found, expected, *, rtol=1e-5):
+def assert_same(found, expected, *, rtol=1e-5):
     np.testing.assert_allclose(found[0], expected[0], rtol=rtol)
     pairs = zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True)
     for mine, theirs in pairs:
@@ -409,8 +409,8 @@ def test_sequences_divided_among_devices(exchange, name, sizes):
         )
         found = completion_gradients(graphdef, params, prompts, completions)
         divided = sequence_gradients(graphdef, params, rows, packed)
-    same(found, expected)
-    same(divided, whole)
+    assert_same(found, expected)
+    assert_same(divided, whole)
 
 
 def test_zigzag_gives_all_devices_the_same_work():
@@ -454,7 +454,7 @@ def test_splash_on_the_rows_and_heads_of_each_device(kv_heads):
     with jax.set_mesh(mesh):
         arguments = on_mesh(mesh, (params, prompts, completions))
         found = completion_gradients(graphdef, *arguments)
-    same(found, expected)
+    assert_same(found, expected)
 
 
 def test_window_of_a_layer_chosen_inside_a_scan():
