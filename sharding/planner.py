@@ -142,6 +142,11 @@ def _fitting(
         if where.is_mixed or made.memory_bytes <= limit:
             return found, made
         smallest = min(smallest, made.memory_bytes)
+        if made.pipeline and "stage" not in allowed.pinned:
+            # What is predicted of stages is too high by up to twice, and would cut the share of
+            # plans without them, too.
+            allowed = dataclasses.replace(allowed, pinned={**allowed.pinned, "stage": 1})
+            continue
         share *= max(_LEAST_CUT, min(limit / made.memory_bytes, _MOST_CUT))
     raise DoesNotFit(
         f"no plan of {traced.program.name} was found that fits {where.name}: the smallest of "

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sharding
+from sharding import planner
 
 KEY = jax.random.key(0)
 
@@ -91,6 +92,35 @@ def test_no_plan_that_fits_is_an_error_that_says_by_how_much(models):
             jax.ShapeDtypeStruct((8, 129), jnp.int32))  # fmt: skip
     with pytest.raises(ValueError, match=r"the smallest needs .* GB a device of .* GB usable"):
         sharding.plan(step, args, cluster="v5e:2x4")
+
+
+def test_stages_that_do_not_fit_do_not_hide_what_does(models, monkeypatch):
+    """A pipeline whose footprint turns out too large does not cut the memory of all else."""
+    step = sharding.train_step(models.decoder_loss, optax.adam(1e-3))
+    params = jax.eval_shape(lambda: models.decoder_params(KEY, layers=8, width=256, hidden=1024))
+    args = (params, jax.eval_shape(step.optimizer.init, params),
+            jax.ShapeDtypeStruct((16, 129), jnp.int32))  # fmt: skip
+    looked_at, solve, measured = [], planner.solve, planner.with_footprint
+
+    def staged_at_first(*arguments, constraints, **options):
+        looked_at.append(constraints)
+        if not constraints.pinned:
+            constraints = dataclasses.replace(constraints, pinned={"stage": 2})
+        return solve(*arguments, constraints=constraints, **options)
+
+    def too_large_in_stages(made):
+        made = measured(made)
+        if not made.pipeline:
+            return made
+        too_much = dataclasses.replace(made.prediction, memory_bytes=1e15)
+        return dataclasses.replace(made, prediction=too_much)
+
+    monkeypatch.setattr(planner, "solve", staged_at_first)
+    monkeypatch.setattr(planner, "with_footprint", too_large_in_stages)
+    found = sharding.plan(step, args, cluster="h100:1x8")
+    assert found.pipeline == ()
+    assert [dict(x.pinned) for x in looked_at] == [{}, {"stage": 1}]
+    assert looked_at[0].memory_fraction == looked_at[1].memory_fraction
 
 
 def test_a_cluster_that_is_here():
