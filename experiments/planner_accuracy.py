@@ -18,10 +18,10 @@ import numpy as np
 
 from experiments import harness
 from experiments.harness import Report, RunOptions, Table, plots
-from sharding.calibrate import FITTED, held_out
-from sharding.constants import shipped
-from sharding.evaluation import Errors, constant_mfu, problems, regret, spearman
-from sharding.runs import Run, read_runs
+from sharding.costs.constants import shipped
+from sharding.measured.calibrate import FITTED, held_out
+from sharding.measured.evaluation import Errors, constant_mfu, problems, regret, spearman
+from sharding.measured.runs import Run, read_runs
 
 TABLES = ("published_runs.csv", "vtrain_single_node_measured.csv")
 # Of its runs that are not in a set of `GOALS`.

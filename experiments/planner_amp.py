@@ -23,10 +23,16 @@ from scipy.optimize import least_squares
 
 from experiments import harness
 from experiments.harness import Report, Run, RunOptions, Table, plots
-from sharding.amp import GPT2, AmpCluster, amp_step_time, gigabits
-from sharding.evaluation import regret, spearman
-from sharding.profiled import LayerProfile, ProfiledConstants, ProfiledPlan, memory_bytes, step_time
-from sharding.topology import Cluster, Node, catalog
+from sharding.machines.topology import Cluster, Node, catalog
+from sharding.measured.amp import GPT2, AmpCluster, amp_step_time, gigabits
+from sharding.measured.evaluation import regret, spearman
+from sharding.measured.profiled import (
+    LayerProfile,
+    ProfiledConstants,
+    ProfiledPlan,
+    memory_bytes,
+    step_time,
+)
 
 SAMPLES = {"AMP homogeneous": 32, "AMP het_cluster": 32, "AMP het_model": 64}
 # Seconds of the baseline that AMP's paper compares with: Megatron's rule of thumb.

@@ -20,8 +20,8 @@ from typing import Any
 from experiments import harness
 from experiments.harness import Report, Run, RunOptions, Table
 from experiments.planner_programs import Case, compile_case, kept
+from sharding.machines.topology import AXES
 from sharding.simulation import find_cluster
-from sharding.topology import AXES
 
 FIGURES = Path(__file__).resolve().parent.parent / "results" / "planner_by_hand"
 # The chosen plan may be this much above the best of the others and still count as no worse.

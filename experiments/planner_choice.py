@@ -20,13 +20,13 @@ import numpy as np
 from experiments import harness
 from experiments.harness import Report, RunOptions, tables
 from experiments.planner_accuracy import published_runs
-from sharding.runs import Run
-from sharding.solver import evaluate, solve
-from sharding.space import Constraints
-from sharding.strategies import Strategy
-from sharding.table import Table
-from sharding.topology import Cluster
-from sharding.transformer import named_model, transformer
+from sharding.costs.strategies import Strategy
+from sharding.machines.topology import Cluster
+from sharding.measured.runs import Run
+from sharding.measured.table import Table
+from sharding.programs.transformer import named_model, transformer
+from sharding.search.solver import evaluate, solve
+from sharding.search.space import Constraints
 
 # Predicted more than this slower than the experts' is a choice that the search should not make.
 TOLERANCE = 1.03

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 import sharding
-from sharding.compile_check import Report
+from sharding.compiled.compile_check import Report
+from sharding.compiled.hlo import Group
 from sharding.decoder import decoder_cache, decoder_params, decoder_problem, decoder_step
 from sharding.explain import Prediction
-from sharding.hlo import Group
+from sharding.programs.transformer import TransformerConfig, named_model
 from sharding.simulation import find_cluster, with_footprint
-from sharding.transformer import TransformerConfig, named_model
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -32,7 +32,7 @@ class Case:
 
     Attributes:
       name: of the case, and of its file.
-      model: published decoder, a name of `sharding.transformer.models`.
+      model: published decoder, a name of `sharding.programs.transformer.models`.
       cluster: as `sharding.plan` takes it.
       mode: a train step with AdamW, or inference.
       batch: sequences.

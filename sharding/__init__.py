@@ -5,15 +5,15 @@
 here.
 """
 
-from sharding.execute import TrainStep as TrainStep
-from sharding.execute import train_step as train_step
+from sharding.execution.execute import TrainStep as TrainStep
+from sharding.execution.execute import train_step as train_step
+from sharding.machines.profiling import profile as profile
+from sharding.machines.topology import Cluster as Cluster
 from sharding.paths import leaf_path as leaf_path
 from sharding.plan import BoundPlan as BoundPlan
 from sharding.plan import Plan as Plan
 from sharding.planner import plan as plan
-from sharding.profiling import profile as profile
+from sharding.programs.transformer import transformer as transformer
+from sharding.search.space import Constraints as Constraints
+from sharding.search.space import DoesNotFit as DoesNotFit
 from sharding.simulation import simulate as simulate
-from sharding.space import Constraints as Constraints
-from sharding.space import DoesNotFit as DoesNotFit
-from sharding.topology import Cluster as Cluster
-from sharding.transformer import transformer as transformer

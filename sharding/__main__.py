@@ -9,19 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding import calibrate, constants, evaluation, report
-from sharding.candidate import TIE_TOLERANCE
-from sharding.compile_check import Report
-from sharding.model_file import read_model
+from sharding import report
+from sharding.compiled.compile_check import Report
+from sharding.costs import constants
+from sharding.costs.strategies import REMAT, Strategies, Strategy
+from sharding.machines.topology import AXES, Cluster
+from sharding.measured import calibrate, evaluation
+from sharding.measured.runs import read_runs
+from sharding.measured.table import Table
 from sharding.planner import plan
-from sharding.program import Program
-from sharding.runs import read_runs
-from sharding.solver import evaluate, solve
-from sharding.space import Constraints
-from sharding.strategies import REMAT, Strategies, Strategy
-from sharding.table import Table
-from sharding.topology import AXES, Cluster
-from sharding.transformer import named_model, transformer
+from sharding.programs.model_file import read_model
+from sharding.programs.program import Program
+from sharding.programs.transformer import named_model, transformer
+from sharding.search.candidate import TIE_TOLERANCE
+from sharding.search.solver import evaluate, solve
+from sharding.search.space import Constraints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,7 +268,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         "runs": ", ".join(path.name for path in options.runs),
         "without": ", ".join(options.without) or "nothing",
         "rows": str(sum(run.measured_s is not None for run in runs)),
-        "fit": "sharding.calibrate: soft_l1 on log predicted/measured, priors at the defaults",
+        "fit": f"{calibrate.__name__}: soft_l1 on log predicted/measured, priors at the defaults",
     }
     fitted = calibrate.fit(runs, about=about)
     options.out.write_text(fitted.to_json() + "\n")
@@ -288,7 +290,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from sharding.profiling import profile
+    from sharding.machines.profiling import profile
 
     found = profile(budget_s=options.budget)
     options.out.write_text(found.to_json() + "\n")

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sharding.execute import train_step
-from sharding.transformer import TransformerConfig
+from sharding.execution.execute import train_step
+from sharding.programs.transformer import TransformerConfig
 
 # Rows that an expert computes for each row routed to it on average, where nothing else is said.
 _CAPACITY = 1.25

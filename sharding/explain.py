@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharding.hlo import Traffic
+from sharding.compiled.hlo import Traffic
 
 # Parts below this share are not printed.
 _SMALL = 0.005

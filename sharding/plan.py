@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding import plan_json
-from sharding.compile_check import Report, abstract_mesh, check
-from sharding.execute import Execution, Planned
+from sharding.compiled.compile_check import Report, abstract_mesh, check
+from sharding.execution.execute import Execution, Planned
 from sharding.explain import Alternative, Prediction, explain
+from sharding.machines.topology import Cluster
+from sharding.machines.torus import device_grid
 from sharding.paths import leaf_path
-from sharding.topology import Cluster
-from sharding.torus import device_grid
 
 
 @dataclass(frozen=True, kw_only=True)

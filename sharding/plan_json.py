@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from sharding.compiled.hlo import Traffic
 from sharding.explain import Alternative, Prediction
-from sharding.hlo import Traffic
 
 _SPECS = ("specs", "inputs", "outputs", "gradients", "updates")
 # Structures of somebody's classes and their functions are no data.

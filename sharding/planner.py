@@ -9,14 +9,20 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from sharding import stages
-from sharding.candidate import TIE_TOLERANCE
-from sharding.constants import Calibration
-from sharding.cost import estimate
-from sharding.execute import TrainStep
+from sharding.costs.constants import Calibration
+from sharding.costs.cost import estimate
+from sharding.costs.strategies import Strategies, Strategy
+from sharding.execution import stages
+from sharding.execution.execute import TrainStep
+from sharding.execution.specs import Layout, layout
+from sharding.execution.step_trace import trace_step
 from sharding.explain import Alternative
-from sharding.pipeline import cut_layers
+from sharding.machines.topology import Cluster
 from sharding.plan import Plan
+from sharding.search.candidate import TIE_TOLERANCE
+from sharding.search.pipeline import cut_layers
+from sharding.search.solver import Candidate, Solution, solve
+from sharding.search.space import Constraints, DoesNotFit, policies
 from sharding.simulation import (
     find_cluster,
     placement_of,
@@ -25,13 +31,7 @@ from sharding.simulation import (
     with_footprint,
     without_rule,
 )
-from sharding.solver import Candidate, Solution, solve
-from sharding.space import Constraints, DoesNotFit, policies
-from sharding.specs import Layout, layout
-from sharding.step_trace import trace_step
-from sharding.strategies import Strategies, Strategy
-from sharding.topology import Cluster
-from sharding.trace import Trace
+from sharding.tracing.trace import Trace
 
 # Strategies that are tried, fastest first, when specs are fixed and some cannot hold them.
 _TRIED = 64

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from sharding.compile_check import Report
-from sharding.cost import estimate
-from sharding.hlo import Traffic
-from sharding.pipeline import Cuts, cut_layers
-from sharding.program import Program
-from sharding.solver import Candidate, Solution
-from sharding.strategies import Strategies, Strategy
-from sharding.topology import Cluster
+from sharding.compiled.compile_check import Report
+from sharding.compiled.hlo import Traffic
+from sharding.costs.cost import estimate
+from sharding.costs.strategies import Strategies, Strategy
+from sharding.machines.topology import Cluster
+from sharding.programs.program import Program
+from sharding.search.pipeline import Cuts, cut_layers
+from sharding.search.solver import Candidate, Solution
 
 # Terms below this share of the step are not printed.
 _SMALL = 0.005

@@ -7,18 +7,18 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from sharding.compile_check import abstract_mesh
-from sharding.constants import Calibration
-from sharding.execute import TrainStep
+from sharding.compiled.compile_check import abstract_mesh
+from sharding.compiled.footprint import footprint
+from sharding.costs.constants import Calibration
+from sharding.costs.strategies import Strategy
+from sharding.execution.execute import TrainStep
+from sharding.execution.specs import layout
+from sharding.execution.step_trace import trace_step
 from sharding.explain import Prediction
-from sharding.footprint import footprint
+from sharding.machines.topology import AXES, Cluster
 from sharding.plan import Plan
-from sharding.solver import Candidate, evaluate
-from sharding.specs import layout
-from sharding.step_trace import trace_step
-from sharding.strategies import Strategy
-from sharding.topology import AXES, Cluster
-from sharding.trace import Leaf, Trace
+from sharding.search.solver import Candidate, evaluate
+from sharding.tracing.trace import Leaf, Trace
 
 
 def simulate(

@@ -15,7 +15,7 @@ from jaxrl.models import Decoder, DecoderConfig
 from jaxrl.models.named import named
 from jaxrl.types import Prompts
 from sharding import Plan
-from sharding.topology import Chip, find_chip
+from sharding.machines.topology import Chip, find_chip
 
 SIZES = ("llama3.2-1b", "qwen2.5-0.5b")
 """Named models, the first that fits: 1.24B parameters, then 0.49B."""

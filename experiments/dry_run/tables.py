@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from jaxrl.deployment import DryRun
-from sharding.compile_check import moved_bytes
-from sharding.hlo import Traffic
+from sharding.compiled.compile_check import moved_bytes
+from sharding.compiled.hlo import Traffic
 
 
 def programs(run: DryRun) -> Table:

@@ -14,7 +14,7 @@ from kernels import sparse_delta
 from kernels.sparse_delta import forecast
 from kernels.sparse_delta.backends import Backend
 from sharding import Cluster, Plan, leaf_path
-from sharding.compile_check import abstract_mesh
+from sharding.compiled.compile_check import abstract_mesh
 
 
 def encoding(update: Part, machine: Cluster) -> Part:

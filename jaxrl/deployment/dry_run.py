@@ -19,7 +19,7 @@ from jaxrl.deployment.search import NothingFits, Planner, divide, full_decode, r
 from jaxrl.deployment.workload import Workload
 from jaxrl.sync import Link
 from sharding import Cluster
-from sharding.compile_check import Report
+from sharding.compiled.compile_check import Report
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # divisions that are compiled, should the first not fit

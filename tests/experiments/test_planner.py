@@ -16,7 +16,7 @@ from experiments import (
     planner_runs,
 )
 from experiments.harness import plots
-from sharding.evaluation import Errors
+from sharding.measured.evaluation import Errors
 
 
 @pytest.fixture(scope="module", autouse=True)

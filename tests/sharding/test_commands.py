@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from sharding.__main__ import main
-from sharding.calibrate import PRIORS
-from sharding.constants import Calibration, load
-from sharding.evaluation import Errors
-from sharding.runs import read_runs
-from sharding.table import Table
-from sharding.transformer import named_model, transformer
+from sharding.costs.constants import Calibration, load
+from sharding.measured.calibrate import PRIORS
+from sharding.measured.evaluation import Errors
+from sharding.measured.runs import read_runs
+from sharding.measured.table import Table
+from sharding.programs.transformer import named_model, transformer
 
 PROBLEM = ["--model", "llama3-8b", "--cluster", "v5e:8x8", "--global-batch", "64",
            "--seq-len", "2048"]  # fmt: skip

@@ -11,7 +11,7 @@ from sharding.decoder import (
     decoder_prefill,
     decoder_step,
 )
-from sharding.transformer import TransformerConfig, transformer
+from sharding.programs.transformer import TransformerConfig, transformer
 
 SIZES = {"layers": 2, "d_model": 32, "heads": 4, "kv_heads": 2, "d_ff": 64, "vocab": 50,
          "seq_len": 8, "global_batch": 3, "compute_dtype": "float32"}  # fmt: skip

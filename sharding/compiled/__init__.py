@@ -1,0 +1,1 @@
+"""What a chosen plan takes: its jaxpr partitioned, and what compilers made of it."""

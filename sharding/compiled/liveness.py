@@ -1,0 +1,459 @@
+"""Peak memory of a partitioned step: which arrays reach memory, and when each is alive.
+
+A compiler fuses what works element by element, so few of a program's arrays exist. Here an array
+is *stored* if an operation that is no loop over elements makes or reads it, if it goes in or out
+of a loop, or if several readers would each have to compute a costly function of it again;
+all others are computed where they are read, which keeps alive what they are computed from. The
+result of a product takes what is done to it element by element along, as far as one reader goes.
+A stored array lives from the instruction that makes it to the last that reads it, directly or
+through what is fused; loops hold what they stack throughout, and their bodies' peak on top.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sharding.compiled.computation import Array, Computation, Instruction, Move
+from sharding.machines.topology import Cluster
+from sharding.programs.program import dtype_bytes
+from sharding.tracing.rules import TRANSCENDENTAL, rule_kind
+from sharding.tracing.walk import scan_counts
+
+# Element-by-element operations that only show an array otherwise: reading through them is free.
+_VIEWS = frozenset(
+    ["reshape", "transpose", "squeeze", "expand_dims", "stop_gradient", "sharding_constraint",
+     "optimization_barrier", "copy", "copy_p", "name", "pvary"]
+)  # fmt: skip
+_IN_PLACE = frozenset(["dynamic_update_slice"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """What a compiler does with operations that work element by element.
+
+    Attributes:
+      epilogues: a product's result is worked on before it is written, by one reader after the
+        other.
+      prologues: products that may each compute an operand while they read it; one that more
+        products read is written. Costly functions are never computed so.
+      slices: what products read of a loop's stacked operands is copied out of the stack.
+      softmax: a product, the maximum of its rows and the exponentials are one loop, which computes
+        the product twice and writes the exponentials only.
+      relayout: a loop that writes single rows of an array has it laid out for that, in a copy;
+        of several such arrays all but one are copied into a donated place.
+      retile: arrays of two-byte numbers that a loop reads are copied out of the arguments, whose
+        tiles are those of four-byte numbers.
+      late: what is needed only after a loop is computed after it, however much its operands take
+        meanwhile; and within a loop a product only when it is read.
+      combined: what goes into a sum lies whole before it is scattered; a loop reduces all its
+        gradients together, at the end of its body.
+      restacks: stacks lie as the body of their loop wants them, in copies: results that a product
+        sums over the last axis of, and arguments that are gathered along another axis than the
+        first.
+    """
+
+    epilogues: bool
+    prologues: int
+    slices: bool
+    softmax: bool
+    relayout: bool
+    retile: bool
+    late: bool
+    combined: bool
+    restacks: bool
+
+
+_TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout=True,
+              retile=False, late=False, combined=False, restacks=False)  # fmt: skip
+_GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
+              retile=False, late=True, combined=True, restacks=True)  # fmt: skip
+# Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
+# buffer assignments (XLA_FLAGS=--xla_dump_to of a compilation by experiments.planner_memory).
+_CHIPS: Mapping[str, Fusion] = {
+    "v6e": replace(_TPU, softmax=True),
+    "tpu7x": replace(_TPU, softmax=True, retile=True),
+}
+
+
+def fusion_of(cluster: Cluster) -> Fusion:
+    """What the compiler for a cluster's chips fuses; that of GPUs for machines without one."""
+    return _CHIPS.get(cluster.chip.name, _TPU if cluster.is_torus else _GPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """What a device holds at most.
+
+    Attributes:
+      arguments: bytes of arguments, which stay throughout.
+      results: bytes of results that take no argument's place.
+      temporary: the most that is alive besides, at once.
+      alive: what that is: bytes and a description, largest first.
+    """
+
+    arguments: float
+    results: float
+    temporary: float
+    alive: tuple[tuple[float, str], ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Bytes of the device."""
+        return self.arguments + self.results + self.temporary
+
+
+def peak(
+    step: Computation,
+    mesh: Mapping[str, int],
+    fusion: Fusion,
+    donated: Iterable[int] = (),
+    *,
+    detail: bool = False,
+) -> Peak:
+    """The peak of a partitioned step.
+
+    Args:
+      step: after `partition`.
+      mesh: axis name to size.
+      fusion: what the compiler fuses.
+      donated: positions of inputs whose memory results of the same shape may take.
+      detail: list what is alive.
+    """
+    arguments = sum(a.bytes(mesh) for a in step.inputs)
+    free = [_kind(step.inputs[i]) for i in donated]
+    results = 0.0
+    for array in step.outputs:
+        if _kind(array) in free:
+            free.remove(_kind(array))
+        elif not any(array is a for a in step.inputs):
+            results += array.bytes(mesh)
+    found = _Body(step, mesh, {id(a) for a in (*step.inputs, *step.outputs)}, fusion)
+    size, alive = found.peak()
+    return Peak(
+        arguments=arguments,
+        results=results,
+        temporary=size,
+        alive=tuple(sorted(alive, key=lambda item: -item[0])) if detail else (),
+    )
+
+
+def _kind(array: Array) -> tuple[tuple[int, ...], str]:
+    return array.shape, array.dtype
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """A stored array: its bytes, and the first and last instruction at which it is alive."""
+
+    size: float
+    start: int
+    end: int
+    what: str
+    uses: list[int] = field(default_factory=list)
+
+
+def _late(body: Computation) -> list[Instruction]:
+    """The instructions, those that only something after a loop reads put after it."""
+    loops = [i for i, instruction in enumerate(body.instructions) if instruction.bodies]
+    if not loops:
+        return body.instructions
+    when = {id(array): len(body.instructions) for array in body.outputs}
+    position: dict[int, int] = {}
+    for i in reversed(range(len(body.instructions))):
+        instruction = body.instructions[i]
+        first = min((when.get(id(a), len(body.instructions)) for a in instruction.outs), default=i)
+        passed = any(i < loop < first for loop in loops)
+        position[i] = max(first - 1, i) if passed and not instruction.bodies else i
+        for array in instruction.ins:
+            when[id(array)] = min(when.get(id(array), len(body.instructions)), position[i])
+    return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
+
+
+def _lazy(body: Computation) -> list[Instruction]:
+    """The instructions, products and views that are no results right before they are read."""
+    results = {id(array) for array in body.outputs}
+    when: dict[int, int] = {}
+    position: dict[int, int] = {}
+    for i in reversed(range(len(body.instructions))):
+        instruction = body.instructions[i]
+        moves = instruction.name in _VIEWS or rule_kind(instruction.name) == "dot"
+        if moves and not any(id(a) in results for a in instruction.outs):
+            position[i] = max(i, min((when.get(id(a), i) for a in instruction.outs), default=i))
+        else:
+            position[i] = i
+        for array in instruction.ins:
+            when[id(array)] = min(when.get(id(array), position[i]), position[i])
+    return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
+
+
+class _Body:
+    """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
+
+    def __init__(
+        self,
+        body: Computation,
+        mesh: Mapping[str, int],
+        outside: set[int],
+        fusion: Fusion,
+        slices: Sequence[Array] = (),
+        *,
+        inside: bool = False,
+    ) -> None:
+        self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
+        self.inside = inside
+        order = _lazy if inside else _late
+        self.instructions = order(body) if fusion.late else body.instructions
+        self.readers: dict[int, list[int]] = {}
+        self.maker: dict[int, int] = {}
+        for i, instruction in enumerate(self.instructions):
+            for array in instruction.ins:
+                self.readers.setdefault(id(array), []).append(i)
+            for array in instruction.outs:
+                self.maker[id(array)] = i
+        self.results = {id(a) for a in body.outputs}
+        self.slices = slices if fusion.slices else ()
+        self.roots: dict[int, frozenset[int]] = {}
+        self.stored = self._stored()
+        self.buffers: dict[int, _Buffer] = {}
+        self.extra: dict[int, tuple[float, list[tuple[float, str]]]] = {}
+        self._place()
+
+    def _fusible(self, instruction: Instruction) -> bool:
+        apart = instruction.bodies or instruction.name in (*_IN_PLACE, "device_put")
+        return not apart and rule_kind(instruction.name) == "elementwise"
+
+    def _stored(self) -> set[int]:
+        """Arrays that reach memory."""
+        found: set[int] = set()
+        taken: set[int] = set()
+        for instruction in self.instructions:
+            for array in instruction.outs:
+                if not array.shape or instruction.name in _IN_PLACE or id(array) in taken:
+                    continue
+                if self.fusion.epilogues and rule_kind(instruction.name) == "dot":
+                    passed, end = self._epilogue(array)
+                    taken |= {id(a) for a in passed}
+                    found.add(id(end))
+                elif not self._fusible(instruction) or self._needs_memory(instruction, array):
+                    found.add(id(array))
+        return found - self._within_softmax(found) if self.fusion.softmax else found
+
+    def _within_softmax(self, stored: set[int]) -> set[int]:
+        """Products that only a maximum and stored exponentials read."""
+        found: set[int] = set()
+        for instruction in self.instructions:
+            for array in instruction.outs:
+                if id(array) not in stored or id(array) in self.results:
+                    continue
+                readers = [self.instructions[i] for i in set(self.readers.get(id(array), []))]
+                kinds = {rule_kind(reader.name) for reader in readers}
+                if kinds == {"reduce", "elementwise"} and all(
+                    reader.name == "reduce_max" or self._leads_to_costly(reader, stored)
+                    for reader in readers
+                ):
+                    found.add(id(array))
+        return found
+
+    def _leads_to_costly(self, instruction: Instruction, stored: set[int]) -> bool:
+        out = instruction.outs[0]
+        if instruction.name in TRANSCENDENTAL:
+            return id(out) in stored
+        readers = [self.instructions[i] for i in set(self.readers.get(id(out), []))]
+        return (
+            id(out) not in stored and len(readers) == 1 and self._fusible(readers[0])
+            and self._leads_to_costly(readers[0], stored)
+        )  # fmt: skip
+
+    def _epilogue(self, product: Array) -> tuple[list[Array], Array]:
+        """What is done to a product before it is written: arrays passed, and the one written.
+
+        Another type alone is left to the readers, who read less so.
+        """
+        passed, end, worked = [], product, False
+        while id(end) not in self.results:
+            readers = set(self.readers.get(id(end), []))
+            reader = self.instructions[readers.pop()] if len(readers) == 1 else None
+            if reader is None or not self._fusible(reader):
+                break
+            worked |= reader.name not in _VIEWS and reader.name != "convert_element_type"
+            passed.append(end)
+            end = reader.outs[0]
+        if worked or id(end) in self.results:
+            return passed, end
+        return [], product
+
+    def _needs_memory(self, instruction: Instruction, array: Array) -> bool:
+        if id(array) in self.results:
+            return True
+        if instruction.name in _VIEWS or instruction.name == "broadcast_in_dim":
+            return False
+        others = [self.instructions[i] for i in set(self.readers.get(id(array), []))]
+        products = sum(rule_kind(r.name) == "dot" for r in others)
+        rest = [r for r in others if rule_kind(r.name) not in ("dot", "reduce")]
+        if products > self.fusion.prologues or any(not self._fusible(r) for r in rest):
+            return True
+        costly = instruction.name in TRANSCENDENTAL and len(others) > 1
+        return costly and self.fusion.prologues > 0 and self._feeds_product(array)
+
+    def _feeds_product(self, array: Array) -> bool:
+        """Whether a product reads it through what is fused into the product."""
+        for i in set(self.readers.get(id(array), [])):
+            reader = self.instructions[i]
+            if rule_kind(reader.name) == "dot":
+                return True
+            if self._fusible(reader):
+                out = reader.outs[0]
+                if not self._needs_memory(reader, out) and self._feeds_product(out):
+                    return True
+        return False
+
+    def _place(self) -> None:
+        """Lifetimes of what is stored, and the peaks of loops."""
+        # What reading an array reads: itself if it is stored, else what it is computed from.
+        for array in self.body.inputs:
+            self.roots[id(array)] = frozenset()
+        for array in self.slices:
+            readers = set(self.readers.get(id(array), []))
+            if any(rule_kind(self.instructions[i].name) == "dot" for i in readers):
+                what = f"slice {array.dtype}{array.shape}"
+                size = array.bytes(self.mesh)
+                self.buffers[id(array)] = _Buffer(size, min(readers), min(readers), what)
+                self.roots[id(array)] = frozenset([id(array)])
+        for i, instruction in enumerate(self.instructions):
+            read: set[int] = set()
+            for array in instruction.ins:
+                read |= self.roots.get(id(array), frozenset())
+            for move in instruction.moves:
+                if move.kind not in ("all-gather", "all-to-all"):
+                    self._unreduced(move, instruction, i)
+                    continue
+                key = -len(self.buffers) - 1
+                what = f"{move.kind} {move.array.dtype}{move.array.shape}"
+                size = move.array.bytes(self.mesh, move.target)
+                self.buffers[key] = _Buffer(size, i, self._last_use(move.array, i), what)
+                if instruction.name == "sharding_constraint":  # its readers read what was moved
+                    self.buffers[key].end = i
+                    read = {key}
+            writes = [a for a in instruction.outs if id(a) in self.stored]
+            if writes or not self._fusible(instruction):
+                for key in read:
+                    self.buffers[key].end = max(self.buffers[key].end, i)
+            for array in instruction.outs:
+                if id(array) in self.stored and id(array) not in self.outside:
+                    what = f"{instruction.name} {array.dtype}{array.shape}"
+                    self.buffers[id(array)] = _Buffer(array.bytes(self.mesh), i, i, what)
+                    self.roots[id(array)] = frozenset([id(array)])
+                elif instruction.name in _IN_PLACE:
+                    self.roots[id(array)] = self.roots.get(id(instruction.ins[0]), frozenset())
+                elif id(array) in self.stored:
+                    self.roots[id(array)] = frozenset()
+                else:
+                    self.roots[id(array)] = frozenset(read)
+            if instruction.bodies:
+                self.extra[i] = self._inside(instruction)
+                for size, what in self._copies(instruction):
+                    self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
+        end = len(self.instructions)
+        for array in self.body.outputs:
+            for key in self.roots.get(id(array), frozenset()):
+                self.buffers[key].end = end
+
+    def _unreduced(self, move: Move, instruction: Instruction, i: int) -> None:
+        """What goes into a sum: until it is scattered, or until a loop reduces its gradients."""
+        if not self.fusion.combined:
+            return
+        is_gradient = rule_kind(instruction.name) == "dot" and not any(
+            array.is_weight for array in instruction.ins
+        )
+        if self.inside and is_gradient:
+            end = len(self.instructions)
+        elif move.kind == "reduce-scatter":
+            end = i
+        else:
+            return
+        what = f"{move.kind} of {move.array.dtype}{move.array.shape}"
+        self.buffers[-len(self.buffers) - 1] = _Buffer(move.bytes, i, end, what)
+
+    def _copies(self, loop: Instruction) -> list[tuple[float, str]]:
+        """Operands of a loop that are copied into a layout of its own."""
+        if loop.name != "scan":
+            return []
+        if self.fusion.restacks:
+            return self._restacked(loop) + self._turned(loop)
+        held = [a for a in loop.ins if not self.roots.get(id(a)) and id(a) in self.outside]
+        if self.fusion.retile:
+            return [(a.bytes(self.mesh), f"tiled again {a.dtype}{a.shape}") for a in held
+                    if len(a.shape) > 2 and dtype_bytes(a.dtype) == 2]  # fmt: skip
+        if not self.fusion.relayout:
+            return []
+        (body,) = loop.bodies
+        written = {id(i.ins[0]) for i in body.instructions if i.name in _IN_PLACE
+                   and i.ins[1].shape[-2:-1] == (1,) != i.ins[0].shape[-2:-1]}  # fmt: skip
+        places = zip(body.inputs, loop.ins, strict=True)
+        sizes = [a.bytes(self.mesh) for mine, a in places if id(mine) in written and a in held]
+        return [(max(sizes), "laid out again for its writes")] if sizes else []
+
+    def _restacked(self, loop: Instruction) -> list[tuple[float, str]]:
+        (body,) = loop.bodies
+        summed: set[int] = set()
+        for inner in body.instructions:
+            if inner.name == "dot_general":
+                axes, _ = inner.eqn.params["dimension_numbers"]
+                summed |= {id(a) for a, gone in zip(inner.ins, axes, strict=True)
+                           if len(a.shape) - 1 in gone}  # fmt: skip
+        places = zip(body.outputs, loop.outs, strict=True)
+        return [(a.bytes(self.mesh), f"stacked as it is read {a.dtype}{a.shape}")
+                for mine, a in places if id(mine) in summed and id(a) in self.results]  # fmt: skip
+
+    def _turned(self, loop: Instruction) -> list[tuple[float, str]]:
+        """Stacked arguments whose slices are gathered along another axis than their first.
+
+        What is gathered has to be contiguous, so that a copy of the stack is turned first; what is
+        computed before the loop is written turned.
+        """
+        (body,) = loop.bodies
+        gathered = {id(m.array): m for i in body.instructions for m in i.moves
+                    if m.kind == "all-gather"}  # fmt: skip
+        found = []
+        for mine, stack in zip(body.inputs, loop.ins, strict=True):
+            move = gathered.get(id(mine))
+            is_argument = id(stack) in self.outside and not self.roots.get(id(stack))
+            if move and is_argument and mine.spec and mine.spec[0] == move.target[0]:
+                found.append((stack.bytes(self.mesh), f"turned {stack.dtype}{stack.shape}"))
+        return found
+
+    def _last_use(self, array: Array, now: int) -> int:
+        """The last instruction that reads an array as a product does."""
+        later = [i for i in self.readers.get(id(array), []) if i >= now]
+        return max([now, *later])
+
+    def _inside(self, loop: Instruction) -> tuple[float, list[tuple[float, str]]]:
+        best: tuple[float, list[tuple[float, str]]] = (0.0, [])
+        for body in loop.bodies:
+            outside = {id(a) for a in body.inputs}
+            slices: Sequence[Array] = ()
+            if loop.name == "scan":
+                consts, count = scan_counts(loop.eqn.params)
+                # What is stacked is written into the stack; what goes round may need a second
+                # buffer while the first is still read.
+                outside |= {id(a) for a in body.outputs[count:]}
+                slices = body.inputs[consts + count :]
+            found = _Body(body, self.mesh, outside, self.fusion, slices, inside=True).peak()
+            best = max(best, found, key=lambda item: item[0])
+        return best
+
+    def peak(self) -> tuple[float, list[tuple[float, str]]]:
+        """The most that is alive at once, and what."""
+        best, alive_at = 0.0, 0
+        ordered = list(self.buffers.values())
+        events: dict[int, float] = {}
+        for buffer in ordered:
+            events[buffer.start] = events.get(buffer.start, 0.0) + buffer.size
+            events[buffer.end + 1] = events.get(buffer.end + 1, 0.0) - buffer.size
+        alive = 0.0
+        for i in range(len(self.instructions) + 1):
+            alive += events.get(i, 0.0)
+            now = alive + self.extra.get(i, (0.0, []))[0]
+            if now > best:
+                best, alive_at = now, i
+        held = [(b.size, b.what) for b in ordered if b.start <= alive_at <= b.end]
+        return best, held + self.extra.get(alive_at, (0.0, []))[1]

@@ -1,0 +1,1 @@
+"""Step time and bytes of strategies, term by term, under fitted constants."""

@@ -1,0 +1,1 @@
+"""Runs a step as planned: specs, what a plan adds inside a step, pipelines."""

@@ -1,0 +1,1 @@
+"""Tables of measured runs: read, predicted, fitted to; AMP's model and profiles."""

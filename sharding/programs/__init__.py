@@ -1,0 +1,1 @@
+"""What is run: named dimensions, tensors and operations; decoders by description."""

@@ -1,0 +1,1 @@
+"""From any JAX function to a `Program`: its jaxpr, walked, with its dimensions named."""

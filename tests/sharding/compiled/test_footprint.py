@@ -1,0 +1,251 @@
+"""Memory and collectives of planned programs, against closed forms and XLA on 8 CPU devices."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import sharding
+from sharding.compiled.compile_check import abstract_mesh
+from sharding.compiled.computation import computation
+from sharding.compiled.hlo import Traffic
+from sharding.compiled.liveness import fusion_of, peak
+from sharding.compiled.partition import Partitioner, partition
+from sharding.machines.topology import Cluster
+
+MESH = {"data": 2, "tensor": 4}
+H100 = fusion_of(Cluster.from_name("h100:1x8"))
+V5E = fusion_of(Cluster.from_name("v5e:2x4"))
+
+
+def _shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _moves(step, args, inputs, outputs, weights=(1,), **does):
+    made = computation(step, args)
+    partition(made, MESH, inputs, outputs, weights, partitioner=Partitioner(**does))
+    found = []
+
+    def walk(body, times):
+        for instruction in body.instructions:
+            found.extend((m.kind, m.axes, times * m.bytes) for m in instruction.moves)
+            for inner in instruction.bodies:
+                walk(inner, times * instruction.trips)
+
+    walk(made, 1)
+    return made, found
+
+
+def test_contracting_a_divided_dimension_reduces_the_result():
+    _, moves = _moves(
+        lambda x, w: x @ w, (_shape(8, 16), _shape(16, 4)),
+        [P("data", "tensor"), P("tensor", None)], [P("data", None)],
+    )  # fmt: skip
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+
+
+def test_partial_sums_that_are_wanted_divided_are_scattered():
+    _, moves = _moves(
+        lambda x, w: x @ w, (_shape(8, 16), _shape(16, 4)),
+        [P("data", "tensor"), P("tensor", None)], [P("data", "tensor")],
+    )  # fmt: skip
+    assert moves == [("reduce-scatter", ("tensor",), 4 * 4 * 4)]
+
+
+def test_a_weight_over_the_axis_of_the_batch_is_gathered_once():
+    def step(w, x):
+        return (x @ w).sum() + (2 * x @ w).sum()
+
+    _, moves = _moves(
+        step, (_shape(16, 4), _shape(8, 16)), [P("data", None), P("data", None)], [P()], (0,)
+    )
+    assert moves[0] == ("all-gather", ("data",), 16 * 4 * 4)
+    assert [kind for kind, _, _ in moves].count("all-gather") == 1
+
+
+def test_compilers_that_do_not_scatter_activations_reduce_them_and_cut():
+    args = _shape(8, 16), _shape(16, 4)
+    specs = [P("data", "tensor"), P("tensor", None)], [P("data", "tensor")]
+    _, moves = _moves(lambda x, w: x @ w, args, *specs, scatters=False)
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+    # Gradients, of which neither operand is a weight, are scattered all the same.
+    _, moves = _moves(lambda x, w: x @ w, args, *specs, weights=(), scatters=False)
+    assert moves == [("reduce-scatter", ("tensor",), 4 * 4 * 4)]
+
+
+def test_a_table_divided_over_the_axis_of_the_batch_stays_where_it_is():
+    def step(table, tokens, grads):
+        rows = jax.lax.with_sharding_constraint(table[tokens], divided)
+        return rows, jnp.zeros_like(table).at[tokens].add(grads)
+
+    divided = jax.NamedSharding(abstract_mesh(MESH), P("data", None))
+    args = _shape(64, 16), _shape(8, dtype=jnp.int32), _shape(8, 16)
+    specs = [P(None, "data"), P("data"), P("data", None)]
+    _, moves = _moves(step, args, specs, [P("data", None), P(None, "data")], (0,))
+    exchanged = 8 * 16 // 2 * 4  # the looked-up rows, and the gradients of all rows
+    assert [m for m in moves if m[0] == "all-to-all"] == [("all-to-all", ("data",), exchanged)] * 2
+    kinds = {kind for kind, _, _ in moves}
+    assert kinds == {"all-to-all", "all-gather"}
+    assert max(size for kind, _, size in moves if kind == "all-gather") == 8 * 4  # the indices
+
+
+def test_partial_sums_are_added_before_they_are_reduced():
+    def step(x, y, v, w):
+        return x @ v + (y @ w).T.T
+
+    args = _shape(8, 16), _shape(8, 16), _shape(16, 4), _shape(16, 4)
+    specs = [P("data", "tensor"), P("data", "tensor"), P("tensor"), P("tensor")]
+    _, moves = _moves(step, args, specs, [P("data", None)], (2, 3))
+    assert moves == [("all-reduce", ("tensor",), 4 * 4 * 4)]
+
+    def read_twice(x, y, v, w):
+        first = x @ v
+        return first + y @ w, first
+
+    _, moves = _moves(read_twice, args, specs, [P("data", None)] * 2, (2, 3))
+    assert [kind for kind, _, _ in moves] == ["all-reduce"] * 2
+
+
+def test_a_weight_of_three_dimensions_is_gathered_for_each_product_where_layouts_differ():
+    def step(w, x):
+        y = jnp.einsum("bd,dhk->bhk", x, w)
+        return jnp.einsum("bhk,dhk->bd", y, w)
+
+    args = _shape(16, 4, 2), _shape(8, 16)
+    specs = [P("data"), P("data", None)], [P("data", None)]
+    gathered = "all-gather", ("data",), 16 * 4 * 2 * 4
+    assert _moves(step, args, *specs, (0,))[1] == [gathered]
+    assert _moves(step, args, *specs, (0,), regathers=True)[1] == [gathered] * 2
+
+
+def test_a_loop_moves_as_often_as_it_runs():
+    def step(ws, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    specs = [P(None, "data", None), P("data", None)]
+    args = _shape(5, 16, 16), _shape(8, 16)
+    _, moves = _moves(step, args, specs, [P("data", None)], (0,))
+    assert moves == [("all-gather", ("data",), 5 * 16 * 16 * 4)]
+
+
+def test_axes_that_a_shard_map_leaves_alone_stay_divided_within():
+    mesh = abstract_mesh(MESH)
+
+    def step(x, w):
+        def local(x, w):
+            return jax.lax.psum(jnp.tanh(x @ w), "tensor")
+
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(P(None, "tensor"), P("tensor")), out_specs=P(),
+            axis_names={"tensor"}, check_vma=False,
+        )(x, w)  # fmt: skip
+
+    made, moves = _moves(
+        step, (_shape(8, 16), _shape(16, 4)), [P("data", "tensor"), P("tensor")], [P("data")]
+    )
+    assert made.outputs[0].spec == (("data",), ())
+    assert moves == [("all-reduce", ("tensor",), 8 // 2 * 4 * 4)]
+
+
+def test_what_is_fused_takes_no_memory_and_what_is_read_later_lives_until_then():
+    def step(x, w):
+        y = x @ w  # read by the exponential and by the last sum
+        z = jnp.exp(y) * 2  # element by element: never stored on a GPU
+        return (z.sum(0) @ y.T) @ y
+
+    args = _shape(1024, 64), _shape(64, 1024)
+    made, _ = _moves(step, args, [P(), P()], [P()])
+    found = peak(made, MESH, H100)
+    assert found.arguments == 2 * 1024 * 64 * 4
+    assert found.results == 1024 * 4
+    product, row = 1024 * 1024 * 4, 1024 * 4
+    assert found.temporary == pytest.approx(product + 2 * row, rel=0.01)
+
+
+def test_a_loop_holds_its_stack_and_writes_in_place():
+    def stacked(x):
+        return jax.lax.scan(lambda x, _: (x * 2, x @ x), x, None, length=6)[1].sum()
+
+    made, _ = _moves(stacked, (_shape(64, 64),), [P()], [P()])
+    assert peak(made, MESH, H100).temporary == pytest.approx(7 * 64 * 64 * 4, rel=0.2)
+
+    def written(cache, new):
+        def body(cache, i):
+            return jax.lax.dynamic_update_slice(cache, new, (i, 0)), None
+
+        return jax.lax.scan(body, cache, jnp.arange(64))[0]
+
+    made, _ = _moves(written, (_shape(64, 64), _shape(4, 64)), [P(), P()], [P()])
+    found = peak(made, MESH, H100, donated=(0,))
+    assert found.results == 0
+    assert found.temporary < 64 * 64 * 4 / 8
+
+
+def test_gpus_hold_gradients_whole_until_a_loop_reduces_them():
+    def step(xs, ys):
+        def body(_, pair):
+            x, y = pair
+            return None, (x.T @ y, jnp.tanh(x) @ jnp.tanh(y).T)
+
+        return jax.lax.scan(body, None, (xs, ys))[1]
+
+    args = _shape(3, 64, 512), _shape(3, 64, 512)
+    specs = [P(None, "data")] * 2, [P(None, "data"), P(None, "data")]
+    made, moves = _moves(step, args, *specs, ())
+    gradient = 512 * 512 * 4
+    assert ("reduce-scatter", ("data",), 3 * gradient) in moves
+    rest = peak(made, MESH, V5E).temporary
+    assert peak(made, MESH, H100).temporary >= rest + gradient
+
+
+def test_gpus_copy_stacks_that_their_loop_reads_otherwise():
+    def step(ws, x):
+        def body(x, w):
+            keys = x * 2
+            return jnp.tanh(x @ w) + (x @ keys.T @ x), keys
+
+        return jax.lax.scan(body, x, ws)
+
+    args = _shape(5, 64, 64), _shape(32, 64)
+    out = [P("data", None), P(None, "data", None)]
+
+    def temporary(spec, gpu):
+        made, _ = _moves(step, args, [spec, P("data", None)], out, (0,))
+        return peak(made, MESH, gpu).temporary
+
+    # The keys are summed over their last axis: their stack of five is copied.
+    stack, layer = 5 * 16 * 64 * 4, 64 * 64 * 4
+    first, last = (temporary(spec, H100) for spec in (P(None, "data"), P(None, None, "data")))
+    assert first >= stack
+    # Gathered along the last axis, the stacked argument is turned before the loop.
+    assert last == pytest.approx(first + 5 * layer / 2, rel=0.05)
+
+
+def test_tpus_write_products_with_what_is_done_to_them():
+    def step(x, w):
+        y = (x @ w).astype(jnp.float32) * 2
+        return y.max(1), y.sum(1)
+
+    args = _shape(512, 64, dtype=jnp.bfloat16), _shape(64, 512, dtype=jnp.bfloat16)
+    made, _ = _moves(step, args, [P(), P()], [P(), P()])
+    assert peak(made, MESH, H100).temporary == 512 * 512 * 2
+    assert peak(made, MESH, V5E).temporary == 512 * 512 * 4
+
+
+def test_collectives_of_data_parallelism_are_those_that_xla_compiles(models):
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    step = sharding.train_step(models.decoder_loss, optax.sgd(1e-3))
+    params = jax.eval_shape(lambda: models.decoder_params(jax.random.key(0), width=64, hidden=256))
+    args = (params, jax.eval_shape(step.optimizer.init, params), _shape(16, 33, dtype=jnp.int32))
+    fixed = {"data": 8, "zero": 3, "remat": "none", "microbatches": 1}
+    plan = sharding.plan(step, args, cluster=jax.devices(),
+                         constraints=sharding.Constraints(pinned=fixed))  # fmt: skip
+    report = plan.check()
+    assert report.argument_bytes == pytest.approx(plan.prediction.memory_breakdown["arguments"],
+                                                  rel=0.01)  # fmt: skip
+    assert abs(report.collective_error) < 0.1
+    assert isinstance(plan.prediction.collectives["all-reduce"], Traffic)
+    again = sharding.Plan.from_json(plan.to_json())
+    assert again.prediction == plan.prediction
