@@ -113,7 +113,8 @@ class Journal:
             view = memoryview(data)
             while view:  # a raw file may take less than it was given
                 view = view[file.write(view) :]
-            if durable:
+            full = file.tell() >= self._segment_bytes
+            if durable or full:
                 os.fsync(file.fileno())
         except OSError:
             # What is half there must not stand before the next record. Where even that fails,
@@ -124,8 +125,7 @@ class Journal:
             except OSError:
                 self._end()
             raise
-        if file.tell() >= self._segment_bytes:
-            os.fsync(file.fileno())
+        if full:
             self._end()
 
     def _begin(self) -> FileIO:

@@ -46,6 +46,7 @@ class _Open:
     item: WorkItem
     holders: dict[str, float] = field(default_factory=dict)  # actor → when it took the item
     failures: int = 0
+    arriving: bool = False  # an answer is being made durable: too late to give the item up
 
 
 class Ledger:
@@ -135,12 +136,20 @@ class Ledger:
         """
         with self._receiving:
             with self._changed:
-                known = result.item in self._open
-            outcome, kept = ("duplicate", None) if not known else self._judge(result)
+                entry = self._open.get(result.item)
+                if entry is None:
+                    self._count(result, "duplicate", None)
+                    return "duplicate"
+                entry.arriving = True
+            try:
+                outcome, kept = self._judge(result)
+            except BaseException:
+                with self._changed:
+                    entry.arriving = False
+                raise
             with self._changed:
                 self._count(result, outcome, kept)
-                if kept is not None:
-                    self._settle(kept)
+                self._settle(kept)
         return outcome
 
     def _judge(self, result: Result) -> tuple[str, Result]:
@@ -182,7 +191,7 @@ class Ledger:
             for entry in held:
                 del entry.holders[actor]
                 entry.failures += blame
-                if blame and entry.failures >= self._max_failures:
+                if blame and entry.failures >= self._max_failures and not entry.arriving:
                     detail = f"item {entry.item.id} ended {entry.failures} actors, last: {why}"
                     refusal = Refusal(
                         reason="fatal", detail=detail, item=entry.item.id, actor=actor

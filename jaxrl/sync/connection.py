@@ -202,7 +202,10 @@ class Connection:
         self._received += 1
         if not hmac.compare_digest(self._read(_TAG), tag):
             raise ConnectionBroken("a message was changed on its way")
-        header = json.loads(text)
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConnectionBroken(f"a message whose header is no JSON: {error}") from error
         if not isinstance(header, dict):
             raise ConnectionBroken("a message without a JSON object as header")
         return header, body

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from jaxrl.sync.errors import NotInStore, StoreError, StoreFull
 from jaxrl.sync.stores import checked_key, checked_prefix
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}")
+_ABANDONED_S = 3600.0
+"""Age without a change from which an unfinished file is a dead writer's."""
 
 
 class FsspecStore:
@@ -101,6 +106,7 @@ class FsspecStore:
 def _write_whole(path: Path, data: bytes) -> None:
     """Replaces a file in one step; a crash or a full disk leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     # Not by `tempfile`, whose files only their owner may read: actors may be other users.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -113,6 +119,18 @@ def _write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what writers that were killed have left; who still writes changes its file."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _UNFINISHED.fullmatch(entry.name):
+                continue
+            # Another writer may finish or remove it meanwhile, or it may not be ours to remove.
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > _ABANDONED_S:
+                    os.unlink(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:

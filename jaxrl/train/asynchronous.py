@@ -19,7 +19,7 @@ from jaxrl.actors import Journal, Pool, Refusal, Result, RolloutChecks, WorkItem
 from jaxrl.checkpoint import Checkpointer
 from jaxrl.data.batches import Demonstrations
 from jaxrl.learner import Learner, LearnerState
-from jaxrl.replay import Replay
+from jaxrl.replay import EmptyReplay, Replay
 from jaxrl.sync import Published, Publisher
 from jaxrl.train import multihost
 from jaxrl.train.intake import Intake
@@ -122,6 +122,13 @@ class AsynchronousTrainer:
                 f"max_staleness ≥ sync_every − 1 is needed, got {self.max_staleness=}, "
                 f"{self.sync_every=}"
             )
+        oldest = None if self.replay is None else self.replay.config.max_staleness
+        if oldest is not None and oldest < self.sync_every - 1:
+            raise ValueError(
+                "a replay must keep what the newest published policy writes, up to k − 1 versions "
+                f"old: its max_staleness ≥ sync_every − 1 is needed, got {oldest}, "
+                f"{self.sync_every=}"
+            )
         if self.prompts_per_update is not None and self.replay is None:
             raise ValueError(
                 "prompts_per_update is drawn from a replay: give one, or set prompts_per_item"
@@ -179,7 +186,9 @@ class AsynchronousTrainer:
                 ended = now
                 self._check(summary, step)
                 yield step + 1, state, summary, batch.refusals
-            self._publications.finish()
+            self._publications.finish(
+                state.params["policy"], int(state.step), starting=self._intake.expect
+            )
 
     # ------------------------------------------------------------------ over a crash
 
@@ -297,9 +306,9 @@ class AsynchronousTrainer:
         assert self.pool is not None, "the leader has the actors"
         batch, self._version = _Batch(), version
         repeated = self._intake.repeat(step)
-        if repeated is not None:
-            # Its version was published before the crash, and actors may have it.
-            return self._fill(batch, repeated, version)
+        # Its version was published before the crash, and actors may have it.
+        if repeated is not None and self._fill(batch, repeated, version).ready:
+            return batch
         deadline = time.monotonic() + self.stall_s
         self._collect(0.0, batch)
         while True:
@@ -330,8 +339,9 @@ class AsynchronousTrainer:
         for result in results:
             assert result.rollouts is not None
             self.replay.add(result.rollouts, iteration=result.version)
-        if len(self.replay):
-            size = self.prompts_per_update or self.prompts_per_item
+        size = self.prompts_per_update or self.prompts_per_item
+        # A replay that holds nothing yet, or nothing fresh enough, needs more answers.
+        with contextlib.suppress(EmptyReplay):
             batch.results = [self.replay.sample(size, self.checks.group_size, version)]
         return batch
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from jaxrl.train import multihost
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 2.0  # at what waiting actors complain of
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # after a failure; doubled for each further one
+_LAST_ATTEMPTS = 6  # at the last version, when the run is over
 
 
 class Publications:
@@ -31,6 +34,8 @@ class Publications:
         every: int,
         before: Callable[[], None],
         on_turn: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Publishes nothing yet.
 
@@ -39,9 +44,13 @@ class Publications:
           every: updates after which a version is due.
           before: see `BackgroundPublisher`.
           on_turn: see `BackgroundPublisher`.
+          clock: seconds that never go back.
+          sleep: lets so many of them pass.
         """
         self._background = BackgroundPublisher(publisher, before=before, on_turn=on_turn)
-        self._every, self._looked_at = every, 0.0
+        self._every, self._clock, self._sleep = every, clock, sleep
+        self._looked_at = self._not_before = -math.inf
+        self._pause_s = _FIRST_PAUSE_S
         self.promised: int | None = None
         self.published: Published | None = None
 
@@ -60,6 +69,8 @@ class Publications:
         if self._background.ready:
             multihost.tell({"advance": True})
             complete = self._advance()
+        if self._clock() < self._not_before:  # a store that has just failed is left in peace
+            return complete
         due = self.promised is None or version - self.promised >= self._every
         repair = not due and self._repair_is_due()
         if (due or repair) and self._background.free:
@@ -80,8 +91,32 @@ class Publications:
                 case _:
                     return message
 
-    def finish(self) -> None:
-        """Waits for what is under way, in all processes together."""
+    def finish(self, params: Any, version: int, *, starting: Callable[[int], None]) -> None:
+        """Waits for what is under way, then publishes the run's last version if that was another.
+
+        All processes call it together. A store that fails is tried again a few times; that it never
+        took the last version is logged as an error.
+
+        Args:
+          params: of the policy at the end.
+          version: of it.
+          starting: see `lead`.
+        """
+        self._complete()
+        for attempt in range(_LAST_ATTEMPTS):
+            if self.promised == version:
+                return
+            if attempt:
+                self._sleep(self._pause_s)
+            starting(version)
+            self._start(params, version, anchor=False)
+            self._complete()
+        if self.promised != version:
+            _log.error(
+                "the last version, %d, is in no store: publish it from the checkpoint", version
+            )
+
+    def _complete(self) -> None:
         while self._background.busy:
             self._advance()
 
@@ -94,7 +129,7 @@ class Publications:
         with self._failures_of(self.promised):
             published = self._background.advance()
             if published is not None:
-                self.published = published
+                self.published, self._pause_s = published, _FIRST_PAUSE_S
                 return True
         return False
 
@@ -105,6 +140,8 @@ class Publications:
             yield
         except StoreError as error:
             self.promised = None if self.published is None else self.published.version
+            self._not_before = self._clock() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             _log.error(
                 "version %s cannot be published and is tried again; the actors go on with %s: %s",
                 version, self.promised, error,
@@ -112,7 +149,7 @@ class Publications:
 
     def _repair_is_due(self) -> bool:
         """Whether actors wait for a payload that is damaged; asked now and then."""
-        now = time.monotonic()
+        now = self._clock()
         if self.published is None or now - self._looked_at < _LOOK_EVERY_S:
             return False
         self._looked_at = now

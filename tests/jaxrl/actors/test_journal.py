@@ -147,3 +147,21 @@ def test_a_disk_that_fails_to_flush_acknowledges_nothing(tmp_path, monkeypatch):
 def test_sizes_are_checked(tmp_path):
     with pytest.raises(ValueError, match="segment_bytes must be ≥ 1, got 0"):
         Journal(tmp_path, segment_bytes=0)
+
+
+def test_a_flush_that_fails_at_the_end_of_a_segment_adds_nothing(tmp_path, monkeypatch):
+    """The record is not durable by itself, the segment that it fills is."""
+
+    def failing(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Journal(tmp_path, segment_bytes=1) as journal:
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", lambda handle: None)
+            journal.append({"item": 0})
+            journal._begin()
+            broken.setattr(os, "fsync", failing)
+            with pytest.raises(JournalError, match="nothing is lost"):
+                journal.append({"item": 1}, durable=False)
+        journal.append({"item": 1}, durable=False)
+    assert [header["item"] for header, _ in read(tmp_path)] == [0, 1]

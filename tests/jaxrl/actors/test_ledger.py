@@ -168,3 +168,23 @@ def test_an_item_is_submitted_once_and_closing_ends_every_wait():
     for wait in waits:
         wait.join(5.0)
         assert not wait.is_alive()
+
+
+def test_an_item_whose_answer_is_being_made_durable_is_not_given_up():
+    """Its second holder dies while the first one's answer is on its way to the disk."""
+
+    def accept(result):
+        book_.release("b", "out of memory")
+        if full:
+            full.clear()
+            raise OSError("disk full")
+
+    full = [True]
+    book_ = book(accept, max_failures=1, lease_s=1e-9)
+    book_.submit(item(0))
+    assert book_.take("a").id == book_.take("b").id == 0
+    with pytest.raises(OSError, match="disk full"):
+        book_.give(answer(0, "a"))
+    assert book_.give(answer(0, "a")) == "accepted"
+    (kept,) = book_.poll(0.0)
+    assert (kept.actor, kept.refusal) == ("a", None)

@@ -237,6 +237,17 @@ def test_a_connection_cut_in_a_message_says_so(secret):
             server.receive()
 
 
+@pytest.mark.parametrize("text", [b"no JSON", b"\xff\xfe", b"[" * 100_000, b"[]"])
+def test_a_header_that_is_no_json_object_breaks_the_connection(secret, text):
+    """Of one who knows the secret: another version of this program, or damaged memory."""
+    server, client = pair(secret)
+    with server, client:
+        head = struct.pack("<IQ", len(text), 0) + text
+        client._sock.sendall(head + wire._tag(client._send_key, 0, head, b""))
+        with pytest.raises(sync.ConnectionBroken, match="JSON"):
+            server.receive()
+
+
 @pytest.mark.parametrize("text", ["nowhere", "host:", "host:70000", "host:-1", ":x"])
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(ValueError, match="an address is 'host:port'"):

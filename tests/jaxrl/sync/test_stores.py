@@ -118,6 +118,24 @@ def test_what_a_killed_writer_leaves_is_no_blob(tmp_path):
     assert store.keys("") == ["a/b"]
 
 
+def test_what_a_killed_writer_leaves_is_removed_once_nobody_can_still_be_writing_it(tmp_path):
+    store = sync.FsspecStore(tmp_path)
+    store.put("a/b", b"old")
+    dead, alive, other = (
+        tmp_path / "a" / name for name in (".b.0123456789abcdef", ".c.fedcba9876543210", ".hidden")
+    )
+    for path in (dead, alive, other):
+        path.write_bytes(b"hal")
+    for path in (dead, other):
+        os.utime(path, (0, 0))
+    store.put("a/b", b"new")
+    assert not dead.exists()
+    assert alive.exists()  # may be another writer's that is not done
+    assert other.exists()  # is none of ours
+    assert store.keys("") == ["a/b"]
+    assert store.get("a/b") == b"new"
+
+
 def test_a_file_where_a_folder_should_be_says_so(tmp_path):
     Path(tmp_path / "a").write_bytes(b"")
     with pytest.raises(sync.StoreError, match="cannot write 'a/b'"):

@@ -17,7 +17,7 @@ from jaxrl.actors.ledger import Ledger
 from jaxrl.data.batches import PromptSet
 from jaxrl.learner import Learner, OptimizerConfig, lm_apply, lm_optimizer
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.replay import RECTIFIED, Replay, ReplayConfig
+from jaxrl.replay import RECTIFIED, EmptyReplay, Replay, ReplayConfig
 from jaxrl.rollouts import Collector, Sampling, Scorer
 from jaxrl.sync import MemoryStore, Publisher, Subscriber
 from jaxrl.tokenizers import PLAIN, train_bpe
@@ -300,6 +300,27 @@ def test_with_replay_the_learner_need_not_wait():
     assert min(row["learner_idle_share"] for row in rows) < 0.5
     with pytest.raises(ValueError, match="prompts_per_update is drawn from a replay"):
         trainer(prompts_per_update=3)
+
+
+def test_a_replay_that_has_nothing_fresh_waits_for_more():
+    """Its own bound drops what the trainer's lets in."""
+
+    class Watched(Replay):
+        def sample(self, *args):
+            try:
+                return super().sample(*args)
+            except EmptyReplay:
+                empty.add(args[-1])
+                raise
+
+    empty = set()
+    replay = Watched(ReplayConfig(max_staleness=0), seed=0)
+    _, rows, _ = trained(trainer(replay=replay, max_staleness=50, reference=0), 4)
+    assert [row["staleness_max"] for row in rows] == [0.0] * 4
+    # At its first look an update knows no answer of a version that it has yet to publish.
+    assert empty == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"its max_staleness ≥ sync_every − 1 is needed, got 0"):
+        trainer(replay=replay, max_staleness=50, sync_every=2)
 
 
 def test_the_rectified_recipe_learns_from_a_replay_of_everybodys_answers():
