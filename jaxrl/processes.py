@@ -23,6 +23,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_PIECE_BYTES = 1 << 28
+"""Of what is broadcast at once: it passes through the memory of every device."""
+
 
 class LeaderStopped(RuntimeError):
     """The first process cannot go on; says why."""
@@ -37,10 +40,20 @@ def broadcast(data: bytes) -> bytes:
     """The first process's bytes, in every process."""
     if jax.process_count() == 1:
         return data
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    pieces: list[bytes] = []
+    while not pieces or len(pieces[-1]) == _PIECE_BYTES:
+        start = len(pieces) * _PIECE_BYTES
+        pieces.append(_broadcast_piece(data[start : start + _PIECE_BYTES]))
+    return b"".join(pieces)
+
+
+def _broadcast_piece(piece: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(piece), np.int32)))
+    if not size:
+        return b""
     padded = np.zeros(size, np.uint8)
     if leads():
-        padded[:] = np.frombuffer(data, np.uint8)
+        padded[:] = np.frombuffer(piece, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 

@@ -13,6 +13,9 @@ from jaxrl.sync import errors
 from jaxrl.sync.errors import SyncError
 from kernels import sparse_delta
 
+_GATHERED_BYTES = 1 << 28
+"""Of all processes' parts of a payload that lie on each device at once."""
+
 
 def is_spread(tree: Any) -> bool:
     """Whether other processes hold some of a tree of arrays or shapes."""
@@ -51,21 +54,33 @@ def on_first(act: Callable[[], Any], *, shared: bool = True) -> Any:
     return outcome["value"]
 
 
-def all_well(well: bool, *, shared: bool) -> bool:
-    """Whether all is well in every process; all call this together, if it is `shared`."""
+def worst(code: int, *, shared: bool) -> int:
+    """The highest code of any process; all call this together, if it is `shared`."""
     if not shared or jax.process_count() == 1:
-        return well
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))
+        return code
+    return int(np.max(multihost_utils.process_allgather(np.asarray(code, np.int32))))
 
 
 def whole(payload: bytes) -> bytes:
-    """A payload from the parts that the processes of one `encode` made; all call this together."""
-    if jax.process_count() == 1:
+    """A payload from the parts that the processes of one `encode` made; all call this together.
+
+    The parts pass through the devices, whose memory is the model's: piece by piece, so that each
+    device holds no more than `_GATHERED_BYTES` of them at once. Every process's host memory gets
+    all of the payload.
+    """
+    count = jax.process_count()
+    if count == 1:
         return payload
-    sizes = multihost_utils.process_allgather(np.asarray(len(payload), np.int64))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(payload)] = np.frombuffer(payload, np.uint8)
-    parts = multihost_utils.process_allgather(padded)
-    return sparse_delta.merge(
-        [part[:size].tobytes() for part, size in zip(parts, sizes.tolist(), strict=True)]
-    )
+    # As bytes, since JAX makes 32 bits of 64-bit integers.
+    lengths = multihost_utils.process_allgather(np.asarray([len(payload)], "<u8").view(np.uint8))
+    sizes = np.ascontiguousarray(lengths).view("<u8").ravel().tolist()
+    piece_bytes = max(_GATHERED_BYTES // count, 1)
+    parts: list[list[bytes]] = [[] for _ in range(count)]
+    for start in range(0, max(sizes), piece_bytes):
+        own = np.frombuffer(payload[start : start + piece_bytes], np.uint8)
+        padded = np.zeros(min(piece_bytes, max(sizes) - start), np.uint8)
+        padded[: own.size] = own
+        gathered = np.asarray(multihost_utils.process_allgather(padded))
+        for part, piece, size in zip(parts, gathered, sizes, strict=True):
+            part.append(piece[: max(size - start, 0)].tobytes())
+    return sparse_delta.merge([b"".join(part) for part in parts])

@@ -14,7 +14,7 @@ from jaxrl.sync.chain import Chain, State
 from jaxrl.sync.config import SyncConfig
 from jaxrl.sync.errors import SyncError
 from jaxrl.sync.manifest import Kind, Manifest, checked_name, read_manifest, seal
-from jaxrl.sync.multihost import all_well, on_first, whole
+from jaxrl.sync.multihost import on_first, whole, worst
 from jaxrl.sync.stores import Store
 from kernels import sparse_delta
 
@@ -317,7 +317,7 @@ def _locally(act: Local) -> Generator[Local, Any, Any]:
             value = yield act
         except Exception as error:  # likewise
             failure = error
-    if not all_well(failure is None, shared=True):
+    if worst(int(failure is not None), shared=True):
         raise failure or SyncError("another process of the learner failed; see its own error")
     return value
 

@@ -12,7 +12,7 @@ import jax
 
 from jaxrl.sync import multihost, trees
 from jaxrl.sync.acks import Acker
-from jaxrl.sync.errors import StoreError, SyncError
+from jaxrl.sync.errors import Refused, StoreError, SyncError
 from jaxrl.sync.fetching import BadPayload, Fetched, fetch
 from jaxrl.sync.index import Index
 from jaxrl.sync.manifest import Manifest, Payload, checked_name, read_manifest, seal
@@ -310,10 +310,13 @@ class Subscriber:
         found = Fetched(b"", 0)
         try:
             found = fetch(self._store, payload, receiver=receiver if self._shared else None)
-        except (BadPayload, StoreError, sparse_delta.WrongModel) as error:
+        except Exception as error:  # whatever it is, the others wait for word of it
             failure = error
-        if not multihost.all_well(failure is None, shared=self._shared):
-            raise failure or BadPayload(payload.key, "another process did not get it")
+        worst = multihost.worst(_gravity(failure), shared=self._shared)
+        if failure is not None and _gravity(failure) == worst:
+            raise failure
+        if worst:
+            raise _elsewhere(worst, payload.key)
         return found
 
     def _template(self, goal: Manifest) -> Any:
@@ -333,6 +336,26 @@ class Subscriber:
         if payload.key not in self._said:
             self._said.add(payload.key)
             multihost.on_first(lambda: self._acker.complain(payload), shared=self._shared)
+
+
+_FETCH_FAILURES = (BadPayload, StoreError, sparse_delta.WrongModel, Refused)
+"""The gravest last: what comes to one process of an actor, all of them raise alike, since each
+kind is dealt with in another way, and together."""
+
+
+def _gravity(failure: Exception | None) -> int:
+    """0 of no failure, then as in `_FETCH_FAILURES`; the highest is anything else."""
+    if failure is None:
+        return 0
+    known = (i for i, kind in enumerate(_FETCH_FAILURES, 1) if isinstance(failure, kind))
+    return next(known, 1 + len(_FETCH_FAILURES))
+
+
+def _elsewhere(gravity: int, key: str) -> Exception:
+    """The failure of another process."""
+    reason = "another process did not get it; see its own log"
+    kind = (*_FETCH_FAILURES, SyncError)[gravity - 1]
+    return BadPayload(key, reason) if kind is BadPayload else kind(f"{key}: {reason}")
 
 
 def _shape(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxrl import processes
 from jaxrl.processes import PREEMPTED, Preempted, Preemption
@@ -61,3 +62,20 @@ def test_what_lies_on_many_devices_is_whole_on_the_host():
     assert type(found["a"]) is np.ndarray
     np.testing.assert_array_equal(found["a"], array)
     np.testing.assert_array_equal(found["b"], array)
+
+
+@pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 200, 1050])
+def test_what_is_broadcast_goes_in_pieces(monkeypatch, length):
+    """So that neither its length nor the devices' memory bounds it."""
+    sent = []
+
+    def one_to_all(array):
+        sent.append(array.nbytes)
+        return array
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", one_to_all)
+    monkeypatch.setattr(processes, "_PIECE_BYTES", 100)
+    data = bytes(i % 251 for i in range(length))
+    assert processes.broadcast(data) == data
+    assert max(sent) <= 100

@@ -93,8 +93,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl import sync
+from jaxrl import processes, sync
+from jaxrl.sync import SyncError, multihost
+from kernels import sparse_delta
 
+# All that passes between the processes does so in many pieces.
+processes._PIECE_BYTES, multihost._GATHERED_BYTES = 100, 10_000
 logging.basicConfig()
 mesh = Mesh(np.asarray(jax.devices()), ("a",))
 rows, columns = NamedSharding(mesh, P("a")), NamedSharding(mesh, P(None, "a"))
@@ -193,6 +197,36 @@ if process == 1:
 assert not late.prepare() and late.flip() is None
 assert late.problem, "a reason is given"
 assert ("another process" in late.problem) == (process == 0), late.problem
+
+# Whatever keeps one from a payload, both go on alike: they try again, or raise the same.
+class Failing(sync.FsspecStore):
+    failure = None
+
+    def get(self, key):
+        if self.failure is not None and "payloads" in key:
+            raise self.failure
+        return super().get(key)
+
+
+def attempted(failures):
+    failing = Failing(folder / "store")
+    actor = sync.Subscriber(failing, run_id="r", like=like, name="failing")
+    failing.failure = failures[process]
+    try:
+        ready, outcome = actor.prepare(), actor.problem or ""
+    except Exception as error:
+        return type(error)
+    assert not ready and ("another process" in outcome) == (failures[process] is None), outcome
+    failing.failure = None
+    assert actor.prepare(), actor.problem
+    return None
+
+
+broken, wrong = sync.StoreError("the cable is cut"), sparse_delta.WrongModel("of another model")
+assert attempted([None, broken]) is attempted([broken, None]) is None
+assert attempted([wrong, KeyError("x")]) is sparse_delta.WrongModel
+assert attempted([None, sync.Refused("strangers")]) is sync.Refused
+assert attempted([ZeroDivisionError("a bug"), None]) is (SyncError, ZeroDivisionError)[process == 0]
 """
 
 
