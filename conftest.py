@@ -30,21 +30,43 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from jaxtyping import install_import_hook  # noqa: E402  # after the settings above
+from beartype import BeartypeConf, BeartypeDecorPlace  # noqa: E402  # after the settings above
+from beartype.claw import beartype_packages  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
-# Every shape annotation of the packages is checked at every call in the tests. Not so in the
-# records themselves: JAX rebuilds a pytree with whatever leaves a `tree.map` made, and the hook
-# would refuse those; nor in the loops that numba compiles, which takes plain functions only.
+# Every annotation of the packages is checked at every call in the tests. Not so in the records
+# themselves: JAX rebuilds a pytree with whatever leaves a `tree.map` made, and the hook would
+# refuse those; nor in the loops that numba compiles, which takes plain functions only.
 _UNCHECKED = {"jaxrl.types", "kernels.sparse_delta.loops"}
 _ROOT = Path(__file__).parent
 _MODULES = {
-    ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+    ".".join(file.relative_to(_ROOT).with_suffix("").parts): file
     for package in ("jaxrl", "sharding", "kernels")
     for file in (_ROOT / package).rglob("*.py")
     if file.stem not in ("__init__", "__main__")  # a package's name would bring all that is in it
 }
-_CHECKED = sorted(_MODULES - _UNCHECKED)
-install_import_hook(_CHECKED, "beartype.beartype")
+# What names of axes mean lasts for one call, which jaxtyping keeps at the price of several
+# microseconds a call; most modules, and all of the planner, name none.
+_SHAPED = {name for name, file in _MODULES.items() if "jaxtyping" in file.read_text("utf-8")}
+_SHAPED |= {"jaxrl.actors.ray_actors"}  # Ray cannot read the `__sizeof__` that beartype gives
+install_import_hook(sorted(_SHAPED - _UNCHECKED), "beartype.beartype")
+beartype_packages(
+    sorted(_MODULES.keys() - _SHAPED - _UNCHECKED),
+    # Where jaxtyping puts its decorator too: below `jax.custom_vjp`, above `dataclass`.
+    conf=BeartypeConf(
+        violation_type=TypeError,  # as jaxtyping's is, and what bad values raise without checks
+        claw_is_pep526=False,
+        claw_decor_place_func=BeartypeDecorPlace.FIRST,
+        claw_decor_place_type=BeartypeDecorPlace.LAST,
+    ),
+)
+
+# The same examples on every machine, however slow or busy it is. New ones are drawn by
+# `pytest --hypothesis-profile=explore`.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeat", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("repeat")
 
 
 @pytest.fixture(autouse=True)
