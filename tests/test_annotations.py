@@ -8,7 +8,7 @@ import pytest
 from jaxrl import evaluation
 from jaxrl.actors.wire import item_from_json
 from sharding import Cluster
-from sharding.dims import DimensionGraph
+from sharding.tracing.dims import DimensionGraph
 
 
 def test_functions_and_records_of_modules_that_name_no_axes():
