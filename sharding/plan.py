@@ -242,6 +242,7 @@ class Plan:
         donate: Sequence[int] | None = None,
         timeout_s: float = 1200.0,
         answers: Path | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> Report:
         """Compiles the step for the cluster that it was planned for, which need not be here.
 
@@ -253,6 +254,7 @@ class Plan:
           timeout_s: seconds until the compilation is given up.
           answers: folder in which the compiler's answers are kept, so that the same program is
             compiled once.
+          options: of the compiler, by name; its own defaults where None.
 
         Raises:
           RuntimeError: the compiler refused, is not installed or took too long.
@@ -268,7 +270,8 @@ class Plan:
             placement=self.placement,
             predicted_bytes=self.prediction.memory_bytes if self.prediction else None,
             predicted_collectives=self.prediction.collectives if self.prediction else {},
-            timeout_s=timeout_s, answers=answers, state=self.state, data=self.data,
+            timeout_s=timeout_s, answers=answers, options=options,
+            state=self.state, data=self.data,
         )  # fmt: skip
 
     def execution(self, mesh: Any) -> Execution:

@@ -1,7 +1,7 @@
 """What can be set, and the configurations that are planned together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from experiments.harness import COSMETIC
 from jaxrl import recipes
 from jaxrl.deployment import Workload
 from jaxrl.models import DecoderConfig
+from jaxrl.models.attention.choice import Implementation
 from jaxrl.models.named import named
 from jaxrl.sync import Link
 
@@ -56,6 +57,8 @@ class DryRunConfig:
     """Run the configurations of the README's table instead of one."""
     workloads: bool = False
     """Plan other lengths and links instead of one configuration; nothing is compiled."""
+    attention: Implementation = "auto"
+    """Attention of every model; "auto" is the machine's own kernel."""
     compile: bool = True
     """Whether to ask the compilers."""
     answers: Path = field(default=Path("runs/dry_run"), metadata=COSMETIC)
@@ -87,9 +90,12 @@ class DryRunConfig:
         """
 
         def model(name: str) -> DecoderConfig | None:
-            if name == OWN and own is not None:
-                return own
-            return named(name) if name else None
+            if not name:
+                return None
+            config = own if name == OWN and own is not None else named(name)
+            if self.attention == "auto":
+                return config
+            return replace(config, attention=self.attention)
 
         policy = model(self.model)
         if policy is None:

@@ -71,12 +71,13 @@ def hand_over_sizes(sizes: Sizes, argv: Sequence[str]) -> bool:
     decided = dict(sizes)
     decoder = decided.pop("own", None)
     assert decoder is None or isinstance(decoder, DecoderConfig)
-    flags = [part for name, value in decided.items() for part in _flag(name, value)]
+    flags = [part for name, value in decided.items() for part in flag(name, value)]
     main(["--cluster", given[at + 1], *flags, *given[:at], *given[at + 2 :]], own=decoder)
     return True
 
 
-def _flag(name: str, value: object) -> tuple[str, str]:
+def flag(name: str, value: object) -> tuple[str, str]:
+    """A field of `DryRunConfig` as an argument and its value."""
     assert name in DryRunConfig.__dataclass_fields__, name
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"--{name.replace('_', '-')}", text

@@ -49,7 +49,7 @@ def verdict(run: DryRun) -> list[str]:
         lines.append(f"best half and half: {run.half}")
         lines.append(f"the joint choice trains {gain:.2f} times as many tokens a second")
     paces = ", ".join(f"{bound}: {pace:,.0f}" for bound, pace in run.by_staleness.items())
-    lines.append(f"trained tokens/s by versions of staleness: {paces}")
+    lines += [f"trained tokens/s by versions of staleness: {paces}", *run.notes]
     lines += [
         f"{row.part.program.name} was not compiled: {row.error}" for row in run.rows if row.error
     ]

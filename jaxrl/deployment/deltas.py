@@ -1,6 +1,7 @@
 """The device halves of publishing and of receiving weights, as programs of a division."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,14 @@ from kernels.sparse_delta import forecast
 from kernels.sparse_delta.backends import Backend
 from sharding import Cluster, Plan, leaf_path
 from sharding.compiled.compile_check import abstract_mesh
+from sharding.compiled.footprint import footprint
 
 
 def encoding(update: Part, machine: Cluster) -> Part:
     """Finding what an update changed, on the shards of the learner's parameters.
+
+    Its resident bytes are those that stay while it is coded and sent, beside the next updates: two
+    versions, and what was found.
 
     Args:
       update: the learner's program.
@@ -33,7 +38,6 @@ def encoding(update: Part, machine: Cluster) -> Part:
 
     specs = {leaf_path(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(lies)}
     records = jax.eval_shape(delta, weights, weights)
-    size = 2 * _shard_bytes(weights, lies) + _bytes(records) / math.prod(update.plan.mesh.values())
     plan = Plan(
         mesh=update.plan.mesh,
         inputs={f"{i}/{path}": spec for i in (0, 1) for path, spec in specs.items()},
@@ -42,13 +46,21 @@ def encoding(update: Part, machine: Cluster) -> Part:
         program="delta encode", cluster=machine.name,
         step=delta, args=(weights, weights), where=machine,
     )  # fmt: skip
-    return _part("delta encode", "learner", plan, size, _shard_bytes(weights, lies), machine)
+    version = _shard_bytes(weights, lies)
+    found = _bytes(records) / math.prod(update.plan.mesh.values())
+    mesh = abstract_mesh(plan.mesh, machine)
+    held = footprint(delta, (weights, weights), plan.execution(mesh), machine).peak
+    return _part(
+        "delta encode", "learner", plan, version, memory=held.total, resident=2 * version + found
+    )
 
 
-def applying(prefill: Part, machine: Cluster, *, density: float) -> Part | None:
+def applying(prefill: Part, machine: Cluster, *, density: float) -> list[Part]:
     """Building the next weights beside those that serve, on the shards of an actor's policy.
 
-    None where all of them are so small that they go by the host.
+    Leaf by leaf, as `kernels.sparse_delta.apply` does: one program for those that are alike, which
+    is called once for each of them. Its resident bytes are the two versions of its leaf. Leaves
+    that no kernel takes go by the host and are in none.
 
     Args:
       prefill: the actor's program that reads the policy where it lies.
@@ -57,33 +69,60 @@ def applying(prefill: Part, machine: Cluster, *, density: float) -> Part | None:
     """
     weights = prefill.program.args[0]
     lies = _shardings(weights, prefill.plan, machine, "0")
-    step, args = forecast.applying(weights, lies, density=density, backend=_backend(machine))
-    if not args[0]:
-        return None
-    devices = math.prod(prefill.plan.mesh.values())
-    row = PartitionSpec(forecast.DEVICE_AXIS)
-    found = jax.eval_shape(step, *args)
-    plan = Plan(
-        mesh={forecast.DEVICE_AXIS: devices},
-        inputs=_everywhere(args, row),
-        outputs=_everywhere(found, row),
-        program="delta apply", cluster=machine.name,
-        step=step, args=args, where=machine,
-    )  # fmt: skip
-    size = (_bytes(args) + _bytes(found)) / devices
-    return _part("delta apply", "actor", plan, size, _shard_bytes(weights, lies), machine)
+    row, devices = PartitionSpec(forecast.DEVICE_AXIS), math.prod(prefill.plan.mesh.values())
+    found = []
+    for one in forecast.applying(weights, lies, density=density, backend=_backend(machine)):
+        rebuilt = jax.eval_shape(one.run, *one.args)
+        plan = Plan(
+            mesh={forecast.DEVICE_AXIS: devices},
+            inputs=_everywhere(one.args, row),
+            outputs=_everywhere(rebuilt, row),
+            program="delta apply", cluster=machine.name,
+            step=one.run, args=one.args, where=machine,
+        )  # fmt: skip
+        # A variable's array is its "value".
+        leaves = ", ".join(leaf.removesuffix("/value").split("/")[-1] for leaf in one.leaves)
+        version = float(one.shard_bytes)
+        found.append(
+            _part(
+                f"delta apply {leaves}", "actor", plan, version,
+                # The kernels change a copy of the old weights where it lies.
+                memory=(_bytes(one.args) + _bytes(rebuilt)) / devices,
+                resident=2 * version, calls=len(one.leaves),
+            )
+        )  # fmt: skip
+    return found
 
 
-def _part(name: str, side: Side, plan: Plan, size: float, weights: float, machine: Cluster) -> Part:
-    """`size` is of everything, `weights` of one version of the weights; bytes of a device."""
+def by_host(prefill: Part, machine: Cluster, applied: Sequence[Part]) -> float:
+    """Bytes of a device's policy that the programs of `applying` leave to the host."""
+    weights = prefill.program.args[0]
+    whole = _shard_bytes(weights, _shardings(weights, prefill.plan, machine, "0"))
+    return whole - sum(part.resident_bytes / 2 * part.program.calls for part in applied)
+
+
+def _part(
+    name: str,
+    side: Side,
+    plan: Plan,
+    version: float,
+    *,
+    memory: float,
+    resident: float,
+    calls: int = 1,
+) -> Part:
+    """`version` is of what it reads, in bytes of a device."""
     assert plan.step is not None
     assert plan.args is not None
+    assert plan.where is not None
     return Part(
-        program=Program(name=name, side=side, step=plan.step, args=plan.args, parameters=name),
+        program=Program(
+            name=name, side=side, step=plan.step, args=plan.args, parameters=name, calls=calls
+        ),
         plan=plan,
-        step_s=DEVICE_TRAFFIC * weights / machine.chip.hbm_bytes_per_s,
-        memory_bytes=size,
-        resident_bytes=weights,
+        step_s=DEVICE_TRAFFIC * version / plan.where.chip.hbm_bytes_per_s,
+        memory_bytes=memory,
+        resident_bytes=resident,
     )
 
 
@@ -101,6 +140,7 @@ def _everywhere(tree: Any, spec: PartitionSpec) -> dict[str, PartitionSpec]:
 
 
 def _shard_bytes(weights: Any, lies: Any) -> float:
+    """Of a device, of a tree of shapes that lies by a tree of shardings."""
     return math.fsum(
         float(math.prod(own.shard_shape(x.shape))) * x.dtype.itemsize
         for own, x in zip(jax.tree.leaves(lies), jax.tree.leaves(weights), strict=True)

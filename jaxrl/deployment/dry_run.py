@@ -6,7 +6,7 @@ Each program is compiled in a process of its own by `Plan.check`; that needs the
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from sharding.compiled.compile_check import Report
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # divisions that are compiled, should the first not fit
+_WORTH_SAYING = 0.05  # share of the weights
+# Products that XLA:TPU takes apart to move shards meanwhile ("windowed einsum") are loops; between
+# them and the attention kernel it looks for layouts for tens of minutes. They are left whole in
+# what is compiled: collectives count the same, their time is not the compiler's to say.
+_WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,12 @@ class Row:
         """What the fullest device lacks; negative where there is room."""
         return self.needed_bytes - self.machine.memory_bytes
 
+    @property
+    def options(self) -> Mapping[str, str] | None:
+        """Of the compiler; None: its own defaults."""
+        trains = self.part.program.name == "update"
+        return _WHOLE_PRODUCTS if trains and self.machine.is_torus else None
+
     def to_json(self) -> dict[str, Any]:
         prediction = self.part.plan.prediction
         report = None
@@ -76,6 +87,7 @@ class Row:
                 "peak_bytes": self.report.peak_bytes,
                 "argument_bytes": self.report.argument_bytes,
                 "compile_s": round(self.report.compile_s, 1),
+                "options": self.options,
                 "collectives": _traffic(self.report.collectives),
             }
         return {
@@ -109,6 +121,7 @@ class DryRun:
         or where nothing fits it.
       by_staleness: trained tokens a second of the best division that is no staler, by staleness.
       rows: the programs.
+      notes: what else is to be said, in sentences.
     """
 
     workload: Workload
@@ -117,6 +130,7 @@ class DryRun:
     half: Division | None
     by_staleness: Mapping[int, float]
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def shortfall_bytes(self) -> float:
@@ -140,6 +154,7 @@ class DryRun:
             "tokens_per_s_by_staleness": {str(k): v for k, v in self.by_staleness.items()},
             "fits": self.fits,
             "shortfall_bytes": round(self.shortfall_bytes),
+            "notes": list(self.notes),
             "programs": [row.to_json() for row in self.rows],
         }, indent=1)  # fmt: skip
 
@@ -192,10 +207,9 @@ def dry_run(
             _log.info("half and half: %s", error)
     tried: list[DryRun] = []
     for division in _different([best, *others])[: _ATTEMPTS if compiling else 1]:
-        rows = [
-            row if compiling is None else compiled(row, compiling, told) for row in _rows(
-                workload, division)
-        ]  # fmt: skip
+        rows, said = _rows(workload, division)
+        if compiling is not None:
+            rows = [compiled(row, compiling, told) for row in rows]
         tried.append(
             DryRun(
                 workload=dataclasses.replace(workload, prompts_per_step=division.prompts_per_step),
@@ -204,6 +218,7 @@ def dry_run(
                 half=half,
                 by_staleness=_by_staleness([best, *others]),
                 rows=tuple(rows),
+                notes=tuple(said),
             )
         )
         if tried[-1].fits:
@@ -229,31 +244,38 @@ def _by_staleness(divisions: Iterable[Division]) -> dict[int, float]:
     return found
 
 
-def _rows(workload: Workload, division: Division) -> Iterator[Row]:
-    """Every program with all its layers, and what else lies beside it."""
+def _rows(workload: Workload, division: Division) -> tuple[list[Row], list[str]]:
+    """Every program with all its layers, and what else lies beside it; what is to be said."""
     update, *generation = division.parts
     learner, actor = division.learner, division.actor
     encode = deltas.encoding(update, learner)
-    # The weights that were published last wait for the next ones, to be compared with.
-    yield Row(part=update, machine=learner, others_bytes=encode.resident_bytes)
+    # Versions are coded and sent beside the updates.
+    rows = [Row(part=update, machine=learner, others_bytes=encode.resident_bytes)]
     generation = [
         full_decode(part, actor) if part.program.name == "decode" else part for part in generation
     ]
     held = resident_bytes(generation)
     for part in generation:
         beside = sum(n for key, n in held.items() if key != part.program.parameters)
-        yield Row(part=part, machine=actor, others_bytes=beside)
-    yield Row(part=encode, machine=learner, others_bytes=update.resident_bytes)
+        rows.append(Row(part=part, machine=actor, others_bytes=beside))
+    rows.append(Row(part=encode, machine=learner, others_bytes=update.resident_bytes))
     prefill, decode = (
         next(p for p in generation if p.program.name == name) for name in ("prefill", "decode")
     )
-    # New weights are built while a batch is written; the old ones are the program's arguments.
-    beside = decode.memory_bytes + sum(
-        n for key, n in held.items() if key not in ("policy", "next policy")
-    )
-    apply = deltas.applying(prefill, actor, density=workload.density)
-    if apply is not None:
-        yield Row(part=apply, machine=actor, others_bytes=beside)
+    applied = deltas.applying(prefill, actor, density=workload.density)
+    # New weights are built while a batch is written; those of one leaf are the program's own.
+    beside = decode.memory_bytes + sum(held.values())
+    rows += [
+        Row(part=part, machine=actor, others_bytes=beside - part.resident_bytes) for part in applied
+    ]
+    hosted, policy = deltas.by_host(prefill, actor, applied), held["policy"]
+    said = []
+    if hosted > _WORTH_SAYING * policy:
+        said.append(
+            f"of a delta {hosted / 1e9:.1f} of {policy / 1e9:.1f} GB a device are rebuilt by the "
+            "hosts: no kernel takes shards of 2^31 elements and more"
+        )
+    return rows, said
 
 
 def compiled(row: Row, compiling: Compiling, told: Callable[[str], None]) -> Row:
@@ -262,7 +284,7 @@ def compiled(row: Row, compiling: Compiling, told: Callable[[str], None]) -> Row
     try:
         report = row.part.plan.check(
             donate=row.part.program.donate, timeout_s=compiling.timeout_s,
-            answers=compiling.answers,
+            answers=compiling.answers, options=row.options,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
         return dataclasses.replace(row, error=str(error))

@@ -50,12 +50,10 @@ def planned(
       sharding.DoesNotFit: nothing fits.
       ValueError: nothing keeps to what is pinned.
     """
-    # To whom only sees shapes heads that are kept apart may look like experts.
-    pins = {} if program.experts else {"expert": 1}
     plan = sharding.plan(
         program.step, program.args, cluster=cluster, state=program.state, data=program.data,
         donate=program.donate,
-        constraints=Constraints(pinned=pins | dict(pinned or {}), memory_fraction=memory),
+        constraints=Constraints(pinned=dict(pinned or {}), memory_fraction=memory),
     )  # fmt: skip
     assert plan.prediction is not None
     return Part(

@@ -39,7 +39,6 @@ class Program:
       donate: positions of arguments whose memory the results take.
       parameters: key of the parameters that the first argument holds: programs of one side with
         the same key share them, and their sharding.
-      experts: whether the model is a mixture of experts.
       on_device: its calls are a loop on the device: the host starts only the first.
       state: positions of arguments that are parameters or carried on.
       data: positions of arguments whose leading axis is the batch.
@@ -52,7 +51,6 @@ class Program:
     calls: int = 1
     donate: tuple[int, ...] = ()
     parameters: str = "policy"
-    experts: bool = False
     on_device: bool = False
     state: tuple[int, ...] | None = field(default=None)
     data: tuple[int, ...] | None = field(default=None)
@@ -80,7 +78,6 @@ def learner_programs(workload: Workload) -> list[Program]:
         Program(
             name="update", side="learner", step=_named("update", learner.step),
             args=(state, rollouts), donate=(0,), parameters="state",
-            experts=bool(config.experts),
         )
     ]  # fmt: skip
 
@@ -94,7 +91,7 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     """
     config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
     graphdef, params = _split(partial(Decoder, config), dtype=jnp.bfloat16)
-    batch, moe = _prompts(workload, prompts), bool(config.experts)
+    batch = _prompts(workload, prompts)
 
     def prefill(params, prompts):
         model = nnx.merge(graphdef, params)
@@ -122,13 +119,13 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     one, step = _shape((prompts, g), jnp.int32), _shape((), jnp.int32)
     programs = [
         Program(name="prefill", side="actor", step=prefill, args=(params, batch),
-                experts=moe, state=(0,), data=(1,)),
+                state=(0,), data=(1,)),
         Program(name="decode", side="actor", step=decode, args=(ends, layers, cache, one, step),
-                calls=t, donate=(2,), parameters=GENERATION, experts=moe, on_device=True,
+                calls=t, donate=(2,), parameters=GENERATION, on_device=True,
                 state=(0, 1), data=(2, 3)),
         Program(name="reference", side="actor", step=reference,
                 args=(params, _prompts(workload, scored), tokens, mask), calls=calls,
-                parameters="reference", experts=moe, state=(0,), data=(1, 2, 3)),
+                parameters="reference", state=(0,), data=(1, 2, 3)),
     ]  # fmt: skip
     for name, trunk in (("reward", workload.reward_model), ("cost", workload.cost_model)):
         if trunk is not None:
@@ -147,7 +144,7 @@ def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls
     ids = _shape((rows, workload.prompt_len + workload.completion_len), jnp.int32)
     return Program(
         name=name, side="actor", step=_named(name, score), args=(params, ids, ids), calls=calls,
-        parameters=name, experts=bool(trunk.experts),
+        parameters=name,
         state=(0,), data=(1, 2),
     )  # fmt: skip
 

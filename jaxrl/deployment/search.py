@@ -138,8 +138,8 @@ class Planner:
         if key not in self._learners:
             workload = dataclasses.replace(self.workload, prompts_per_step=batch)
             (program,) = learner_programs(workload)
-            # The weights that were published last wait there, to be compared with.
-            published = 2 * workload.policy.num_params / cluster.device_count
+            # Two versions in bf16 lie there while one is coded, beside the next updates.
+            published = 4 * workload.policy.num_params / cluster.device_count
             memory = USABLE - published / cluster.memory_bytes
             self._learners[key] = _or_error(lambda: planned(program, cluster, memory=memory))
         return _or_raise(self._learners[key])

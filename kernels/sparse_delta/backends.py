@@ -37,9 +37,10 @@ def device_backend(device: Any) -> Backend | None:
     return None if kernels == "reference" else kernels
 
 
-def is_small(shard: tuple[int, ...]) -> bool:
-    """Whether a shard of this shape goes by the host."""
-    return not shard or math.prod(shard) < _LEAST_ELEMENTS
+def takes(shard: tuple[int, ...], grid: TileGrid) -> bool:
+    """Whether the kernels take a shard of this shape; others go by the host."""
+    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE
+    return handy and bool(shard) and _LEAST_ELEMENTS <= math.prod(shard) < _MOST_ELEMENTS
 
 
 def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | None:
@@ -57,8 +58,7 @@ def backend_of(leaf: Leaf, grid: TileGrid, wanted: Backend | None) -> Backend | 
     platform = next(iter(sharding.device_set)).platform
     shard = sharding.shard_shape(leaf.shape)
     in_its_memory = sharding.memory_kind in (None, "device") or platform == "cpu"
-    handy = grid.tile[0] * grid.tile[1] <= _LARGEST_TILE and math.prod(shard) < _MOST_ELEMENTS
-    if is_small(shard) or not in_its_memory or not handy:
+    if not in_its_memory or not takes(shard, grid):
         return None
     return wanted or device_backend(next(iter(sharding.device_set)))
 

@@ -1,11 +1,12 @@
-"""What `apply` asks of devices, as one program of shapes: for compilers and planners.
+"""What `apply` asks of devices, as programs of shapes: for compilers and planners.
 
-`resident` runs these functions leaf by leaf, with what it read in a payload. Here all leaves are
-one program, and every tile of them changes by as much as a density says.
+`resident` runs these functions leaf by leaf, with what it read in a payload; here every tile of a
+leaf changes by as much as a density says.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from kernels.sparse_delta import expand, locate
-from kernels.sparse_delta.backends import Backend, is_small
+from kernels.sparse_delta.backends import Backend, takes
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import SUBBLOCK, Slots, subblocks_of
 from kernels.sparse_delta.tiles import TileGrid, box_view, choose_grid
@@ -24,9 +25,30 @@ DEVICE_AXIS = expand.AXIS
 """Of the mesh on which stacks of shards lie."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeafProgram:
+    """The device half of `apply` for leaves that are alike, one at a time.
+
+    The leading axis of every array that it takes or gives is divided over a mesh of all devices in
+    a row, whose axis is `DEVICE_AXIS`.
+
+    Attributes:
+      leaves: names of those that have this shape and sharding.
+      run: the function; gives class counts, new weights and their digest sums.
+      args: its arguments as shapes: the old weights as a stack of shards, what changes in them,
+        where the shards begin.
+      shard_bytes: of one version of one leaf, on one device.
+    """
+
+    leaves: tuple[str, ...]
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    shard_bytes: int
+
+
 def applying(
     weights: Any, shardings: Any, *, density: float, backend: Backend
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> list[LeafProgram]:
     """The device half of `apply`, which keeps the old weights beside the new ones.
 
     Args:
@@ -36,41 +58,52 @@ def applying(
       backend: which kernels.
 
     Returns:
-      The function and its arguments as shapes: the old weights of each leaf that does not go by
-      the host, as a stack of shards; what changes in them; where the shards begin. It gives class
-      counts, new weights and their digest sums. The leading axis of every array that it takes or
-      gives is divided over a mesh of all devices in a row, whose axis is `DEVICE_AXIS`.
+      Programs that differ, that of the largest shards first. Leaves that no kernel takes
+      (`backends.takes`) go by the host and are in none.
     """
     placed = jax.tree.leaves(shardings)
     devices, kind = placed[0].num_devices, placed[0].mesh.abstract_mesh.abstract_device
     mesh = AbstractMesh((devices,), (DEVICE_AXIS,), abstract_device=kind)
-
-    def stacked(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((devices * shape[0], *shape[1:]), dtype)
-
-    olds, changes, grids = {}, {}, {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for leaf in named_leaves(weights, role="weights")[0]:
         shard = placed[leaf.place].shard_shape(leaf.shape)
-        if is_small(shard):
-            continue
-        grid = choose_grid(leaf.shape, (shard,))
-        wide = element_format(leaf.dtype).width_bits == 32
-        own = _slots(grid, shard, density, wide=wide)
-        grids[leaf.name], olds[leaf.name] = grid, stacked(shard, leaf.dtype)
-        changes[leaf.name] = jax.tree.map(lambda x: stacked(x.shape, x.dtype), own)
-    origins = stacked((1, 2), jnp.uint32)
+        if takes(shard, choose_grid(leaf.shape, (shard,))):
+            alike.setdefault((leaf.shape, shard, leaf.dtype), []).append(leaf.name)
+    found = [
+        _program(tuple(names), *key, density=density, backend=backend, mesh=mesh)
+        for key, names in alike.items()
+    ]
+    return sorted(found, key=lambda program: -program.shard_bytes)
+
+
+def _program(
+    leaves: tuple[str, ...],
+    shape: tuple[int, ...],
+    shard: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    density: float,
+    backend: Backend,
+    mesh: AbstractMesh,
+) -> LeafProgram:
+    def stacked(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((mesh.size * shape[0], *shape[1:]), dtype)
+
+    grid = choose_grid(shape, (shard,))
+    slots = _slots(grid, shard, density, wide=element_format(dtype).width_bits == 32)
+    changes = jax.tree.map(lambda x: stacked(x.shape, x.dtype), slots)
     thresholds = np.zeros(len(locate.LONE), np.int32)
 
-    def apply(olds: Any, changes: Any, origins: Any) -> Any:
-        return {
-            name: expand.rebuilt(
-                old, expand.Edits(((changes[name], thresholds),), ()), origins,
-                mesh=mesh, grid=grids[name], backend=backend,
-            )
-            for name, old in olds.items()
-        }  # fmt: skip
+    def apply(old: Any, changes: Any, origins: Any) -> Any:
+        edits = expand.Edits(((changes, thresholds),), ())
+        return expand.rebuilt(old, edits, origins, mesh=mesh, grid=grid, backend=backend)
 
-    return apply, (olds, changes, origins)
+    return LeafProgram(
+        leaves=leaves,
+        run=apply,
+        args=(stacked(shard, dtype), changes, stacked((1, 2), jnp.uint32)),
+        shard_bytes=math.prod(shard) * dtype.itemsize,
+    )
 
 
 def _slots(grid: TileGrid, shard: tuple[int, ...], density: float, *, wide: bool) -> Slots:

@@ -33,6 +33,10 @@ from sharding.machines.torus import device_grid
 from sharding.tracing.dims import product
 
 _PLATFORMS = {"torus": "tpu", "switch": "cuda"}
+# Of operations in the source, in a module's text.
+_PLACES = re.compile(
+    r'^#loc.*\n?|\s*loc\((?:#loc\d*|unknown|"[^"]*"(?:\(#loc\d*\))?)\)', re.MULTILINE
+)
 # Chips that share a host, by torus dimension, unless the compiler is told otherwise.
 _HOST = (2, 2, 1)
 # Chips whose two cores the compiler takes for two devices unless it is told otherwise.
@@ -124,6 +128,7 @@ def check(
     predicted_collectives: Mapping[str, Traffic] | None = None,
     timeout_s: float = 1200.0,
     answers: Path | None = None,
+    options: Mapping[str, str] | None = None,
     **roles: Any,
 ) -> Report:
     """Compiles a planned step for a cluster.
@@ -141,6 +146,7 @@ def check(
       answers: folder in which the compiler's answers are kept, each under the digest of what it
         was asked: the program, the devices and the compiler's version. A program that is there
         is not compiled again.
+      options: of the compiler, by name; its own defaults where None.
       roles: `state` and `data` of `sharding.plan`.
 
     Raises:
@@ -158,6 +164,8 @@ def check(
         "topology": _topology(cluster, platform),
         "donated": donated,
     }
+    if options:
+        request["options"] = dict(options)
     kept = None
     if answers is not None:
         asked = json.dumps([text, request, _compiler(platform)], sort_keys=True)
@@ -247,7 +255,7 @@ def _lower(
         exported = jax.export.export(jitted, platforms=[platform])(*leaves)
     ends = np.cumsum([0, *(len(jax.tree.leaves(a)) for a in shapes)]).tolist()
     donated = [i for arg in donate for i in range(ends[arg], ends[arg + 1])]
-    return bytes(exported.serialize()), exported.mlir_module(), donated
+    return bytes(exported.serialize()), _PLACES.sub("", exported.mlir_module()), donated
 
 
 def _environment(platform: str, devices: int) -> dict[str, str]:
@@ -314,7 +322,7 @@ def _compile(folder: Path) -> dict[str, Any]:
     out = tuple(s or NamedSharding(mesh, PartitionSpec()) for s in exported.out_shardings_jax(mesh))
     jitted = jax.jit(exported.call, out_shardings=out, donate_argnums=tuple(request["donated"]))
     began = time.perf_counter()
-    compiled = jitted.lower(*shapes).compile()
+    compiled = jitted.lower(*shapes).compile(compiler_options=request.get("options"))
     took = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text()

@@ -199,9 +199,9 @@ def test_nothing_fits_says_by_how_much():
 def test_a_dry_run_without_compilers():
     run = dry_run(WORKLOAD, Cluster.from_name("h100:2x8"))
     names = [row.part.program.name for row in run.rows]
-    assert names == [
-        "update", "prefill", "decode", "reference", "reward", "delta encode", "delta apply",
-    ]  # fmt: skip
+    assert names[:6] == ["update", "prefill", "decode", "reference", "reward", "delta encode"]
+    assert len(names) > 6
+    assert all(name.startswith("delta apply ") for name in names[6:])
     assert run.fits
     assert not run.compiled
     assert run.half is not None
