@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -156,7 +157,7 @@ def compiler(monkeypatch):
     return asked, says
 
 
-SMALLEST = {"model": "own", "reward_model": "", "cost_model": "", "prompts": (1,),
+SMALLEST: dict[str, Any] = {"model": "own", "reward_model": "", "cost_model": "", "prompts": (1,),
             "prompt_len": 8, "completion_len": 8}  # fmt: skip
 
 
