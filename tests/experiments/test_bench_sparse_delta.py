@@ -1,9 +1,9 @@
 """The bench's limits are entropies, its peers are lossless and its pairs are what they say."""
 
+import itertools
 import json
 import math
 import shutil
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import bench_sparse_delta, harness
-from experiments.delta_bench import cold, device, loops, synthetic, tables, traffic
+from experiments.delta_bench import cold, device, loops, measure, synthetic, tables, traffic
 from experiments.delta_bench.codec import Codec, RoundTripError
 from experiments.delta_bench.limits import entropy_bits, limits, order, outward_steps
 from experiments.delta_bench.measure import FLOOR, Size, floor, speeds
@@ -239,21 +239,36 @@ def test_a_pair_needs_equal_shapes():
 # Measurements
 
 
-def test_ratios_are_taken_to_the_baseline_within_rounds():
-    def sleeping(name, seconds):
+def test_ratios_are_taken_to_the_baseline_within_rounds(monkeypatch):
+    wall, cpu = [0.0], [0.0]
+    rounds = itertools.cycle([1.0] * 4 + [10.0] * 4)
+    slowdown = itertools.chain([1.0] * 2, rounds)  # both encode before the rounds begin
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(measure.time, "process_time", lambda: cpu[0])
+
+    def working(name, seconds):
+        """On half a core, of a machine that is ten times slower in every second round."""
+
+        def work(share):
+            took = seconds * share * next(slowdown)
+            wall[0] += took
+            cpu[0] += took / 2
+
         return Codec(
             name=name,
-            encode=lambda o, n, t: time.sleep(seconds) or b"",
-            apply=lambda o, p, t: time.sleep(seconds / 2),
+            encode=lambda o, n, t: work(1.0) or b"",
+            apply=lambda o, p, t: work(0.5),
         )
 
     pair = changed_pair(6, [(1000,)], 0.1)
-    contestants = [sleeping("slow", 0.09), sleeping("fast", 0.03)]
-    found = speeds(contestants, pair, baseline="slow", rounds=3, threads=1)
+    contestants = [working("slow", 0.09), working("fast", 0.03)]
+    found = speeds(contestants, pair, baseline="slow", rounds=4, threads=1)
     assert found["slow"].encode_times == found["slow"].apply_times == 1
-    assert found["fast"].encode_times == pytest.approx(3, rel=0.25)
-    assert found["fast"].encode == pytest.approx(2000 / 0.03 / 1e9, rel=0.25)
-    assert found["fast"].encode_cores < 0.5
+    assert found["fast"].encode_times == pytest.approx(3)
+    assert found["fast"].apply_times == pytest.approx(3)
+    # The median of two rounds of .03 s and two of .3 s.
+    assert found["fast"].encode == pytest.approx(2000 / 0.165 / 1e9)
+    assert found["fast"].encode_cores == pytest.approx(0.5)
 
 
 def test_the_floor_copies():

@@ -26,8 +26,6 @@ def test_every_contestant_is_measured_on_every_link(folder):
         for m in found.values():
             assert m["total_s"] >= m["fetch_s"] > 0
             assert m["pause_s"] >= 0
-        # The pause is an exchange of references, not a matter of the model's size.
-        assert found["ours"]["pause_s"] < found["ours"]["apply_s"] / 10
     emulated = summary["links"]["10gbit,1ms"]
     for m in emulated.values():
         model = cost_model.seconds(

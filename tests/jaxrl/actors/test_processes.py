@@ -39,15 +39,13 @@ def pool(little_actors):
         each.close()
 
 
-def run(pool, make_item, count, *, until=None, rows=(0,)):
-    """Results of `count` items; `until(results)` may act on the way."""
-    for number in range(count):
-        pool.submit(make_item(number, rows=rows))
-    results, end = [], time.monotonic() + 120
-    while len(results) < count and time.monotonic() < end:
+def run(pool, make_item, numbers):
+    """Results of the items of these numbers."""
+    for number in numbers:
+        pool.submit(make_item(number, rows=(0,)))
+    results, end = [], time.monotonic() + 250
+    while len(results) < len(numbers) and time.monotonic() < end:
         results += pool.poll(0.2)
-        if until is not None:
-            until(results)
     return results
 
 
@@ -66,7 +64,7 @@ def test_killed_actors_are_started_again_and_every_item_is_answered_once(
 ):
     actors = pool(2, die_once=str(tmp_path / "died"))
     actors.start(accepted)
-    results = run(actors, make_item, 12)
+    results = run(actors, make_item, range(12))
     assert sorted(result.item for result in results) == list(range(12))
     for result in results:
         np.testing.assert_array_equal(result.rollouts.tokens, np.full((1, 1, 2), result.item))
@@ -82,7 +80,7 @@ def test_an_item_that_ends_every_actor_is_refused_and_the_reason_arrives(pool, m
     actors.start(accepted)
     actors.submit(make_item(0, rows=(13,)))
     actors.submit(make_item(1, rows=(0,)))
-    results, end = [], time.monotonic() + 120
+    results, end = [], time.monotonic() + 250
     while len(results) < 2 and time.monotonic() < end:
         results += actors.poll(0.2)
     assert [result.refusal and result.refusal.reason for result in results] == ["fatal", None]
@@ -97,7 +95,7 @@ def test_a_factory_that_cannot_build_ends_the_run_with_its_reason(make_item):
     ) as actors:
         actors.start(accepted)
         with pytest.raises(NoActorsLeft, match=r"ended before it connected .*exit status 1"):
-            poll_for(actors, 120)
+            poll_for(actors, 250)
 
 
 def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, little_actors, caplog):
@@ -115,21 +113,15 @@ def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, littl
         cwd=ROOT,
         env=os.environ | {"JAXRL_SECRET": actors.secret, "PYTHONPATH": str(little_actors)},
     )  # fmt: skip
-    cut = []
-
-    def once_cut(results):
-        if len(results) == 2 and not cut:
-            cut.append(True)
-            for actor in list(actors._alive.values()):  # as if the network were cut
-                actor._connection.close()
-
-    results = run(actors, make_item, 6, until=once_cut)
+    results = run(actors, make_item, range(2))
+    (actor,) = actors._alive.values()
+    actor._connection.close()  # as if the network were cut
+    results += run(actors, make_item, range(2, 6))
     assert sorted(result.item for result in results) == list(range(6))
     assert {result.actor for result in results} == {"guest"}
-    assert cut
     assert actors.statistics["guest"].restarts == 1
     actors.close()
-    assert joined.wait(30) == 0  # it was told that all is done
+    assert joined.wait(200) == 0  # it was told that all is done
     assert "turned away" in caplog.text
 
 
@@ -171,7 +163,7 @@ time.sleep(600)
     os.kill(actor, 0)  # it lives
     learner.send_signal(signal.SIGKILL)
     learner.wait()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 200
     while time.monotonic() < end and Path(f"/proc/{actor}").exists():
         time.sleep(0.1)
     assert not Path(f"/proc/{actor}").exists()

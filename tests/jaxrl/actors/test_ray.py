@@ -39,15 +39,15 @@ def test_ray_restarts_what_dies_and_every_item_is_answered_once(
         1, build, options=options(little_actors), config=PoolConfig(backoff_s=0.0, max_failures=2)
     ) as actors:
         actors.start(lambda result: None)
-        for number in range(12):
-            actors.submit(make_item(number, rows=(13 if number == 7 else 0,)))
-        results, killed, end = [], None, time.monotonic() + 120
-        while len(results) < 12 and time.monotonic() < end:
-            results += actors.poll(0.2)
-            if killed is None and len(results) >= 4:
-                killed = results[0].version  # little actors tell their process so
+        results, end = [], time.monotonic() + 250
+        for last, numbers in ((4, range(5)), (12, range(5, 12))):
+            for number in numbers:
+                actors.submit(make_item(number, rows=(13 if number == 7 else 0,)))
+            while len(results) < last and time.monotonic() < end:
+                results += actors.poll(0.2)
+            if last == 4:
                 handle = actors._hosts[results[0].actor]
-                os.kill(killed, signal.SIGKILL)
+                os.kill(results[0].version, signal.SIGKILL)  # little actors tell their process so
         assert actors._hosts[results[0].actor] is handle  # the same to Ray, in a new process
     assert sorted(result.item for result in results) == list(range(12))
     refused = {r.item: r.refusal.reason for r in results if r.refusal is not None}

@@ -309,22 +309,20 @@ def test_the_language_is_small():
 
 
 def test_evaluators_are_fast():
+    """Of function calls, Python's and C's: 35 an answer, of which 64 then take half a millisecond."""
     # In a process of its own: here every call pays for the type checks of the tests.
     script = """
-import time
+import cProfile, pstats
 from jaxrl.data import make_world
 world = make_world(0)
-pairs = world.sft_pairs(4)
-times = []
-for start in range(0, 1536, 64):
-    prompts, answers = zip(*pairs[start : start + 64])
-    began = time.perf_counter()
+prompts, answers = zip(*world.sft_pairs(4)[:1536])
+world.reward(prompts[:64], answers[:64]), world.cost(prompts[:64], answers[:64])
+with cProfile.Profile() as seen:
     world.reward(prompts, answers)
     world.cost(prompts, answers)
-    times.append(time.perf_counter() - began)
-print(min(times))
+print(pstats.Stats(seen).total_calls / len(answers))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=True
     )
-    assert float(done.stdout) < 0.002
+    assert float(done.stdout) < 100

@@ -250,7 +250,7 @@ def test_a_learner_and_an_actor_of_two_processes(tmp_path):
         )
         for process, output in enumerate(outputs)
     ]
-    end = time.monotonic() + 120
+    end = time.monotonic() + 270
     while time.monotonic() < end and any(process.poll() is None for process in started):
         if any(process.poll() for process in started):
             break  # one that failed leaves the other waiting for it

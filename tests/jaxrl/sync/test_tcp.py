@@ -71,7 +71,7 @@ def test_senders_wait_while_the_store_is_slow(secret):
             with self.count:
                 self.inside += 1
                 self.most = max(self.most, self.inside)
-            self.gate.wait(10)
+            self.gate.wait(200)
             super().put(key, data)
             with self.count:
                 self.inside -= 1
@@ -92,7 +92,7 @@ def test_senders_wait_while_the_store_is_slow(secret):
         assert sum(thread.is_alive() for thread in threads) == 6
         slow.gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(200)
         assert slow.keys("") == [f"k{n}" for n in range(6)]
         assert slow.most == 2
         for client in clients:
@@ -129,7 +129,7 @@ def test_closing_the_server_ends_idle_connections(secret):
         client.put("a", b"")
         started = time.monotonic()
         server.close()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # a client may stall for 60 s within a request
         with pytest.raises(sync.StoreError, match="no answer"):
             client.get("a")
 
@@ -220,7 +220,7 @@ def test_an_actor_with_another_secret_is_told_at_once(secret, like):
 
 
 def _soon(condition) -> bool:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 200
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()

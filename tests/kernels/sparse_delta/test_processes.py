@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
         )
         for process, output in enumerate(outputs)
     ]
-    end = time.monotonic() + 120
+    end = time.monotonic() + 270
     # One that failed leaves the other waiting for it, so neither is waited for alone.
     while time.monotonic() < end and any(process.poll() is None for process in started):
         if any(process.poll() for process in started):
