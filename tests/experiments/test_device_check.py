@@ -59,14 +59,24 @@ def test_without_room_everything_is_skipped_and_says_so(tmp_path):
     assert all("no room: 5 s" in row["summary"] for row in rows)
 
 
-def child(script):
-    """Stands in for the command of one check: a script that gets the check's name and `--out`."""
+class Child(subprocess.Popen):
+    """Stands in for the command of one check: a script that gets the check's name and `--out`.
 
-    def popen(command, **options):
-        name, out = command[command.index("--child") + 1], command[command.index("--out") + 1]
-        return subprocess.Popen([sys.executable, "-c", script, name, out], **options)
+    However long it runs, the clock shows the beginning; who waits in vain waits to the end.
+    """
 
-    return popen
+    script, now = "", 0.0
+
+    def __init__(self, command, **options):
+        self.name = command[command.index("--child") + 1]
+        out = command[command.index("--out") + 1]
+        super().__init__([sys.executable, "-c", self.script, self.name, out], **options)
+
+    def wait(self, timeout=None):
+        if timeout is not None and self.name == "generation":
+            Child.now += timeout
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return super().wait()
 
 
 def test_one_that_crashes_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -81,20 +91,22 @@ if name == "attention":
 if name == "step":
     row = {"passed": True, "summary": "fine", "numbers": {}, "problems": []}
 if name == "generation":
-    time.sleep(60)
+    time.sleep(600)
 device = {"device": "X1", "count": 4, "versions": {"jax": "0"}}
 open(out, "w").write(json.dumps({"row": row, "device": device}))
 """
 
     class Popen:
-        Popen = staticmethod(child(script))
+        Popen = Child
         DEVNULL = subprocess.DEVNULL
         TimeoutExpired = subprocess.TimeoutExpired
 
     monkeypatch.setattr(program, "subprocess", Popen)
-    monkeypatch.setattr(program, "LEAST_S", 0.5)
+    monkeypatch.setattr(Child, "script", script)
+    monkeypatch.setattr(Child, "now", 0.0)
+    monkeypatch.setattr(program.time, "monotonic", lambda: Child.now)
     out = tmp_path / "device.json"
-    assert program.main(["--budget", "8", "--out", str(out)]) == 1
+    assert program.main(["--budget", "80", "--out", str(out)]) == 1
     written = json.loads(out.read_text())
     assert (written["device"], written["passed"]) == ("X1", False)
     rows = written["checks"]

@@ -26,7 +26,7 @@ def test_every_flag_has_a_help_text(program):
         [sys.executable, "-m", program, "--help"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "100", "JAX_PLATFORMS": "cpu"},
         check=False,

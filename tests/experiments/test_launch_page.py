@@ -97,7 +97,7 @@ def test_the_slurm_script_requeues_what_was_preempted(tmp_path):
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", "-c", script], timeout=60, check=False,
+        ["bash", "-c", script], timeout=250, check=False,
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "safety"},
     )  # fmt: skip
     assert done.returncode == PREEMPTED

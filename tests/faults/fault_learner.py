@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import resource
 import signal
 import sys
@@ -20,7 +21,7 @@ from jaxrl.sync import FsspecStore, StoreServer  # noqa: E402
 
 def main(
     folder, steps, kill="", marker="", save_every=4, actors=2, address="", store_address="",
-    secret="", disk_bytes=0, **options,
+    secret="", disk_bytes=0, until="", **options,
 ):  # fmt: skip
     """Trains up to `steps`, or until a file called "stop" is there.
 
@@ -55,7 +56,7 @@ def main(
                 staleness=metrics.get("staleness_max"),
             )
             if disk_bytes and done == start + 2:
-                fill_the_disk(disk_bytes, 3.0)
+                fill_the_disk(disk_bytes, 0.5, until)
             if done % save_every == 0:
                 try:
                     loop.save(checkpoints, done, present)
@@ -66,11 +67,25 @@ def main(
     claims.add(finished=done)
 
 
-def fill_the_disk(size, seconds):
-    """For some seconds no file may grow beyond `size` bytes: the system refuses as a full disk."""
+def fill_the_disk(size, seconds, until=""):
+    """For some seconds no file may grow beyond `size` bytes: the system refuses as a full disk.
+
+    They begin when something is logged that the regular expression `until` is found in.
+    """
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard))).start()
+    room = threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard)))
+
+    def listen(record):
+        if re.search(until, record.getMessage()):
+            with contextlib.suppress(RuntimeError):  # it is started once
+                room.start()
+        return True
+
+    if until:
+        logging.getLogger().handlers[0].addFilter(listen)
+    else:
+        room.start()
 
 
 if __name__ == "__main__":

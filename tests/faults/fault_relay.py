@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 
 
 class Cutter:
@@ -44,6 +45,14 @@ class Cutter:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
+
+    def cut_when_there(self, timeout_s=200.0):
+        """Waits for a connection that passes through, and cuts it."""
+        end = time.monotonic() + timeout_s
+        while not self._pairs:
+            assert time.monotonic() < end, "nobody connects"
+            time.sleep(0.01)
+        self.cut()
 
     def cut(self):
         """Ends every connection that passes through, at whatever byte it is."""

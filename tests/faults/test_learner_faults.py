@@ -14,8 +14,15 @@ import pytest
 SECRET = "a secret of the fault tests"
 
 
-def finish(process, timeout=240):
+ENDLESS = 10**6
+
+
+def finish(process, timeout=280):
     return process.communicate(timeout=timeout)[1]
+
+
+def steps_done(folder):
+    return max(done for life in lives(folder) for done, _ in life)
 
 
 def lives(folder):
@@ -51,28 +58,34 @@ def check(folder, steps):
     "places", [["payload", "before manifest", "after manifest"], ["checkpoint", "update"]]
 )
 def test_a_learner_killed_in_a_publish_a_checkpoint_and_an_update(tmp_path, learner, places):
-    options, before = {"folder": str(tmp_path), "steps": 16}, []
+    before, logs = [], []
     for place in places:
-        log = finish(learner(kill=place, **options))
-        assert (tmp_path / f"killed in {place}").exists(), log
+        logs.append(finish(learner(kill=place, folder=str(tmp_path), steps=ENDLESS)))
+        assert (tmp_path / f"killed in {place}").exists(), logs[-1]
         before.append(set(world.used(tmp_path)[1]))
-    log = finish(learner(**options))
-    assert world.Claims(tmp_path / "updates.jsonl").read()[-1] == {"finished": 16}, log
-    assert "the journal has" in log
+    steps = steps_done(tmp_path) + 4
+    logs.append(finish(learner(folder=str(tmp_path), steps=steps)))
+    claims = world.Claims(tmp_path / "updates.jsonl").read()
+    assert claims[-1] == {"finished": steps}, logs[-1]
+    assert any("the journal has" in log for log in logs)
+    refused = {item for claim in claims for item, _ in claim.get("refused", ())}
     starts = [c["start"] for c in world.Claims(tmp_path / "updates.jsonl").read() if "start" in c]
     assert len(starts) == len(places) + 1
-    trained_on, acknowledged = check(tmp_path, 16)
+    trained_on, acknowledged = check(tmp_path, steps)
     for number, victims_had in enumerate(before):
         # Nothing that a victim had acknowledged was asked for again, and all but what waits in
-        # the journal at the end was trained on, once.
+        # the journal at the end was trained on, once, unless it had become too old.
         assert victims_had <= set(acknowledged), number
-        assert len(victims_had - set(trained_on)) <= 4
+        assert len(victims_had - set(trained_on) - refused) <= 4
     assert len(acknowledged) == len(set(acknowledged))
 
 
 def test_an_actor_outlives_its_learner_and_finds_it_again(tmp_path, learner, environment):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # Bound, nobody else is given this port; not listening, it is free for the learners.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{held.getsockname()[1]}"
     config = {"store": str(tmp_path / "store"), "claims": str(tmp_path / "claims.jsonl")}
     actor = subprocess.Popen(
         [
@@ -81,19 +94,21 @@ def test_an_actor_outlives_its_learner_and_finds_it_again(tmp_path, learner, env
         ],
         env=environment | {"JAXRL_SECRET": SECRET}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    options = {"folder": str(tmp_path), "steps": 12, "address": address, "secret": SECRET}
-    first = learner(**options)
-    end = time.monotonic() + 120
+    options = {"folder": str(tmp_path), "address": address, "secret": SECRET}
+    first = learner(steps=ENDLESS, **options)
+    end = time.monotonic() + 250
     while time.monotonic() < end and not any(len(life) >= 6 for life in lives(tmp_path)):
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     finish(first)
-    log = finish(learner(**options))
-    assert world.Claims(tmp_path / "updates.jsonl").read()[-1] == {"finished": 12}, log
-    heard = actor.communicate(timeout=60)[1]
+    steps = steps_done(tmp_path) + 6
+    log = finish(learner(steps=steps, **options))
+    assert world.Claims(tmp_path / "updates.jsonl").read()[-1] == {"finished": steps}, log
+    heard = actor.communicate(timeout=200)[1]
+    held.close()
     assert actor.returncode == 0
     assert "lost its learner and looks for it" in heard
-    check(tmp_path, 12)
+    check(tmp_path, steps)
     claims = world.Claims(tmp_path / "claims.jsonl").read()
     assert {claim["actor"] for claim in claims} == {"survivor"}
 
@@ -108,9 +123,16 @@ def test_an_actor_outlives_its_learner_and_finds_it_again(tmp_path, learner, env
 def test_a_full_disk_stops_nothing_for_good_and_loses_nothing(
     tmp_path, learner, disk_bytes, reason
 ):
-    """For three seconds no file may grow beyond so many bytes; then there is room again."""
+    """No file may grow beyond so many bytes until that is said; then there is room again."""
     log = finish(
-        learner(folder=str(tmp_path), steps=12, save_every=100, disk_bytes=disk_bytes, actors=1)
+        learner(
+            folder=str(tmp_path),
+            steps=12,
+            save_every=100,
+            disk_bytes=disk_bytes,
+            until=reason,
+            actors=1,
+        )
     )
     assert world.Claims(tmp_path / "updates.jsonl").read()[-1] == {"finished": 12}, log
     assert re.search(reason, log)

@@ -134,7 +134,7 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
         with pytest.raises(FolderBusy, match=f"process {holder.pid}"):
             opened(tmp_path)
         holder.send_signal(signal.SIGKILL)
-        holder.wait(timeout=30)
+        holder.wait(timeout=200)
     opened(tmp_path).close()
 
 
@@ -179,7 +179,7 @@ def test_interrupting_says_how_to_go_on(tmp_path):
     assert f"--out {tmp_path} continues" in stream.getvalue()
 
 
-# A run that counts its steps and adds up random numbers, slowly enough to be killed in between.
+# A run that counts its steps, adds up random numbers and waits in between to be killed.
 SLOW_EXPERIMENT = """
     import sys, time
     from dataclasses import dataclass, field
@@ -190,7 +190,7 @@ SLOW_EXPERIMENT = """
     @dataclass(frozen=True, kw_only=True)
     class Config(harness.RunOptions):
         steps: int = 12
-        pause_s: float = field(default=0.0, metadata=harness.COSMETIC)
+        hold_at: int = field(default=0, metadata=harness.COSMETIC)
 
     def experiment(run):
         state = {"key": jax.random.key(run.config.seed), "total": jnp.float32(0)}
@@ -205,7 +205,8 @@ SLOW_EXPERIMENT = """
                 if step % 3 == 0:
                     checkpoints.save(step, state)
                 print(step, flush=True)
-                time.sleep(run.config.pause_s)
+                if step == run.config.hold_at:
+                    time.sleep(600)  # until it is killed
         run.finish({"total": state["total"]}, "done")
 
     harness.main(experiment, "walk", harness.cli(Config))
@@ -221,14 +222,14 @@ def test_killed_and_started_again_gives_the_same_numbers(tmp_path):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
-    with start("whole") as whole, start("killed", "--pause-s", "0.3") as killed:
+    with start("whole") as whole, start("killed", "--hold-at", "8") as killed:
         while killed.stdout.readline() != "8\n":
             assert killed.poll() is None
         killed.send_signal(signal.SIGKILL)
-        whole.communicate(timeout=60)
+        whole.communicate(timeout=250)
     assert not (tmp_path / "killed" / "summary.json").exists()
     with start("killed") as again:
-        shown, _ = again.communicate(timeout=60)
+        shown, _ = again.communicate(timeout=250)
     steps = [int(line) for line in shown.split() if line.isdigit()]
     assert steps in (list(range(7, 13)), list(range(4, 13)))  # step 6 may not have been sealed
     for name in ("summary.json", "table.txt"):

@@ -309,7 +309,7 @@ def test_the_language_is_small():
 
 
 def test_evaluators_are_fast():
-    """Of function calls, Python's and C's: 35 an answer, of which 64 then take half a millisecond."""
+    """35 calls of functions an answer: 64 of them take half a millisecond."""
     # In a process of its own: here every call pays for the type checks of the tests.
     script = """
 import cProfile, pstats

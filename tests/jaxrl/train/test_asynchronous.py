@@ -159,7 +159,7 @@ def test_without_staleness_it_is_the_synchronous_loop_bit_for_bit():
         np.testing.assert_array_equal(a, b)
     assert [row["staleness_max"] for row in rows] == [0.0] * 5
     assert all(0 < row["learner_idle_share"] < 1 for row in rows)
-    assert store.versions == [0, 1, 2, 3, 4]
+    assert store.versions == [0, 1, 2, 3, 4, 5]
     # What a version cost is known when it is complete, which may be one update later.
     assert any("sync_bytes" in row for row in rows)
 
@@ -407,9 +407,11 @@ def test_the_rectified_recipe_learns_from_a_replay_of_everybodys_answers():
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "_next", watched)
-        for _, _, row, refusals in loop.run(started(learner), start=0, steps=10):
+        for done, _, row, refusals in loop.run(started(learner), start=0, steps=500):
             assert refusals == []
             assert np.isfinite(row["loss"])
+            if done >= 10 and drawn[-1].policy_version.max() > 1:
+                break
     # Ten long updates, at each of which a queue of any length would have run dry. Only before the
     # first weights are published is there nothing to do.
     handed = list(itertools.dropwhile(lambda item: item is None, asked))
@@ -426,16 +428,12 @@ def test_the_rectified_recipe_learns_from_a_replay_of_everybodys_answers():
 
 
 def test_actors_make_a_bounded_number_of_answers_ahead_of_a_replaying_learner():
-    learner = SlowLearner(
-        recipe=LEARNER.recipe, apply=LEARNER.apply, optimizer=LEARNER.optimizer, seconds=0.5
-    )
-    loop = trainer(
-        2, replay=Replay(RECTIFIED, seed=0), max_staleness=64, max_unread=3, learner=learner
-    )
-    before = 0
+    loop = trainer(2, replay=Replay(RECTIFIED, seed=0), max_staleness=64, max_unread=3)
     for _ in loop.run(started(), start=0, steps=5):
-        now = sum(actor.items for actor in loop.pool.statistics.values())
-        assert now - before <= 3 + 2 * 2  # those unread, and one of each actor twice
-        before = now
+        while loop.pool.unread < 3:  # of an update that takes as long as it likes
+            time.sleep(0.01)
+        time.sleep(0.2)  # for answers beyond what is allowed, if there were any
+        # Who has an item when the third answer comes in may still answer it.
+        assert loop.pool.unread <= 3 - 1 + 2
     with pytest.raises(ValueError, match="max_unread must be at least 1"):
         trainer(max_unread=0)
