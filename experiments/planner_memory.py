@@ -88,6 +88,8 @@ HELD_OUT = (
     _train("mistral-7b h100", "mistral-7b", "h100:2x8", 32, 4096),
     _train("llama3.2-3b v5p", "llama3.2-3b", "v5p:2x2x2", 32, 2048),
     _train("qwen3-8b tpu7x", "qwen3-8b", "tpu7x:2x2x2", 32, 4096),
+    _train("mixtral-8x7b h100", "mixtral-8x7b", "h100:4x8", 64, 2048),
+    _train("llama2-13b v4", "llama2-13b", "v4:4x4x4", 128, 2048),
     _serve("prefill qwen2.5-32b h100", "qwen2.5-32b", "h100:1x8", 8, 4096),
     _serve("prefill mistral-7b v6e", "mistral-7b", "v6e:2x4", 8, 4096),
     _serve("prefill mixtral-8x7b tpu7x", "mixtral-8x7b", "tpu7x:2x2x1", 16, 2048),
