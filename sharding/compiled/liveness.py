@@ -185,6 +185,26 @@ def _lazy(body: Computation) -> list[Instruction]:
     return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
 
 
+def _inlined(instructions: Iterable[Instruction]) -> list[Instruction]:
+    """Instructions, with what runs under `shard_map` in its place.
+
+    It is no call: what goes in and out are the same buffers within, alive as long as they are read.
+    """
+    found: list[Instruction] = []
+    for instruction in instructions:
+        if instruction.name != "shard_map":
+            found.append(instruction)
+            continue
+        (body,), eqn = instruction.bodies, instruction.eqn
+        entering = zip(instruction.ins, body.inputs, strict=True)
+        leaving = zip(body.outputs, instruction.outs, strict=True)
+        found += [Instruction("reshape", eqn, [outer], [inner]) for outer, inner in entering]
+        found += _inlined(body.instructions)
+        found += [Instruction("reshape", eqn, [inner], [outer]) for inner, outer in leaving]
+        found[-1].moves = instruction.moves
+    return found
+
+
 class _Body:
     """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
 
@@ -198,6 +218,7 @@ class _Body:
         *,
         inside: bool = False,
     ) -> None:
+        body = replace(body, instructions=_inlined(body.instructions))
         self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
         self.inside = inside
         order = _lazy if inside else _late

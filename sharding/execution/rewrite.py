@@ -21,7 +21,7 @@ from sharding.tracing.splits import pairs_positions
 from sharding.tracing.trace import Trace
 from sharding.tracing.walk import Note, Notes, Value, scan_counts
 
-# What products are called where a policy moves them to the host's memory.
+# What products are called that a policy moves to the host's memory, and rows that it keeps.
 _PRODUCT = "sharding product"
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 _REMAT = ("remat2", "checkpoint", "remat")
@@ -62,6 +62,29 @@ class LayerScan:
             step, tuple(carry), tuple(xs), length=self.length, reverse=self.reverse,
             unroll=self.unroll)  # fmt: skip
         return [*last, *stacked]
+
+
+@dataclass
+class _Exchanges:
+    """Rows on their way to experts and back, within one run of a jaxpr.
+
+    Attributes:
+      by_expert: array, by the identity of its `Value`, to whether the product that it stems from
+        works on experts.
+      made: array to itself, exchanged.
+    """
+
+    by_expert: dict[int, bool] = field(default_factory=dict)
+    made: dict[int, Any] = field(default_factory=dict)
+
+    def follow(self, primitive: str, note: Note, *, by_expert: bool) -> None:
+        """Notes how an equation's results lie: those of a product as it works, else as operands."""
+        if primitive not in _PRODUCTS:
+            found = [self.by_expert[id(v)] for v in note.ins if id(v) in self.by_expert]
+            if not found:
+                return
+            by_expert = found[0]
+        self.by_expert |= {id(v): by_expert for v in note.outs}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -178,7 +201,8 @@ class Rewrite:
                 names_which_can_be_saved=[], names_which_can_be_offloaded=names,
                 offload_src="device", offload_dst="pinned_host")  # fmt: skip
         if self.remat == "dots":
-            return policies.dots_saveable
+            named = policies.save_only_these_names(_PRODUCT)
+            return policies.save_from_both_policies(policies.dots_saveable, named)
         return policies.save_only_these_names(*sorted(kept))
 
     def _score_shapes(self, notes: Notes) -> set[tuple[int, ...]]:
@@ -199,31 +223,44 @@ class Rewrite:
         return {atom for axis in value.axes for atom in self.traced.graph.atoms(axis)}
 
     def _run(
-        self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], notes: Notes
+        self,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        notes: Notes,
+        exchanges: "_Exchanges | None" = None,
     ) -> list[Any]:
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
+        exchanges = _Exchanges() if exchanges is None else exchanges
 
         def read(var: Any) -> Any:
             return var.val if isinstance(var, core.Literal) else env[var]
 
         for eqn, note in zip(jaxpr.eqns, notes, strict=True):
-            outs = self._equation(eqn, [read(v) for v in eqn.invars], note)
+            ins = [read(v) for v in eqn.invars]
+            by_expert = self._of_experts(note)
+            name = eqn.primitive.name
+            if name == "dot_general":
+                ins = [self._exchanged(x, v, by_expert, exchanges)
+                       for x, v in zip(ins, note.ins, strict=True)]  # fmt: skip
+            outs = self._equation(eqn, ins, note, exchanges)
+            if name not in _INLINED:
+                exchanges.follow(name, note, by_expert=by_expert)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, ins: list[Any], note: Note) -> list[Any]:
+    def _equation(self, eqn: Any, ins: list[Any], note: Note, exchanges: "_Exchanges") -> list[Any]:
         name = eqn.primitive.name
         if name in _INLINED:
             body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            return self._run(body.jaxpr, body.consts, ins, note.bodies[0])
+            return self._run(body.jaxpr, body.consts, ins, note.bodies[0], exchanges)
         if name in _REMAT:
             return self._remat(eqn, ins, note)
         if name == "scan":
             return self._scan(eqn, ins, note)
         by_expert = name in _CONSTRAINED and self._of_experts(note)
         if name == "dot_general":
-            ins = [self._exchanged(x, v, by_expert) for x, v in zip(ins, note.ins, strict=True)]
             ins = [self._gathered(x, v) for x, v in zip(ins, note.ins, strict=True)]
         bound = eqn.primitive.get_bind_params(eqn.params)
         # Before JAX 0.10.2 the functions of a custom derivative stood apart.
@@ -245,14 +282,25 @@ class Rewrite:
         splits = self.traced.splits
         return any(v.role == "param" and self._atoms(v) & splits.expert for v in note.ins)
 
-    def _exchanged(self, x: Any, value: Value, by_expert: bool) -> Any:
+    def _exchanged(self, x: Any, value: Value, by_expert: bool, exchanges: "_Exchanges") -> Any:
         """A product's operand that has experts and batch: where the product works on it.
 
-        Rows on their way to experts and back are exchanged here, and not gathered.
+        Rows on their way to experts and back are exchanged here, and not gathered. A policy that
+        keeps products keeps them exchanged, as the backward pass reads them too. Of rows that are
+        kept as they lay before, the partitioner exchanges the stack of all layers' instead, in
+        every layer of the backward pass.
         """
         splits = self.traced.splits
-        both = self._atoms(value) & splits.expert and self._atoms(value) & splits.batch
-        return self._placed(x, value, by_expert) if both else x
+        if not (self._atoms(value) & splits.expert and self._atoms(value) & splits.batch):
+            return x
+        if exchanges.by_expert.get(id(value), by_expert) == by_expert:
+            return self._placed(x, value, by_expert)
+        if id(value) not in exchanges.made:
+            moved = self._placed(x, value, by_expert)
+            exchanges.made[id(value)] = (
+                checkpoint_name(moved, _PRODUCT) if self.remat == "dots" else moved
+            )
+        return exchanges.made[id(value)]
 
     def _gathered(self, x: Any, value: Value) -> Any:
         """A weight of a layer that is computed again, as its product reads it.

@@ -74,7 +74,7 @@ def pipelined(
 
         def local(ok: Any, weights: Any, inputs: Any, constants: Any) -> Any:
             stage = jax.lax.axis_index(AXIS)
-            mine = [w[0] for w in weights]
+            mine = [jnp.squeeze(w, 0) for w in weights]
 
             def pick(arrays: Sequence[Any], which: Sequence[Any], index: Any) -> list[Any]:
                 return [
