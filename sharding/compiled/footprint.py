@@ -6,7 +6,7 @@ shardings, its rematerialisation and its update, partitioned, and followed instr
 instruction.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from sharding.compiled.liveness import Peak, fusion_of, peak
 from sharding.compiled.partition import partition, partitioner_of
 from sharding.execution.execute import Execution, leaf_specs, rewritten
 from sharding.machines.topology import Cluster
+from sharding.tracing.dims import product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,12 @@ def footprint(
     if execution.offload == "optimizer":
         for i in donated_leaves(args, (1,)):
             traced.inputs[i].on_host = bool(traced.inputs[i].shape)
+    partitioner = partitioner_of(cluster)
     partition(
         traced, mesh, leaf_specs(shapes, execution.inputs), leaf_specs(results, execution.outputs),
-        partitioner=partitioner_of(cluster))  # fmt: skip
+        partitioner=partitioner)  # fmt: skip
     held = peak(traced, mesh, fusion_of(cluster), donated_leaves(args, donate), detail=detail)
-    return Footprint(peak=held, collectives=_traffic(traced, mesh))
+    return Footprint(peak=held, collectives=_traffic(traced, mesh, partitioner.reduces))
 
 
 def donated_leaves(args: Sequence[Any], donate: Sequence[int]) -> list[int]:
@@ -75,15 +77,20 @@ def donated_leaves(args: Sequence[Any], donate: Sequence[int]) -> list[int]:
     return [sum(counts[:i]) + j for i in donate for j in range(counts[i])]
 
 
-def _traffic(step: Computation, mesh: Mapping[str, int]) -> dict[str, Traffic]:
+def _traffic(
+    step: Computation, mesh: Mapping[str, int], reduces: Collection[str]
+) -> dict[str, Traffic]:
     found: dict[str, list[float]] = {}
+    devices = product(mesh.values())
 
     def walk(body: Computation, times: int) -> None:
         for instruction in body.instructions:
             for move in instruction.moves:
                 if all(mesh[axis] == 1 for axis in move.axes):
                     continue
-                total = found.setdefault(move.kind, [0.0, 0.0])
+                joins_all = product(mesh[axis] for axis in move.axes) == devices
+                kind = "all-reduce" if joins_all and move.kind in reduces else move.kind
+                total = found.setdefault(kind, [0.0, 0.0])
                 total[0] += times
                 total[1] += times * move.bytes
             # Of branches one is run: the one that moves most cannot be known, the last is taken.

@@ -52,17 +52,35 @@ class Partitioner:
         all devices, of which each keeps its part.
       regathers: two products of one body that read a weight of more than two dimensions gather it
         for each, in the layout that suits it.
+      reduces: kinds of collectives that are made of an all-reduce where they join all devices: a
+        gather as the sum of arrays that are zero but for one's own part.
     """
 
     scatters: bool = True
     regathers: bool = False
+    reduces: frozenset[str] = frozenset()
+
+
+# Dimensions of a torus are rings from this many chips on; chips with three whose compilers reduce
+# along all of them at once rather than gather.
+_RING = 4
+_REDUCES = {
+    "v4": frozenset(["all-gather", "reduce-scatter"]),
+    "v5p": frozenset(["all-gather", "reduce-scatter"]),
+    "tpu7x": frozenset(["all-gather"]),
+}
 
 
 def partitioner_of(cluster: Cluster) -> Partitioner:
     """What the compiler for a cluster's chips does; seen in programs compiled for v4 to Ironwood
     and for H100s.
     """
-    return Partitioner(scatters=not cluster.is_torus, regathers=cluster.is_torus)
+    rings = cluster.is_torus and cluster.slices == 1 and min(cluster.shape) >= _RING
+    return Partitioner(
+        scatters=not cluster.is_torus,
+        regathers=cluster.is_torus,
+        reduces=_REDUCES.get(cluster.chip.name, frozenset()) if rings else frozenset(),
+    )
 
 
 def partition(

@@ -335,10 +335,13 @@ class Rewrite:
         count, going_round = scan_counts(eqn.params)
         carried = count + going_round
         layers = self._layers(eqn, note)
-        run = layers.run
-        if note.carry is not None and self.pipeline is not None:
-            run = functools.partial(self.pipeline, layers)
-        return run(ins[:count], ins[count:carried], ins[carried:])
+        given = ins[:count], ins[count:carried], ins[carried:]
+        if note.carry is None or self.pipeline is None:
+            return layers.run(*given)
+        # Said again: micro-batches leave the stages in another order than the batch is divided in,
+        # and the partitioner would divide what follows by stages, and gather all logits for it.
+        outs = self.pipeline(layers, *given)
+        return [self._placed(x, v) for x, v in zip(outs, note.outs, strict=True)]
 
     def _layers(self, eqn: Any, note: Note) -> LayerScan:
         params, body = eqn.params, eqn.params["jaxpr"]

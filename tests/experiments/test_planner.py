@@ -149,17 +149,24 @@ def test_a_compiler_that_is_absent_is_a_row_and_not_the_end(tmp_path, monkeypatc
     assert summary["rows"][0]["error"] == "no compiler for h100:1x4\nand more"
 
 
-def test_plans_by_hand_are_compared_with_the_one_that_communicates_least():
+def test_plans_by_hand_are_compared_strictly_and_with_the_fastest():
     def row(way, peak, seconds):
         return {"problem": "p", "way": way, "peak_bytes": peak, "collective_s": seconds}
 
+    # As fast as the fastest, in less memory, but another takes less still: no plan is both.
     rows = [row("chosen", 90, 1.0), row("FSDP", 80, 2.0), row("published", 100, 1.0)]
     (verdict,) = planner_by_hand.verdicts(rows)
-    assert (verdict["best"], verdict["no_worse"]) == ("published", True)
-    assert verdict["memory_ratio"] == pytest.approx(0.9)
+    assert (verdict["smallest"], verdict["fastest"]) == ("FSDP", "published")
+    assert (verdict["no_worse"], verdict["no_worse_than_fastest"]) == (False, True)
+    assert (verdict["memory_ratio"], verdict["collective_ratio"]) == pytest.approx((90 / 80, 1))
+    assert verdict["dominated_by"] == []
     (worse,) = planner_by_hand.verdicts([*rows, row("FSDP x TP", 70, 0.5)])
-    assert (worse["best"], worse["no_worse"]) == ("FSDP x TP", False)
+    assert (worse["fastest"], worse["no_worse_than_fastest"]) == ("FSDP x TP", False)
     assert worse["collective_ratio"] == pytest.approx(2.0)
+    assert worse["dominated_by"] == ["FSDP x TP"]
+    (best,) = planner_by_hand.verdicts([row("chosen", 80, 0.0), row("FSDP", 80, 0.0)])
+    assert best["no_worse"]
+    assert best["dominated_by"] == []
     assert planner_by_hand.verdicts([{"problem": "p", "way": "chosen", "error": "none"}]) == []
 
 

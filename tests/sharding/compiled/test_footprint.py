@@ -12,7 +12,9 @@ from sharding.compiled.computation import computation
 from sharding.compiled.hlo import Traffic
 from sharding.compiled.liveness import fusion_of, peak
 from sharding.compiled.partition import Partitioner, partition
+from sharding.decoder import decoder_problem
 from sharding.machines.topology import Cluster
+from sharding.programs.transformer import TransformerConfig
 
 MESH = {"data": 2, "tensor": 4}
 H100 = fusion_of(Cluster.from_name("h100:1x8"))
@@ -120,6 +122,26 @@ def test_a_weight_of_three_dimensions_is_gathered_for_each_product_where_layouts
     assert _moves(step, args, *specs, (0,), regathers=True)[1] == [gathered] * 2
 
 
+def test_gathers_over_three_rings_are_all_reductions():
+    def collectives(cluster, **mesh):
+        step, args = decoder_problem(
+            TransformerConfig(layers=2, d_model=64, heads=4, d_ff=128, vocab=128, seq_len=8,
+                              global_batch=64, training=False))  # fmt: skip
+        fixed = {"zero": 3, "data": 1, "tensor": 1, **mesh}
+        plan = sharding.plan(step, args, cluster=cluster,
+                             constraints=sharding.Constraints(pinned=fixed))  # fmt: skip
+        return plan.prediction.collectives
+
+    two_rings, three_rings = collectives("v5e:8x8", fsdp=64), collectives("v5p:4x4x4", fsdp=64)
+    gathered = two_rings["all-gather"]
+    assert "all-gather" not in three_rings
+    before = two_rings.get("all-reduce", Traffic(0, 0)).bytes
+    assert three_rings["all-reduce"].bytes - before == gathered.bytes > 0
+    # Two chips are no ring, and a part of the devices does not fill three.
+    assert "all-gather" in collectives("v5p:2x4x4", fsdp=32)
+    assert "all-gather" in collectives("v5p:4x4x4", fsdp=16, tensor=4)
+
+
 def test_a_loop_moves_as_often_as_it_runs():
     def step(ws, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
@@ -147,6 +169,30 @@ def test_axes_that_a_shard_map_leaves_alone_stay_divided_within():
     )
     assert made.outputs[0].spec == (("data",), ())
     assert moves == [("all-reduce", ("tensor",), 8 // 2 * 4 * 4)]
+
+
+def test_what_runs_under_a_shard_map_takes_what_it_takes_without():
+    mesh = abstract_mesh(MESH)
+
+    def plain(x, w):
+        return jnp.tanh(x @ w) @ w.T
+
+    def by_hand(x, w):
+        return jax.shard_map(
+            plain, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"),
+            axis_names={"data"}, check_vma=False,
+        )(x, w)  # fmt: skip
+
+    def temporary(part):
+        def step(x, w):  # what comes out is read later, beside another product
+            y = part(x, w)
+            return ((x @ w) @ (y @ w).T).sum(0)
+
+        args = _shape(1024, 64), _shape(64, 512)
+        made, _ = _moves(step, args, [P("data"), P()], [P()])
+        return peak(made, MESH, H100).temporary
+
+    assert temporary(by_hand) == temporary(plain)
 
 
 def test_what_is_fused_takes_no_memory_and_what_is_read_later_lives_until_then():
@@ -249,3 +295,22 @@ def test_collectives_of_data_parallelism_are_those_that_xla_compiles(models):
     assert isinstance(plan.prediction.collectives["all-reduce"], Traffic)
     again = sharding.Plan.from_json(plan.to_json())
     assert again.prediction == plan.prediction
+
+
+def test_rows_of_experts_that_are_kept_are_not_exchanged_again():
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    layers = 3
+    config = TransformerConfig(
+        layers=layers, d_model=32, heads=4, d_ff=64, vocab=64, experts=4, experts_per_token=1,
+        moe_d_ff=64, seq_len=16, global_batch=8,
+    )  # fmt: skip
+    fixed = {"expert": 4, "tensor": 2, "remat": "dots", "microbatches": 1}
+    plan = sharding.plan(*decoder_problem(config), cluster=jax.devices(),
+                         constraints=sharding.Constraints(pinned=fixed))  # fmt: skip
+    report = plan.check()
+    # To the experts and back, forward and backward; the look-up and its gradient are others.
+    sizes = [8 * 4 * room * 32 * 2 // 4 for room in range(4, 17)]
+    found = report.predicted_collectives["all-to-all"]
+    assert found.count == 4 * layers
+    assert found.bytes / found.count in sizes
+    assert report.collectives["all-to-all"].bytes == pytest.approx(found.bytes, rel=0.02)
