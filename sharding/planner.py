@@ -143,8 +143,8 @@ def _fitting(
             return found, made
         smallest = min(smallest, made.memory_bytes)
         if made.pipeline and "stage" not in allowed.pinned:
-            # What is predicted of stages is too high by up to twice, and would cut the share of
-            # plans without them, too.
+            # The search's sums are of 1F1B, and the pipeline that runs keeps all micro-batches: how
+            # far they miss says nothing about plans without stages.
             allowed = dataclasses.replace(allowed, pinned={**allowed.pinned, "stage": 1})
             continue
         share *= max(_LEAST_CUT, min(limit / made.memory_bytes, _MOST_CUT))
