@@ -9,6 +9,10 @@ from jaxrl.learner import OptimizerConfig
 from jaxrl.models import DecoderConfig
 from jaxrl.recipes import Recipe
 
+EXPERT_CAPACITY = 2.0
+"""Rows that a device takes from each other, as a multiple of a balanced router's, where a model
+does not say it: room for whatever comes is more memory than the rest of an update."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -95,9 +99,16 @@ class Workload:
         return (self.critic or self.policy) if self.recipe.value_heads else None
 
     def executed(self, model: DecoderConfig) -> DecoderConfig:
-        """A model as a large run executes it: bf16, layers recomputed, logits in chunks."""
+        """A model as a large run executes it: bf16, layers recomputed, logits in chunks.
+
+        Experts have room for `EXPERT_CAPACITY` where the model does not say for how much.
+        """
+        capacity = model.expert_capacity
+        if model.experts and capacity is None:
+            capacity = EXPERT_CAPACITY
         return replace(
             model,
+            expert_capacity=capacity,
             max_len=self.prompt_len + self.completion_len,
             compute_dtype="bfloat16",
             remat="full",
@@ -113,6 +124,11 @@ class Workload:
 
         critic = self.critic_trunk
         mean = "" if self.mean_len is None else f", {self.mean_len:g} on average"
+        experts = []
+        if self.policy.experts:
+            room = self.executed(self.policy).expert_capacity
+            experts = [f"a device's experts take {room:g} times a balanced router's tokens; what "
+                       "is beyond is dropped"]  # fmt: skip
         return "\n".join([
             f"recipe {self.recipe.name}; policy {size(self.policy)} parameters, trained in float32",
             f"{b} prompts × {g} completions a step; prompts of {self.prompt_len} and completions "
@@ -121,4 +137,5 @@ class Workload:
             f"reward model {size(self.reward_model)}; cost model {size(self.cost_model)}; "
             f"critic {'none' if critic is None else size(critic)}",
             f"{self.density:.2%} of the bf16 weights change in a step (assumed)",
+            *experts,
         ])  # fmt: skip

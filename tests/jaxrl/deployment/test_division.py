@@ -10,6 +10,7 @@ from jaxrl.deployment import Cut, Division, Program, Workload
 from jaxrl.deployment.division import bits_per_change, division
 from jaxrl.deployment.parts import Part
 from jaxrl.models import DecoderConfig
+from jaxrl.models.named import named
 from jaxrl.sync import Link
 from sharding import Cluster, Plan
 
@@ -107,3 +108,16 @@ def test_lengths_have_the_mean_that_is_asked_for_and_a_batch_lasts_as_its_longes
 def test_lengths_out_of_range_are_refused():
     with pytest.raises(ValueError, match="mean_len lies between 1 and completion_len"):
         dataclasses.replace(WORKLOAD, mean_len=101.0)
+
+
+def test_a_mixture_of_experts_has_bounded_room_unless_it_says_for_how_much():
+    mixture = named("qwen3-30b-a3b")
+    workload = dataclasses.replace(WORKLOAD, policy=mixture)
+    assert workload.executed(mixture).expert_capacity == 2.0
+    assert "take 2 times a balanced router's tokens" in workload.summary()
+    own = dataclasses.replace(mixture, expert_capacity=1.25)
+    workload = dataclasses.replace(WORKLOAD, policy=own)
+    assert workload.executed(own).expert_capacity == 1.25
+    assert "take 1.25 times" in workload.summary()
+    assert WORKLOAD.executed(TINY).expert_capacity is None
+    assert "experts" not in WORKLOAD.summary()
