@@ -22,7 +22,8 @@ class Prediction:
       collectives: of the whole step as it will run: kind to count and bytes; {} where only the
         strategy was costed.
       gap: distance to a proven lower bound of the search space, as a share of the step.
-      search_time_s: of the search; 0 if there was none.
+      search_time_s: of all rounds of the search, with the closer look at what each found; 0 if
+        there was none.
       space: strategies in the space; 0 if there was no search.
       tied: of these as fast as the model can tell, the chosen one included: memory decided.
     """

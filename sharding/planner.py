@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def plan(
     allowed, notes = _within_reach(step, traced, constraints or Constraints())
     if where.is_mixed:
         notes.append("uneven shares of the batch were out of reach: arrays are divided evenly")
+    began = time.perf_counter()
     found, made = _fitting(
         step, args, traced, where, allowed, fixed,
         calibration=calibration,
@@ -94,10 +96,11 @@ def plan(
         data=None if data is None else tuple(data),
         donate=returned(args, traced) if donate is None else tuple(donate),
     )  # fmt: skip
+    spent_s = time.perf_counter() - began
     prediction = dataclasses.replace(
         made.prediction,
         gap=max(0.0, 1 - found.bound_s / made.prediction.step_time_s),
-        search_time_s=found.search_time_s,
+        search_time_s=spent_s,
         space=found.space,
         tied=found.tied,
     )

@@ -1,6 +1,7 @@
 """Planning: what is asked for is kept to, what cannot be is refused, and somebody else's plan."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -173,3 +174,30 @@ def test_a_train_step_needs_its_arguments(problem):
     step, args = problem
     with pytest.raises(ValueError, match=r"takes \(parameters, optimiser state, \*data\), got 2"):
         sharding.plan(step, args[:2], cluster="v5e:2x4")
+
+
+def test_the_search_s_time_is_that_of_all_rounds(problem, monkeypatch):
+    step, args = problem
+    clock, rounds = [100.0], []
+
+    def solve(*positions, **options):
+        clock[0] += 3.0
+        return search(*positions, **options)
+
+    def look_closer(plan):
+        clock[0] += 0.5
+        rounds.append(plan)
+        looked = closer(plan)
+        if len(rounds) > 1:
+            return looked
+        # More than there is: another round is needed.
+        taken = dataclasses.replace(looked.prediction, memory_bytes=1e12)
+        return dataclasses.replace(looked, prediction=taken)
+
+    search, closer = planner.solve, planner.with_footprint
+    monkeypatch.setattr(planner, "solve", solve)
+    monkeypatch.setattr(planner, "with_footprint", look_closer)
+    monkeypatch.setattr(planner, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    plan = sharding.plan(step, args, cluster="v5e:4x4")
+    assert len(rounds) == 2
+    assert plan.prediction.search_time_s == 2 * 3.5
