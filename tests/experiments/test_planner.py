@@ -1,7 +1,9 @@
 """The planner's experiments at their quickest: what they print, write and refuse."""
 
+import dataclasses
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -13,10 +15,15 @@ from experiments import (
     planner_by_hand,
     planner_choice,
     planner_memory,
+    planner_programs,
     planner_runs,
+    planner_search,
 )
 from experiments.harness import plots
+from sharding.costs.constants import shipped
+from sharding.machines.topology import Cluster
 from sharding.measured.evaluation import Errors
+from sharding.measured.table import Table as RunTable
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +47,9 @@ def test_accuracy_of_one_software(tmp_path, capsys):
     summary = run(planner_accuracy, tmp_path)
     (record,) = summary["accuracy"]
     assert record["set"] == "PyTorch FSDP on GPUs"
-    assert record["met"] == (record["reached"] <= record["wanted"])
+    assert record["met"]  # the goal: a refit that is worse fails here
     assert record["reached"] == record["median"] < record["constant_mfu"]
+    assert record["reached"] <= record["wanted"] == 0.07
     printed = capsys.readouterr().out
     assert f"{record['reached']:.1%}" in printed
     report = (tmp_path / "report.html").read_text()
@@ -52,6 +60,15 @@ def test_accuracy_of_one_software(tmp_path, capsys):
     run(planner_accuracy, tmp_path)
     assert (tmp_path / "table.txt").read_text() in capsys.readouterr().out
     assert (tmp_path / "summary.json").stat().st_mtime_ns == before
+
+
+def test_the_shipped_constants_reach_every_goal_on_the_runs_that_they_were_fitted_to(published):
+    # Held out they do, too (`python -m experiments.planner_accuracy`), after half a minute of fits.
+    predicted = RunTable.of(published).predict(shipped())
+    records = planner_accuracy.accuracy(published, predicted)
+    assert [(r["set"], r["met"]) for r in records] == [
+        (g.name, True) for g in planner_accuracy.GOALS
+    ]
 
 
 def test_errors_and_choices_of_perfect_and_of_doubled_predictions(published):
@@ -83,17 +100,138 @@ def test_amp_is_reproduced_and_one_problem_predicted(tmp_path, capsys):
     chosen = measured[np.argmin(ours)]
     assert record["regret"] == pytest.approx(chosen / measured.min() - 1)
     assert record["speed_up"] == pytest.approx(1.32 / chosen)
+    # The goals of this problem.
+    assert record["spearman"] >= 0.95
+    assert record["regret"] <= 0.02
+    assert record["failed_predicted"] == record["failed"] == 5
+    assert record["false_alarms"] == 0
+    assert record["speed_up"] >= 1.0
     assert f"{record['spearman']:.3f}" in capsys.readouterr().out
 
 
-def test_a_published_configuration_is_planned_anew(tmp_path, capsys):
+def test_published_configurations_are_planned_anew(tmp_path, capsys, monkeypatch):
     summary = run(planner_choice, tmp_path)
-    (record,) = summary["experts"]
-    assert record["ratio"] == pytest.approx(record["ours_s"] / record["expert_s"])
-    assert math.prod(record["ours"].values()) == math.prod(record["expert"].values())
-    (sequence,) = summary["long"]
-    assert (sequence["seq_len"], sequence["gpus"]) == (8192, 8)
-    assert "1 published configurations planned anew" in capsys.readouterr().out
+    assert len(summary["experts"]) >= 5
+    for record in summary["experts"]:
+        assert record["ratio"] == pytest.approx(record["ours_s"] / record["expert_s"])
+        assert math.prod(record["ours"].values()) == math.prod(record["expert"].values())
+        assert record["ratio"] <= planner_choice.TOLERANCE, record  # the goal
+    long = {record["seq_len"]: record for record in summary["long"]}
+    assert [(n, long[n]["gpus"]) for n in long] == [(2**i, 2 ** (i - 10)) for i in range(13, 17)]
+    # 1,600 against 1,481 TFLOP/s.
+    assert long[65536]["measured_gain"] == pytest.approx(1600 / 1481, rel=1e-3)
+    assert long[65536]["context"] > 1
+    assert long[8192]["measured_gain"] is None  # only measured without
+    printed = capsys.readouterr().out
+    assert f"{len(summary['experts'])} published configurations planned anew" in printed
+    # Interrupted while the last record was written: only that one is made again.
+    (tmp_path / "summary.json").unlink()
+    path = tmp_path / "experts.jsonl"
+    path.write_text(path.read_text()[:-20])
+    made = []
+    monkeypatch.setattr(planner_choice, "long_sequences", lambda longest: summary["long"])
+    monkeypatch.setattr(
+        planner_choice, "compare", lambda one: made.append(one) or summary["experts"][-1]
+    )
+    assert run(planner_choice, tmp_path)["experts"] == summary["experts"]
+    assert len(made) == 1
+
+
+def test_a_choice_worse_than_the_experts_is_counted_and_named():
+    def record(ratio, share, within):
+        return {
+            "source": "s", "model": f"m{ratio}", "cluster": "c", "ours": {}, "expert": {},
+            "ratio": ratio, "expert_memory_share": share, "expert_host_share": 0.0,
+            "ratio_within_memory": within,
+        }  # fmt: skip
+
+    records = [record(0.9, 0.5, 0.9), record(1.02, 1.2, 1.05), record(1.04, 1.3, None)]
+    long = [{"seq_len": n, "context": c} for n, c in ((8192, 1), (32768, 1), (65536, 4))]
+    said = planner_choice.verdicts(records, long)
+    assert "median 1.020, largest 1.040; above 1.03: 1 (wanted 0)" in said[1]
+    assert said[2].startswith("2 are predicted to take more memory")
+    assert "1 plans are above 1.03 and 1 problems have none that fits" in said[2]
+    assert "chosen in 1 of 2" in said[3]
+    assert said[4].startswith("above: m1.04 on c, 1.040")
+
+
+CASE = planner_search.CASES[0]
+ANSWER = {"mesh": {"fsdp": 256}, "space": 9, "costed": 5, "gap": 0.0, "step_time_s": 1.0}
+
+
+def measured(wall_s, search_s=1.0, **changes):
+    answer = {**ANSWER, "search_time_s": search_s, **changes}
+    return planner_search.Measurement(wall_s=wall_s, cpu_s=wall_s / 2, answer=answer)
+
+
+def test_planning_is_as_slow_as_its_slowest_round_and_every_answer_the_first():
+    wanted_s, wanted_search_s = planner_search.WANTED_S[256]
+    found = [measured(3.0, 1.0), measured(wanted_s - 0.1, 2.0), measured(4.0, 3.0)]
+    row = planner_search.summarise(CASE, found)
+    assert (row["wall_s"], row["wall_worst_s"], row["cpu_s"]) == (4.0, wanted_s - 0.1, 2.0)
+    assert (row["search_s"], row["search_worst_s"]) == (2.0, 3.0)
+    assert row["same"]  # the time of the search is no part of the answer
+    assert row["met"]
+    late = planner_search.summarise(CASE, [*found, measured(wanted_s)])
+    assert not late["met"]
+    searched = planner_search.summarise(CASE, [*found, measured(3.0, wanted_search_s)])
+    assert not searched["met"]
+    other = planner_search.summarise(CASE, [*found, measured(3.0, step_time_s=1.1)])
+    assert not other["same"]
+
+
+def test_a_command_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    seeds = []
+
+    def measure(case, folder, hash_seed):
+        seeds.append(hash_seed)
+        if case.chips == 8192:
+            raise RuntimeError("took longer than 400 s")
+        return measured(3.0, mesh={"data": hash_seed})
+
+    monkeypatch.setattr(planner_search, "measure", measure)
+    arguments = ("--programs", "llama3-8b v", "--rounds", "3", "--seed", "7")
+    small, large = run(planner_search, tmp_path, *arguments)["rows"]
+    assert (small["rounds"], small["same"]) == (3, False)  # it depended on the hashes
+    assert large == {"case": "8192 llama3-8b v6e:16x16x32slices", "error": "took longer than 400 s"}
+    assert seeds == [7, 7, 8, 9]  # what failed once is not tried again
+    printed = capsys.readouterr().out
+    assert "256 chips: slowest command 3.0 s (wanted < 8)" in printed
+    assert "the same answer each time in 0 of 1" in printed
+    assert "v6e:16x16x32slices failed: took longer than 400 s" in printed
+
+
+def test_planning_from_the_command_line_is_timed(tmp_path):
+    summary = run(planner_search, tmp_path)
+    (row,) = summary["rows"]
+    assert row["same"]
+    assert math.prod(row["mesh"].values()) == 256
+    assert 0 < row["search_s"] <= row["wall_s"]
+    assert row["cpu_s"] > 0
+    case = dataclasses.replace(CASE, model="llama9")
+    with pytest.raises(RuntimeError, match="no model is called 'llama9'"):
+        planner_search.measure(case, tmp_path, 0)
+
+
+def test_programs_to_search_for_have_the_chips_that_they_are_said_to_have(tmp_path):
+    assert {case.chips for case in planner_search.CASES} == set(planner_search.WANTED_S)
+    for case in planner_search.CASES:
+        name = case.cluster
+        if not isinstance(name, str):
+            (tmp_path / "cluster.json").write_text(json.dumps(name))
+            name = str(tmp_path / "cluster.json")
+        assert Cluster.from_name(name).chip_count == case.chips
+        assert not Cluster.from_name(name).warnings
+
+
+def test_one_core_is_held_and_given_back():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("only Linux holds a process to a core")
+    before = os.sched_getaffinity(0)
+    with planner_search.one_core() as held:
+        assert held
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_planned_steps_equal_the_plain_step(tmp_path, capsys):
@@ -123,6 +261,29 @@ def test_kept_figures_are_predicted_anew_and_what_is_missing_is_said(tmp_path, c
     empty = run(planner_memory, tmp_path / "none", "--figures", str(tmp_path / "nothing"))
     assert (empty["seen"]["programs"], empty["seen"]["failed"]) == (0, 1)
     assert "not compiled yet" in capsys.readouterr().out
+
+
+# Dense and experts; training, prefill and decoding; every kind of chip.
+SAMPLE = (
+    "train llama3.2-1b h100",
+    "train llama3.2-1b v5e",
+    "prefill llama3.2-1b v6e",
+    "prefill experts h100",
+    "decode qwen3-14b tpu7x",
+    "decode mixtral-8x7b v5p",
+)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_kept_figures_of_the_compilers_are_still_predicted(name):
+    (case,) = (c for c in (*planner_memory.CASES, *planner_memory.HELD_OUT) if c.name == name)
+    held = planner_programs.kept(case, planner_memory.FIGURES)
+    assert held is not None
+    _, report = planner_programs.predicted(case, held)
+    assert report.peak_bytes == held["compiled"]["peak_bytes"]
+    # The goals; single programs that miss them are in the README and not in this sample.
+    assert -0.03 <= report.memory_error <= 0.10
+    assert abs(report.collective_error) <= 0.02
 
 
 def test_what_was_held_out_is_reported_as_it_was_first_predicted(tmp_path, monkeypatch):
@@ -201,7 +362,8 @@ def test_memory_of_a_decoding_step(tmp_path):
         (planner_accuracy, ("--stacks", "fdsp"), r"no software \['fdsp'\]; there are .*fsdp"),
         (planner_amp, ("--problems", "het"), "het_cluster"),
         (planner_choice, ("--every", "0"), "one run in at least one"),
-        (planner_choice, ("--sequences", "8191"), "divide a batch of 4,194,304 tokens"),
+        (planner_search, ("--rounds", "1"), "two rounds at least"),
+        (planner_search, ("--programs", "512"), "there are: 256 llama3-8b v5e:16x16"),
         (planner_memory, ("--programs", "sparse"), "there are: train llama3.2-1b h100"),
         (planner_runs, ("--axes", "tensr"), "they pin .*tensor"),
         (planner_runs, ("--seed", "-1"), "seed must be 0 or greater"),
