@@ -263,7 +263,7 @@ def _plan(
         whole = {path: placed.inputs[f"0/{path}".rstrip("/")] for path in divided}
         # In ZeRO-1 too: sums that stay whole would be gathered again for every micro-batch.
         gradients = divided if strategy.zero in (1, 2) else whole
-        if strategy.zero in (1, 2) and strategy.fsdp > 1:
+        if strategy.zero in (1, 2):
             updates = {path: spec for path, spec in divided.items() if spec != whole[path]}
     return Plan(
         mesh=placed.mesh,
@@ -276,7 +276,9 @@ def _plan(
         offload=strategy.offload,
         sequence_parallel=strategy.sequence_parallel and strategy.tensor > 1,
         # The compiler for TPUs overlaps gathers that it places itself with the products.
-        gathers_weights=strategy.zero == 3 and strategy.fsdp > 1 and not cluster.is_torus,
+        gathers_weights=strategy.zero == 3
+        and strategy.fsdp * strategy.expert > 1
+        and not cluster.is_torus,
         placement=placement_of(strategy, cluster),
         updates=updates,
         remat="none" if traced.has_remat else strategy.remat,

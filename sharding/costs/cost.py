@@ -16,7 +16,7 @@ from sharding.costs import collectives
 from sharding.costs.constants import Calibration, shipped
 from sharding.costs.local import View
 from sharding.costs.machine import Machine, machine
-from sharding.costs.memory import Memory, kept_bytes, memory, parameter_width
+from sharding.costs.memory import Memory, kept_bytes, memory, parameter_width, zero_share
 from sharding.costs.roofline import op_time
 from sharding.costs.strategies import Strategies
 from sharding.costs.traffic import fsdp_comm, layer_comm
@@ -263,16 +263,15 @@ def _gradient_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.n
         return 0.0 * view.one
     dense, routed = local_params(view, repeats)
     width = program.gradient_bytes
-    ways = np.where(strategies.zero >= 2, strategies.fsdp, 1)
     total = 0.0 * view.one
     for axis in ("context", "expert", "data", "fsdp"):
-        members = getattr(strategies, axis)
-        if axis == "fsdp":
+        members, passes = getattr(strategies, axis), np.full(len(strategies), 2)
+        if axis in ("expert", "fsdp"):
             members = np.where(strategies.zero >= 2, 1, members)
-        count = dense if axis == "expert" else dense + routed
+            passes = np.where(strategies.zero == 1, 1, 2)
+        count = zero_share(strategies, 2, dense, 0.0 if axis == "expert" else routed)
         speed, latency = machine.speed(axis), machine.latency(axis)
-        once = collectives.reduce_scatter(width * count / ways, members, speed, latency)
-        passes = np.where(strategies.zero == 1, 1, 2) if axis == "fsdp" else 2
+        once = collectives.reduce_scatter(width * count, members, speed, latency)
         total = total + passes * once
     return total
 
@@ -282,10 +281,14 @@ def _parameter_comm(view: View, repeats: Sequence[Any], machine: Machine) -> np.
     program, strategies = view.program, view.strategies
     if not program.training:
         return 0.0 * view.one
-    count = sum(local_params(view, repeats)) * program.trained
-    members = np.where(np.isin(strategies.zero, (1, 2)), strategies.fsdp, 1)
-    size = parameter_width(view) * count
-    return collectives.all_gather(size, members, machine.speed("fsdp"), machine.latency("fsdp"))
+    dense, routed = local_params(view, repeats)
+    width = parameter_width(view) * program.trained
+    total = 0.0 * view.one
+    for axis, count in (("expert", dense / strategies.fsdp), ("fsdp", dense + routed)):
+        members = np.where(np.isin(strategies.zero, (1, 2)), getattr(strategies, axis), 1)
+        speed, latency = machine.speed(axis), machine.latency(axis)
+        total = total + collectives.all_gather(width * count, members, speed, latency)
+    return total
 
 
 def local_params(view: View, repeats: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -307,13 +310,13 @@ def _update(view: View, repeats: Sequence[Any], machine: Machine) -> tuple[np.nd
     program, strategies = view.program, view.strategies
     if not program.training:
         return 0.0 * view.one, 0.0 * view.one
-    count = sum(local_params(view, repeats))
+    dense, routed = local_params(view, repeats)
     width = parameter_width(view)
     gradient = program.gradient_bytes
     bandwidth = machine.hbm * machine.constants.hbm
     moved = 2 * width * program.trained + 2 * program.state_bytes + _GRADIENT_READS * gradient
-    update = moved * count / np.where(strategies.zero >= 1, strategies.fsdp, 1) / bandwidth
-    held = count / np.where(strategies.zero >= 2, strategies.fsdp, 1)
+    update = moved * zero_share(strategies, 1, dense, routed) / bandwidth
+    held = zero_share(strategies, 2, dense, routed)
     sums = _SUM_PASSES * gradient * held * strategies.microbatches * (strategies.microbatches > 1)
     return update, sums / bandwidth
 
@@ -328,8 +331,7 @@ def _offload(view: View, repeats: Sequence[Any], machine: Machine, busy: Any) ->
         if block.checkpointed:
             kept = kept + repeat / strategies.stage * kept_bytes(view, block)
     moved = 2 * kept * strategies.microbatches * (strategies.offload == "activations")
-    state = view.program.state_bytes * sum(local_params(view, repeats))
-    state = state / np.where(strategies.zero >= 1, strategies.fsdp, 1)
+    state = view.program.state_bytes * zero_share(strategies, 1, *local_params(view, repeats))
     behind = machine.constants.overlap_fsdp * busy
     hidden = np.maximum(0.0, moved / machine.pcie - behind)
     return hidden + 2 * state * (strategies.offload == "optimizer") / machine.pcie

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sharding.costs.local import View
+from sharding.costs.strategies import Strategies
 from sharding.programs.program import Block, dtype_bytes
 
 # Layers whose gathered parameters are alive at once: the one that computes and the next.
@@ -50,40 +51,54 @@ def memory(view: View, repeats: Sequence[Any]) -> Memory:
     program, strategies = view.program, view.strategies
     dense, routed, ends, kept = (0.0 * view.one for _ in range(4))
     transient = 0.0 * view.one
-    zero3 = strategies.zero == 3
-    layer = 0.0 * view.one
+    outer, inner = 0.0 * view.one, 0.0 * view.one
     for block, repeat in zip(program.blocks, repeats, strict=True):
         outside, experts = view.params(block)
         if block.checkpointed:
             share = np.ceil(repeat / strategies.stage)
             dense, routed = dense + share * outside, routed + share * experts
             kept = kept + share * kept_bytes(view, block)
-            layer = np.maximum(layer, outside + experts)
+            outer, inner = np.maximum(outer, outside), np.maximum(inner, experts)
         else:  # the ends lie on different stages
             ends = np.where(strategies.stage > 1, np.maximum(ends, outside), ends + outside)
         transient = np.maximum(transient, _working_set(view, block))
-    count = dense + routed + ends
+    dense = dense + ends
     width = parameter_width(view)
-    fsdp = strategies.fsdp
     training = float(program.training)
-    gradient = program.gradient_bytes
-    gathered = np.where(zero3 & (fsdp > 1), np.maximum(_GATHERED_LAYERS * layer, ends) * 2.0, 0.0)
+    gathered_dense, gathered_routed = (
+        (strategies.zero == 3) & (ways > 1) for ways in (strategies.state_ways, strategies.fsdp)
+    )
+    layer = outer * gathered_dense + inner * gathered_routed
+    gathered = np.maximum(_GATHERED_LAYERS * layer, ends * gathered_dense) * 2.0
     in_flight = np.where(
         strategies.stage > 1, np.minimum(strategies.stage, strategies.microbatches), 1
     )
     activations = kept * in_flight * training
-    optimizer = program.state_bytes * count / np.where(
-        strategies.zero >= 1, fsdp, 1)  # fmt: skip
+    optimizer = program.state_bytes * zero_share(strategies, 1, dense, routed)
     away_activations = (strategies.offload == "activations") * activations
     away_optimizer = (strategies.offload == "optimizer") * optimizer
     return Memory(
-        parameters=width * count / np.where(zero3, fsdp, 1),
-        gradients=gradient * count / np.where(strategies.zero >= 2, fsdp, 1),
+        parameters=width * zero_share(strategies, 3, dense, routed),
+        gradients=program.gradient_bytes * zero_share(strategies, 2, dense, routed),
         optimizer=optimizer - away_optimizer,
         activations=activations - away_activations,
         transient=transient + gathered,
         host=away_activations + away_optimizer,
     )
+
+
+def zero_share(strategies: Strategies, stage: int, dense: Any, routed: Any) -> np.ndarray:
+    """Parameters of which a device holds what a stage of ZeRO divides.
+
+    Args:
+      strategies: N of them.
+      stage: of ZeRO that divides it: 1 for optimiser state, 2 for gradients, 3 for parameters.
+      dense: parameters outside experts of a device, before ZeRO, (N,).
+      routed: the same of experts.
+    """
+    divides = strategies.zero >= stage
+    return dense / np.where(divides, strategies.state_ways, 1) + routed / np.where(
+        divides, strategies.fsdp, 1)  # fmt: skip
 
 
 def kept_bytes(view: View, block: Block) -> np.ndarray:

@@ -36,6 +36,7 @@ class Strategy:
       microbatches: of a step and a replica: gradient accumulation and the pipeline's filling.
       interleave: stretches of layers a stage holds (virtual stages).
       zero: what `fsdp` divides: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters.
+        Outside experts, whose axis divides the batch of all else, `expert` divides the same.
       remat: policy, a key of `REMAT`.
       sequence_parallel: what tensor parallelism leaves whole is divided along the sequence.
       offload: "none", "activations" or "optimizer": what lies in the host's memory.
@@ -133,6 +134,11 @@ class Strategies:
     def degrees(self) -> np.ndarray:
         """Integers, one row a strategy, one column an axis of `AXES`."""
         return np.stack([getattr(self, axis) for axis in AXES], axis=1).astype(int)
+
+    @property
+    def state_ways(self) -> np.ndarray:
+        """Ways in which ZeRO may divide the state of what lies outside experts."""
+        return self.fsdp * self.expert
 
     @property
     def batch_ways(self) -> np.ndarray:

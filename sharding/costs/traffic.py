@@ -94,12 +94,15 @@ def fsdp_comm(view: View, block: Block, machine: Machine) -> tuple[np.ndarray, n
     """Gathers of a repetition's parameters, and scatters of its gradients, a micro-batch."""
     strategies, training = view.strategies, view.program.training
     dense, routed = view.params(block)
-    count = dense + routed
-    speed, latency = machine.speed("fsdp"), machine.latency("fsdp")
-    # Parameters travel in the type that computes, gradients in that which is reduced.
-    gather = collectives.all_gather(2.0 * count, strategies.fsdp, speed, latency)
-    scatter = collectives.reduce_scatter(
-        view.program.gradient_bytes * count, strategies.fsdp, speed, latency
-    )
+    gather, scatter = 0.0 * view.one, 0.0 * view.one
+    # What lies outside experts is divided over their axis, too: gathered over one after the other.
+    for axis, count in (("expert", dense / strategies.fsdp), ("fsdp", dense + routed)):
+        members = getattr(strategies, axis)
+        speed, latency = machine.speed(axis), machine.latency(axis)
+        # Parameters travel in the type that computes, gradients in that which is reduced.
+        gather = gather + collectives.all_gather(2.0 * count, members, speed, latency)
+        scatter = scatter + collectives.reduce_scatter(
+            view.program.gradient_bytes * count, members, speed, latency
+        )
     passes = (1.0 + training) * (strategies.zero == 3)
     return gather * passes, scatter * (training * (strategies.zero >= 2))

@@ -1,9 +1,10 @@
 """From degrees of parallelism to the partition specs of a traced program.
 
 Activations: batch over data, FSDP and expert axes, the sequence over context, heads and hidden
-widths over tensor. Parameters: the same tensor and expert dimensions, and one more over FSDP, the
-largest that it divides. What has the dimensions of a parameter (its gradient, its moments) lies
-as the parameter does, because the trace gave it the same dimensions.
+widths over tensor. Parameters: the same tensor and expert dimensions, and one more over FSDP (and,
+outside experts, over the expert axis), the largest that it divides. What has the dimensions of a
+parameter (its gradient, its moments) lies as the parameter does, because the trace gave it the
+same dimensions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,8 +116,9 @@ class _Chooser:
             entries.append(self._of_axis(factors, used, is_param=is_param))
         wants_fsdp = leaf.role == "optimizer" and self.zero >= 1
         wants_fsdp |= leaf.role == "param" and self.zero >= 3
-        if wants_fsdp and "fsdp" in self.mesh:
-            self._add_fsdp(leaf, entries)
+        free = tuple(a for a in ("fsdp", "expert") if a in self.mesh and a not in used)
+        if wants_fsdp and free:
+            self._add_fsdp(leaf, entries, free)
         return _spec(entries)
 
     def take(self, atom: int, axes: Iterable[str], used: set[str]) -> tuple[str, ...]:
@@ -150,8 +152,9 @@ class _Chooser:
                 break
         return tuple(found)
 
-    def _add_fsdp(self, leaf: Leaf, entries: list[tuple[str, ...]]) -> None:
-        ways = self.mesh["fsdp"]
+    def _add_fsdp(self, leaf: Leaf, entries: list[tuple[str, ...]], axes: tuple[str, ...]) -> None:
+        """Divides an array over all of the axes, or else over the first of them."""
+        ways = _ways(axes, self.mesh)
         best, best_rank = -1, (False, False, 0)
         for i, size in enumerate(leaf.shape):
             local, rest = divmod(size, _ways(entries[i], self.mesh) * ways)
@@ -163,11 +166,14 @@ class _Chooser:
             rank = (whole_rows, not entries[i], size)
             if best < 0 or rank > best_rank:
                 best, best_rank = i, rank
+        if best < 0 and len(axes) > 1:
+            self._add_fsdp(leaf, entries, axes[:1])
+            return
         if best < 0:
             if leaf.shape:
                 self.notes.append(f"{leaf.path} {leaf.shape} is whole: no axis divides by {ways}")
             return
-        entries[best] = (*entries[best], "fsdp")
+        entries[best] = (*entries[best], *axes)
 
     def _checked(self, leaf: Leaf, pin: PartitionSpec) -> PartitionSpec:
         if len(pin) > len(leaf.shape):

@@ -262,7 +262,7 @@ def _with_choices(
         fields["sequence_parallel"] = fields["sequence_parallel"] & (size % ways == 0)
     everything = Strategies(**fields)
     keep = np.ones(len(everything), bool)
-    zero_one = everything.fsdp == 1  # nothing to divide: one stage of ZeRO stands for all
+    zero_one = everything.state_ways == 1  # nothing to divide: one stage of ZeRO stands for all
     keep &= ~zero_one | (index[1] == 0)
     if len(choices["zero"]) > 1:  # an axis that divides nothing is data parallelism
         keep &= zero_one | (everything.zero > 0)
