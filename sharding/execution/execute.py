@@ -277,7 +277,7 @@ def _train_step(
 
     def gathered(params: Any) -> Any:
         # Parameters are gathered when they are new, and not the moments that they are made of.
-        whole = {path: execution.inputs[f"0/{path}"] for path in execution.updates}
+        whole = {path: execution.inputs[f"0/{path}".rstrip("/")] for path in execution.updates}
         return _constrained(params, whole, execution.mesh)
 
     def gradients_of(params: Any, data: tuple[Any, ...]) -> tuple[Any, Any]:

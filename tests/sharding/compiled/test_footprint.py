@@ -308,7 +308,7 @@ def test_rows_of_experts_that_are_kept_are_not_exchanged_again():
     plan = sharding.plan(*decoder_problem(config), cluster=jax.devices(),
                          constraints=sharding.Constraints(pinned=fixed))  # fmt: skip
     report = plan.check()
-    # To the experts and back, forward and backward.
+    # To the experts and back, forward and backward; and looked-up rows, at most both ways.
     found = report.predicted_collectives["all-to-all"]
-    assert found.count == 4 * layers
+    assert 4 * layers <= found.count <= 4 * layers + 2
     assert report.collectives["all-to-all"].bytes == pytest.approx(found.bytes, rel=0.02)

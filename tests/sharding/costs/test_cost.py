@@ -149,6 +149,26 @@ def test_experts_exchange_their_rows():
     assert result.blocks[1].layer_comm[0] == pytest.approx(4 * size * (7 / 8) / 450e9)
 
 
+def test_what_lies_outside_experts_is_divided_over_their_axis():
+    program = tiny(experts=8, experts_per_token=2, moe_d_ff=512)
+    layouts = [Strategy(expert=8, zero=zero) for zero in (0, 1, 3)] + [Strategy(fsdp=8)]
+    whole, state, everything, fsdp = range(4)
+    held = cost(program, *layouts).memory
+    for part, divided in (("parameters", everything), ("gradients", everything),
+                          ("optimizer", state)):  # fmt: skip
+        found = getattr(held, part)
+        assert found[divided] == pytest.approx(found[fsdp])
+        assert found[whole] > 1.5 * found[divided]
+    # A scatter and two gathers in bfloat16 move what an all-reduce in float32 moves.
+    terms = cost(program, *layouts).terms
+    moved = sum(terms[name] for name in ("gradient_comm", "fsdp_comm", "parameter_comm"))
+    assert moved[everything] == pytest.approx(moved[whole], rel=1e-3)
+    assert moved[state] == pytest.approx(moved[whole], rel=1e-3)
+    dense = 8 * held.optimizer[whole] / program.state_bytes - program.parameter_count
+    dense /= 7  # the state of all, whole outside experts: (dense + routed / 8) parameters
+    assert moved[whole] == pytest.approx(2 * 4 * dense * (7 / 8) / 450e9, rel=1e-3)
+
+
 def test_gradients_are_reduced_over_what_did_not_divide_them():
     program = tiny()
     result = cost(program, Strategy(data=8, zero=0))

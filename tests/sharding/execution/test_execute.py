@@ -79,6 +79,8 @@ def test_experts_are_divided_and_compute_the_same(models):
     args = (params, step.optimizer.init(params), models.tokens(KEY))
     plan = _planned(step, args, expert=4, fsdp=2, zero=3)
     assert plan.inputs["0/layers/up"][1] == "expert"
+    # What lies outside experts is divided over both axes, which both divide the batch.
+    assert ("fsdp", "expert") in plan.inputs["0/head"]
     found, expected = plan.apply(step)(*args), jax.jit(step)(*args)
     _same(found, expected)
     shard = found[0]["layers"]["up"].addressable_shards[0].data
