@@ -11,6 +11,7 @@ updates run only what is each process's own: coding its part (on CPUs; elsewhere
 programs of its own, and stays within `start`) and, in the first, the dealings with the store.
 """
 
+import concurrent.futures
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -70,6 +71,8 @@ class BackgroundPublisher:
     def start(self, params: Any, version: int, *, anchor: bool = False) -> None:
         """Begins to publish; returns as soon as `params` may be donated.
 
+        Where `damaged` still looks, which `free` tells, it waits for that.
+
         Args:
           params: see `Publisher.publish`.
           version: see `Publisher.publish`.
@@ -84,6 +87,9 @@ class BackgroundPublisher:
                 f"one publication at a time: {version=} must wait until `advance` has given the "
                 "last one back"
             )
+        if self._looking is not None:
+            # It needs the lock that a publication holds from here on, and the one thread there is.
+            concurrent.futures.wait([self._looking])
         sections = self._publisher.sections(params, version, anchor=anchor)
         first = next(sections)
         self._sections = sections

@@ -96,3 +96,32 @@ def test_a_last_version_that_no_store_takes_is_told(caplog):
     assert found.promised is None
     assert "the last version, 7, is in no store" in caplog.text
     assert clock.slept == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+
+
+class Looked(MemoryStore):
+    """Somebody's look at what is there takes until the test lets it go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.looking, self.go_on, self.slow = threading.Event(), threading.Event(), False
+
+    def keys(self, prefix):
+        if self.slow:
+            self.slow = False
+            self.looking.set()
+            assert self.go_on.wait(60.0)
+        return super().keys(prefix)
+
+
+def test_the_last_version_waits_for_a_look_at_what_is_damaged():
+    """Else the look would wait for the publication's lock, and the publication for its thread."""
+    store, clock, turned = Looked(), Clock(), threading.Event()
+    with publications(store, clock, turned.set) as found:
+        found.lead(PARAMS, 0, starting=lambda version: None)
+        assert turned.wait(60.0)
+        store.slow = True
+        assert found.lead(PARAMS, 0, starting=lambda version: None)  # begins to look, too
+        assert store.looking.wait(60.0)
+        threading.Timer(0.2, store.go_on.set).start()
+        found.finish(PARAMS, 3, starting=lambda version: None)
+    assert found.published.version == 3
