@@ -57,8 +57,8 @@ class FsspecStore:
             else:
                 self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 self._fs.pipe_file(path, data)
-        except OSError as error:
-            if error.errno in _FULL:
+        except Exception as error:  # of fsspec's many filesystems each raises what it likes
+            if isinstance(error, OSError) and error.errno in _FULL:
                 raise StoreFull(
                     f"no room in {self.url} for the {len(data)} bytes of {key!r} ({error}); what "
                     "was there is as it was: free some space, and publish again"
@@ -72,11 +72,12 @@ class FsspecStore:
         return self._read(key, start=start, end=stop)
 
     def _read(self, key: str, **edges: int) -> bytes:
+        path = self._path(key)
         try:
-            return self._fs.cat_file(self._path(key), **edges)
+            return self._fs.cat_file(path, **edges)
         except FileNotFoundError:
             raise NotInStore(f"no blob {key!r} in {self.url}") from None
-        except OSError as error:
+        except Exception as error:  # see `put`
             raise self._failure("read", key, error) from error
 
     def keys(self, prefix: str) -> list[str]:
@@ -86,20 +87,22 @@ class FsspecStore:
             found = self._fs.find(folder)
         except FileNotFoundError:
             return []
-        except OSError as error:
+        except Exception as error:  # see `put`
             raise self._failure("list", prefix, error) from error
         start = len(self._root) + 1
-        names = (path[start:] for path in found)
+        # Object stores list by the beginning of a key, which may be within a part of it.
+        names = (path[start:] for path in found if path.startswith(f"{folder}/"))
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
 
     def delete(self, key: str) -> None:
+        path = self._path(key)
         try:
             with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._path(key))
-        except OSError as error:
+                self._fs.rm_file(path)
+        except Exception as error:  # see `put`
             raise self._failure("delete", key, error) from error
 
-    def _failure(self, what: str, key: str, error: OSError) -> StoreError:
+    def _failure(self, what: str, key: str, error: Exception) -> StoreError:
         return StoreError(f"cannot {what} {key!r} in {self.url}: {error}; check path and rights")
 
 

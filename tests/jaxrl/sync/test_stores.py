@@ -3,7 +3,11 @@
 import errno
 import os
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,9 +15,62 @@ from hypothesis import strategies as st
 from jaxrl import sync
 
 
-@pytest.fixture(params=["memory", "folder", "memory://", "tcp", "paced"])
+class Bucket(fsspec.AbstractFileSystem):
+    """An object store: keys without folders, and errors of its own kind."""
+
+    protocol = "bucket"
+    cachable = False
+    objects: ClassVar[dict[str, bytes]] = {}
+    broken: ClassVar[Exception | None] = None
+
+    def _guard(self):
+        if self.broken is not None:
+            raise self.broken
+
+    def makedirs(self, path, exist_ok=False):
+        """There are no folders to make."""
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        self._guard()
+        self.objects[self._strip_protocol(path)] = bytes(value)
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        self._guard()
+        key = self._strip_protocol(path)
+        if key not in self.objects:
+            raise FileNotFoundError(key)
+        return self.objects[key][start:end]
+
+    def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
+        self._guard()
+        prefix = self._strip_protocol(path)
+        # By the beginning of the key, as object stores list: "run" also finds "runner".
+        return [key for key in self.objects if key.startswith(prefix)]
+
+    def rm_file(self, path):
+        self._guard()
+        self.objects.pop(self._strip_protocol(path), None)
+
+
+fsspec.register_implementation("bucket", Bucket, clobber=True)
+
+
+class ServiceError(Exception):
+    """What a client of an object store raises: no OSError."""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setattr(Bucket, "objects", {})
+    monkeypatch.setattr(Bucket, "broken", None)
+    return sync.FsspecStore("bucket://name/runs")
+
+
+@pytest.fixture(params=["memory", "folder", "memory://", "bucket", "tcp", "paced"])
 def store(request, tmp_path, secret):
     match request.param:
+        case "bucket":
+            yield request.getfixturevalue("bucket")
         case "memory":
             yield sync.MemoryStore()
         case "folder":
@@ -134,6 +191,41 @@ def test_what_a_killed_writer_leaves_is_removed_once_nobody_can_still_be_writing
     assert other.exists()  # is none of ours
     assert store.keys("") == ["a/b"]
     assert store.get("a/b") == b"new"
+
+
+def test_what_an_object_store_raises_is_a_failure_of_the_store(bucket, monkeypatch):
+    bucket.put("run/a", b"one")
+    monkeypatch.setattr(Bucket, "broken", ServiceError("503 slow down"))
+    for what, act in (
+        ("write", lambda: bucket.put("run/a", b"two")),
+        ("read", lambda: bucket.get("run/a")),
+        ("read", lambda: bucket.get_range("run/a", 0, 1)),
+        ("list", lambda: bucket.keys("run/")),
+        ("delete", lambda: bucket.delete("run/a")),
+    ):
+        with pytest.raises(sync.StoreError, match=f"cannot {what} 'run/.*503 slow down"):
+            act()
+    monkeypatch.setattr(Bucket, "broken", None)
+    assert bucket.get("run/a") == b"one"
+
+
+def test_versions_travel_through_an_object_store(bucket, monkeypatch):
+    publisher = sync.Publisher(bucket, run_id="r")
+    params = {"w": jnp.arange(64.0)}
+    publisher.publish(params, 0)
+    actor = sync.Subscriber(bucket, run_id="r", like=params)
+    assert actor.prepare()
+    assert actor.flip().version == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(Bucket, "broken", ServiceError("503 slow down"))
+        with pytest.raises(sync.StoreError, match="503 slow down"):
+            publisher.publish({"w": params["w"] + 1}, 1)
+        assert not actor.prepare()
+        assert "503 slow down" in actor.problem
+    publisher.publish({"w": params["w"] + 2}, 2)
+    assert actor.prepare()
+    assert actor.flip().version == 2
+    np.testing.assert_array_equal(actor.params["w"], np.arange(64.0) + 2)
 
 
 def test_a_file_where_a_folder_should_be_says_so(tmp_path):
