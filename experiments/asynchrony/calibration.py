@@ -65,7 +65,7 @@ def calibrate(parts: Parts) -> Durations:
             rollouts = _rollout(parts, state, step)
         with watches["update"].lap():
             if replay is not None:
-                replay.add(rollouts, iteration=step)
+                replay.add(rollouts, tag=step)
                 rollouts = replay.sample(
                     parts.config.prompts_per_step, rollouts.tokens.shape[1], step
                 )

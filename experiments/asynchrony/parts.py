@@ -9,7 +9,7 @@ from experiments.asynchrony.config import POLL_S, AsynchronyConfig, Method
 from experiments.asynchrony.policies import Policy
 from experiments.asynchrony.task import Task, no_cost
 from jaxrl import sync
-from jaxrl.actors import Actor, ActorConfig, Threads
+from jaxrl.actors import Actor, ActorConfig, PoolConfig, Threads
 from jaxrl.learner import Learner, LearnerState, lm_apply, lm_optimizer
 from jaxrl.models import ScalarModel
 from jaxrl.replay import Replay
@@ -57,7 +57,8 @@ class Parts:
                 config=ActorConfig(poll_s=POLL_S),
             )
 
-        return Threads(self.method.actors, build)
+        # The simulator's actors, too, do one thing after the other.
+        return Threads(self.method.actors, build, config=PoolConfig(score_beside=False))
 
 
 def build(config: AsynchronyConfig, method: Method, task: Task, reference: Policy) -> Parts:

@@ -215,7 +215,7 @@ def _asynchronous(run: Run, parts: Parts) -> tuple["_Log", dict[str, Any]]:
     steps = trainer.run(parts.state, start=0, steps=config.steps)
     log.follow(run, ((step, state, metrics) for step, state, metrics, _ in steps), answered)
     actors = list(pool.statistics.values())
-    pauses = sum(actor.timings.paused for actor in actors)
+    pauses = sum(actor.timings.paused_s for actor in actors)
     return log, {
         "items": answered(),
         "learner_idle": waiting.total_s / sum(log.step_s),

@@ -15,11 +15,11 @@ import threading
 from jaxrl.actors.factory import Factory
 from jaxrl.actors.remote import serve
 from jaxrl.sync import SyncError
-
-SECRET = "JAXRL_SECRET"
+from jaxrl.sync.connection import secret_from_environment
 
 
 def command_line() -> argparse.ArgumentParser:
+    """What an actor's process is told."""
     parser = argparse.ArgumentParser(prog="python -m jaxrl.actors", description=__doc__)
     parser.add_argument("--learner", required=True, metavar="HOST:PORT", help="of its pool")
     parser.add_argument(
@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s {args.name} %(levelname)s %(name)s: %(message)s"
     )
-    if not (secret := os.environ.get(SECRET)):
-        parser.error(f"the environment must hold the learner's shared secret: {SECRET} is not set")
+    try:
+        secret = secret_from_environment()
+    except ValueError as error:
+        parser.error(str(error))
     if args.with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     build = Factory(target=args.build, config=args.config)

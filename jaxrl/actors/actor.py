@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl.actors.work import Interrupted, Refusal, Result, Timings, WorkItem
+from jaxrl.actors.stopwatch import Stopwatch
+from jaxrl.actors.work import Interrupted, Refusal, Result, Score, WorkItem
 from jaxrl.data.batches import PromptSet
 from jaxrl.rollouts import Collector, NonFiniteScores, Scorer
 from jaxrl.sync import Subscriber
-from jaxrl.types import Rollouts
+from jaxrl.types import Completions, Rollouts
 
-_LONGEST_PAUSE_S = 2.0  # between two attempts at weights that cannot be had
+_LONGEST_PAUSE_S = 2.0  # between two looks for weights, where looks are slow or fail
+_LOOKING = 0.1  # share of its time that a thread may spend on looking for weights
 
 SCORES = "scores"
 """The reason of refusals for rewards or costs that are not finite."""
@@ -31,19 +33,37 @@ class ActorConfig:
     """How an actor waits.
 
     Attributes:
-      poll_s: seconds between two looks for new weights.
+      poll_s: seconds between two looks for new weights; more where a look takes long, as at an
+        object store: looking takes at most a tenth of the time.
       patience_s: the longest wait for the version that an item needs.
     """
 
     poll_s: float = 0.05
     patience_s: float = 600.0
 
+    def pause_s(self, look_s: float, *, after_s: float | None = None) -> float:
+        """Seconds until the next look for new weights.
+
+        Args:
+          look_s: that the last one took.
+          after_s: the pause before it, where it failed; None: it did not.
+
+        >>> config = ActorConfig(poll_s=0.05)
+        >>> [config.pause_s(look_s) for look_s in (0.001, 0.125, 60.0)]
+        [0.05, 1.125, 2.0]
+        >>> config.pause_s(0.001, after_s=0.05)
+        0.1
+        """
+        pause_s = self.poll_s if after_s is None else 2 * after_s
+        return min(max(pause_s, (1 / _LOOKING - 1) * look_s), max(self.poll_s, _LONGEST_PAUSE_S))
+
 
 class Actor:
     """Writes and scores the rollouts of work items; a context manager.
 
     New weights are fetched, verified and rebuilt in a thread of their own while the old ones
-    generate. They take over between two items, so that one item is of one version.
+    generate. They take over between two items, so that one item is of one version. An item may be
+    scored, in another thread, while the next one is written; two are never scored at once.
     """
 
     def __init__(
@@ -77,7 +97,8 @@ class Actor:
         self._stop, self._news = threading.Event(), threading.Event()
         self._fetcher = threading.Thread(target=self._fetch, name=f"{name}-sync", daemon=True)
         self._failure: Exception | None = None
-        self._free_since = time.perf_counter()
+        self._scoring = threading.Lock()
+        self._watch = Stopwatch()
 
     def __enter__(self) -> "Actor":
         self._fetcher.start()
@@ -95,7 +116,7 @@ class Actor:
             self._close()
 
     def interrupt(self) -> None:
-        """Ends a wait for weights, from any thread: `run` then raises `Interrupted`."""
+        """Ends a wait for weights, from any thread: `write` then raises `Interrupted`."""
         self._stop.set()
         self._news.set()
 
@@ -105,58 +126,56 @@ class Actor:
         version = self._subscriber.version
         return -1 if version is None else version
 
-    def run(self, item: WorkItem) -> Result:
-        """Answers an item.
+    def write(self, item: WorkItem) -> Score:
+        """Writes an item's completions; what it returns scores them.
 
         Raises:
           WeightsUnavailable: `item.min_version` did not come within the actor's patience.
           Interrupted: see `interrupt`.
-          Exception: what the subscriber, the collector or a reward raised; the actor is unusable.
+          Exception: what the subscriber or the collector raised, or what is returned raises of a
+            reward; the actor is unusable.
         """
-        paused = self._catch_up(item.min_version)
-        version, started = self.version, time.perf_counter()
-        idle = started - self._free_since - paused
-        rollouts, greedy = self._collector.collect(
-            self._subscriber.params,
-            self._reference,
-            self._prompts.take(np.asarray(item.rows, np.int64)),
-            item.key,
-            version,
-        )
-        jax.block_until_ready(rollouts.tokens)
-        generated = time.perf_counter()
+        self._catch_up(item.min_version)
+        version = self.version
+        with self._watch.during("generate_s"):
+            rollouts, greedy = self._collector.collect(
+                self._subscriber.params,
+                self._reference,
+                self._prompts.take(np.asarray(item.rows, np.int64)),
+                item.key,
+                version,
+            )
+            jax.block_until_ready(rollouts.tokens)
+        return lambda: self._score(item, version, rollouts, greedy)
+
+    def _score(
+        self, item: WorkItem, version: int, rollouts: Rollouts, greedy: Completions | None
+    ) -> Result:
         scored, refusal = None, None
-        try:
-            scored = _on_host(self._scorer(rollouts, greedy))
-        except NonFiniteScores as error:
-            refusal = Refusal(reason=SCORES, detail=str(error), item=item.id, actor=self.name)
-        self._free_since = time.perf_counter()
-        timings = Timings(
-            generate=generated - started,
-            score=self._free_since - generated,
-            paused=paused,
-            idle=idle,
-        )
+        with self._scoring, self._watch.during("score_s"):
+            try:
+                scored = _on_host(self._scorer(rollouts, greedy))
+            except NonFiniteScores as error:
+                refusal = Refusal(reason=SCORES, detail=str(error), item=item.id, actor=self.name)
         return Result(
             item=item.id,
             actor=self.name,
             version=version,
             rollouts=scored,
             refusal=refusal,
-            timings=timings,
+            timings=self._watch.read(),
         )
 
-    def _catch_up(self, wanted: int) -> float:
-        """Takes the newest weights over, waiting for version `wanted`; the seconds it paused."""
-        begun, paused = time.perf_counter(), 0.0
+    def _catch_up(self, wanted: int) -> None:
+        """Takes the newest weights over, waiting for version `wanted`."""
+        begun = time.monotonic()
         while True:
             self._news.clear()
-            flip = time.perf_counter()
-            self._subscriber.flip()
-            now = time.perf_counter()
-            paused += now - flip
+            with self._watch.during("paused_s"):
+                self._subscriber.flip()
+            now = time.monotonic()
             if self.version >= max(wanted, 0):
-                return paused
+                return
             if self._failure is not None:
                 raise self._failure
             if self._stop.is_set():
@@ -174,10 +193,12 @@ class Actor:
         try:
             pause_s = self._config.poll_s
             while not self._stop.wait(pause_s):
+                began = time.perf_counter()
                 if self._subscriber.prepare():
                     self._news.set()
+                look_s = time.perf_counter() - began
                 troubled = self._subscriber.problem is not None
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if troubled else self._config.poll_s
+                pause_s = self._config.pause_s(look_s, after_s=pause_s if troubled else None)
         except Exception as error:  # what may pass by itself the subscriber tries again itself
             self._failure = error
             self._news.set()

@@ -4,9 +4,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from jaxrl.actors.work import Accept, Refusal, Result, Supply, Timings, WorkItem
 
@@ -36,7 +37,19 @@ class ActorStatistics:
     @property
     def idle_share(self) -> float:
         """Share of its time that it waited for work or weights; 0 before the first result."""
-        return self.timings.idle / self.timings.total if self.timings.total else 0.0
+        return self.timings.idle_s / self.timings.total_s if self.timings.total_s else 0.0
+
+
+class Seat(NamedTuple):
+    """Where one item at a time is in hand.
+
+    Attributes:
+      actor: by whose name the item is known.
+      number: tells apart the seats of one actor, and two actors that were given one name.
+    """
+
+    actor: str
+    number: int = 0
 
 
 @dataclass
@@ -44,7 +57,7 @@ class _Open:
     """An item that has no accepted answer yet."""
 
     item: WorkItem
-    holders: dict[str, float] = field(default_factory=dict)  # actor → when it took the item
+    holders: dict[Seat, float] = field(default_factory=dict)  # who → when it took the item
     failures: int = 0
     arriving: bool = False  # an answer is being made durable: too late to give the item up
 
@@ -94,14 +107,29 @@ class Ledger:
         entry = self._open[item.id] = _Open(item)
         return entry
 
-    def take(self, actor: str, timeout_s: float | None = None) -> WorkItem | None:
-        """The next item for `actor`; None when the book is closed, or after `timeout_s`."""
+    def take(
+        self,
+        seat: Seat,
+        timeout_s: float | None = None,
+        *,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> WorkItem | None:
+        """The next item for a seat.
+
+        Args:
+          seat: holds the item until its answer comes, or `release`.
+          timeout_s: how long to wait for one; None: as long as it takes.
+          ended: whether nobody waits for it any more; asked again at every `wake`.
+
+        Returns:
+          The item; None after `timeout_s`, when the book is closed, or where it is `ended`.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while not self._closed:
+            while not self._closed and not ended():
                 now = time.monotonic()
-                if (found := self._next(actor, now)) is not None:
-                    found.holders[actor] = now
+                if (found := self._next(seat, now)) is not None:
+                    found.holders[seat] = now
                     return found.item
                 left = None if deadline is None else deadline - now
                 if left is not None and left <= 0:
@@ -112,7 +140,7 @@ class Ledger:
                 self._changed.wait(min(waits) if waits else None)
         return None
 
-    def _next(self, actor: str, now: float) -> _Open | None:
+    def _next(self, seat: Seat, now: float) -> _Open | None:
         free = [x for x in self._open.values() if not x.holders]
         if not free and self._supply is not None and (item := self._supply()) is not None:
             free = [self._queue(item)]
@@ -120,7 +148,8 @@ class Ledger:
             free = [
                 x
                 for x in self._open.values()
-                if actor not in x.holders and now - max(x.holders.values()) >= self._lease_s
+                if all(seat.actor != holder.actor for holder in x.holders)
+                and now - max(x.holders.values()) >= self._lease_s
             ]
         return min(free, key=lambda x: x.item.id, default=None)
 
@@ -178,35 +207,47 @@ class Ledger:
         self._done.append(result)
         self._changed.notify_all()
 
-    def release(self, actor: str, why: str, *, blame: bool = True) -> None:
-        """Notes the loss of an actor: what it held is free again, or refused as fatal.
+    def release(self, seat: Seat, why: str, *, blame: bool = True) -> None:
+        """Takes back what a seat held: it is free again, or refused as fatal.
 
         Args:
-          actor: who is lost.
+          seat: of an actor that is lost.
           why: for the log.
           blame: whether the item may have been the cause; not where only a connection broke.
         """
         with self._changed:
-            held = [x for x in self._open.values() if actor in x.holders]
+            held = [x for x in self._open.values() if seat in x.holders]
             for entry in held:
-                del entry.holders[actor]
+                del entry.holders[seat]
                 entry.failures += blame
                 if blame and entry.failures >= self._max_failures and not entry.arriving:
                     detail = f"item {entry.item.id} ended {entry.failures} actors, last: {why}"
                     refusal = Refusal(
-                        reason="fatal", detail=detail, item=entry.item.id, actor=actor
+                        reason="fatal", detail=detail, item=entry.item.id, actor=seat.actor
                     )
                     _log.error("%s; it is refused", detail)
                     result = Result(
-                        item=entry.item.id, actor=actor, version=-1, rollouts=None, refusal=refusal
+                        item=entry.item.id,
+                        actor=seat.actor,
+                        version=-1,
+                        rollouts=None,
+                        refusal=refusal,
                     )
                     self._count(result, "refused", result)
                     self._settle(result)
+            self._changed.notify_all()
+        for entry in held:
+            _log.warning(
+                "%s did not answer item %d (%s): it is handed out again",
+                seat.actor, entry.item.id, why,
+            )  # fmt: skip
+
+    def lose(self, actor: str, why: str) -> None:
+        """Notes the death of an actor, of which `release` takes back what it held."""
+        with self._changed:
             old = self._statistics.get(actor, ActorStatistics())
             self._statistics[actor] = replace(old, restarts=old.restarts + 1)
-            self._changed.notify_all()
-        ids = [x.item.id for x in held]
-        _log.warning("lost %s (%s); what it held is handed out again: items %s", actor, why, ids)
+        _log.warning("lost %s (%s)", actor, why)
 
     def poll(self, timeout_s: float) -> list[Result]:
         """All results that came in since the last call.
@@ -237,10 +278,7 @@ class Ledger:
             self._changed.notify_all()
 
     @property
-    def closed(self) -> bool:
-        return self._closed
-
-    @property
     def statistics(self) -> Mapping[str, ActorStatistics]:
+        """What each actor has done, by its name."""
         with self._changed:
             return dict(sorted(self._statistics.items()))

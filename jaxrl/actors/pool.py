@@ -1,17 +1,47 @@
 """The one runtime of all actors: a book of items, and a thread for every actor that asks it."""
 
 import abc
+import contextlib
+import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-from jaxrl.actors.ledger import ActorStatistics, Ledger
-from jaxrl.actors.work import AbstractActor, Accept, Result, Supply, WorkItem
+from jaxrl.actors.ledger import ActorStatistics, Ledger, Seat
+from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Result, Supply, WorkItem
 from jaxrl.sync import ConnectionBroken
 
 _log = logging.getLogger(__name__)
+
+
+class _Life:
+    """One actor from its start to its end.
+
+    Attributes:
+      actor: the actor.
+      turn: held by whom it writes for.
+      failures: what it raised, the first first; one ends the life.
+    """
+
+    def __init__(self, actor: AbstractActor) -> None:
+        self.actor, self.turn = actor, threading.Lock()
+        self.failures: list[Exception] = []
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notes a failure before anybody else may have a turn."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class NoActorsLeft(RuntimeError):
@@ -27,12 +57,15 @@ class PoolConfig:
       max_failures: deaths of actors over one item after which the item is refused.
       max_restarts: deaths in a row, without a result in between, after which an actor is given up.
       backoff_s: seconds before the first restart in a row; doubled for each further one.
+      score_beside: an actor writes its next item while the last one is scored, so that slow rewards
+        do not hold up generation; False: one after the other.
     """
 
     lease_s: float = 600.0
     max_failures: int = 3
     max_restarts: int = 5
     backoff_s: float = 0.1
+    score_beside: bool = True
 
     def __post_init__(self) -> None:
         if self.lease_s <= 0 or self.backoff_s < 0:
@@ -53,21 +86,32 @@ class PoolConfig:
 class Pool(abc.ABC):
     """Actors, wherever they run: a context manager.
 
-    Every actor has a thread here that takes items for it, hands it one at a time, and takes its
-    answer in. An actor that fails is replaced and its item handed out again. Where actors run is
-    all that a subclass says.
+    Every actor has two threads here that take turns at it: one hands it the next item and waits
+    until that is written, while the other waits for the scores of the last one and takes the answer
+    in. An actor that fails is replaced and its items handed out again. Where actors run is all that
+    a subclass says.
 
     Items that are submitted come back from `poll` exactly once each, in the order in which they
     were accepted: as rollouts or as a refusal.
     """
 
     def __init__(self, size: int, config: PoolConfig | None) -> None:
+        """Starts nothing yet.
+
+        Args:
+          size: how many actors to keep alive.
+          config: how they are treated; defaults where None.
+
+        Raises:
+          ValueError: a negative size.
+        """
         if size < 0:
             raise ValueError(f"a pool cannot have fewer than 0 actors: {size=}")
         self.size, self.config = size, config or PoolConfig()
         self._ledger: Ledger | None = None
         self._threads: list[threading.Thread] = []
-        self._alive: dict[str, AbstractActor] = {}
+        self._alive: dict[int, AbstractActor] = {}  # by the number of a seat
+        self._seats = itertools.count()
         self._lock = threading.Lock()
         self._given_up: dict[str, str] = {}
         self._closed = threading.Event()
@@ -136,8 +180,9 @@ class Pool(abc.ABC):
             alive = list(self._alive.values())
         for actor in alive:
             actor.interrupt()
-        for thread in self._threads:
-            thread.join()
+        while threads := [thread for thread in self._threads if thread.is_alive()]:
+            for thread in threads:
+                thread.join()
 
     @property
     def statistics(self) -> Mapping[str, ActorStatistics]:
@@ -163,10 +208,14 @@ class Pool(abc.ABC):
             raise RuntimeError("the pool has no actors yet: call start() first")
         return self._ledger
 
-    def _spawn(self, target, *args) -> None:
-        thread = threading.Thread(target=target, args=args, name=str(args[0]), daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def _spawn(self, target: Callable[..., None], name: str, *args: Any) -> threading.Thread:
+        """A thread of a name, which its target is told first; `close` waits for it."""
+        thread = threading.Thread(target=target, args=(name, *args), name=name, daemon=True)
+        with self._lock:
+            self._threads = [each for each in self._threads if each.is_alive()]
+            thread.start()
+            self._threads.append(thread)
+        return thread
 
     def _employ(self, name: str) -> None:
         """Keeps one actor alive until the end, or until it fails too often in a row."""
@@ -190,23 +239,55 @@ class Pool(abc.ABC):
 
     def _lose(self, name: str, error: Exception) -> str:
         """Books the loss of an actor and returns why it was lost."""
-        why = f"{type(error).__name__}: {error}"
-        self._book.release(name, why, blame=not isinstance(error, ConnectionBroken))
+        why = _why(error)
+        self._book.lose(name, why)
         return why
 
     def _items(self, name: str) -> int:
         return self.statistics.get(name, ActorStatistics()).items
 
     def _answer(self, name: str, actor: AbstractActor) -> None:
-        """Lets an actor answer items until the pool is closed or the actor fails."""
+        """Lets an actor answer items until the pool is closed.
+
+        Raises:
+          Exception: what the actor raised first; what it held is handed out again.
+        """
+        life = _Life(actor)
+        first, *others = (
+            Seat(name, next(self._seats)) for _ in range(2 if self.config.score_beside else 1)
+        )
         with self._lock:
-            self._alive[name] = actor
+            self._alive[first.number] = actor
         try:
-            while (item := self._book.take(name)) is not None:
-                self._deliver(actor.run(item))
+            helpers = [self._spawn(self._serve, name, seat, life) for seat in others]
+            self._serve(name, first, life)
+            for helper in helpers:
+                helper.join()
         finally:
             with self._lock:
-                del self._alive[name]
+                del self._alive[first.number]
+        if life.failures:
+            raise life.failures[0]
+
+    def _serve(self, name: str, seat: Seat, life: "_Life") -> None:
+        """Takes an actor's turns at one seat, to the end of its life or the pool's."""
+        try:
+            while True:
+                # Only who can have it written at once takes an item.
+                with life.turn, life.watched():
+                    item = self._book.take(seat, ended=lambda: bool(life.failures))
+                    if item is None:
+                        return
+                    score = life.actor.write(item)
+                with life.watched():
+                    self._deliver(score())
+        except Exception as error:  # an actor may fail in any way; the run goes on
+            if self._closed.is_set():
+                return
+            innocent = isinstance(error, ConnectionBroken | Interrupted)
+            self._book.release(seat, _why(error), blame=not innocent)
+            life.actor.interrupt()
+            self._book.wake()  # the other seat need not wait for an item
 
     def _deliver(self, result: Result) -> None:
         """Takes a result in, again and again while it cannot be made durable."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from queue import Empty, Queue
 from types import TracebackType
@@ -19,9 +20,18 @@ from typing import Any
 from jaxrl.actors.factory import Factory
 from jaxrl.actors.pool import Pool, PoolConfig
 from jaxrl.actors.wire import Malformed, item_to_json, result_from_wire
-from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Refusal, Result, Supply, WorkItem
-from jaxrl.sync import ConnectionBroken, SyncError
-from jaxrl.sync.connection import Connection, checked_secret, split_address
+from jaxrl.actors.work import (
+    AbstractActor,
+    Accept,
+    Interrupted,
+    Refusal,
+    Result,
+    Score,
+    Supply,
+    WorkItem,
+)
+from jaxrl.sync import ConnectionBroken, Refused, SyncError
+from jaxrl.sync.connection import SECRET, Connection, checked_secret, split_address
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.2
@@ -54,6 +64,7 @@ class Processes(Pool):
         secret: str | None = None,
         environment: Callable[[str], Mapping[str, str]] | None = None,
         connect_s: float = 300.0,
+        max_connections: int = 4096,
         config: PoolConfig | None = None,
     ) -> None:
         """Listens; `start` starts the actors.
@@ -66,6 +77,7 @@ class Processes(Pool):
           environment: variables to set for the actor of a name, such as `JAX_PLATFORMS` or
             `CUDA_VISIBLE_DEVICES`, beside those of this process.
           connect_s: the longest that a started actor may need to come up.
+          max_connections: that are open at once; further ones wait to be accepted.
           config: how actors are treated; defaults where None.
 
         Raises:
@@ -83,7 +95,10 @@ class Processes(Pool):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self._listener.settimeout(_LOOK_S)
+        self._places = threading.BoundedSemaphore(max_connections)
         self._awaited: dict[str, Queue[Connection]] = {}
+        self.refused = 0
+        """Connections of strangers that were turned away."""
 
     @property
     def address(self) -> str:
@@ -103,20 +118,34 @@ class Processes(Pool):
 
     def _listen(self, _: str) -> None:
         while not self._closed.is_set():
+            if not self._places.acquire(timeout=_LOOK_S):
+                continue
             try:
                 sock, peer = self._listener.accept()
             except OSError:  # nobody came, or the listener was closed
+                self._places.release()
                 continue
-            self._spawn(self._welcome, f"actors-{peer[0]}-{peer[1]}", sock)
+            self._spawn(self._receive, f"actors-{peer[0]}-{peer[1]}", sock)
+
+    def _receive(self, peer: str, sock: socket.socket) -> None:
+        try:
+            self._welcome(peer, sock)
+        finally:
+            self._places.release()
 
     def _welcome(self, peer: str, sock: socket.socket) -> None:
-        """Lets a connection in: to the thread that waits for it, or as an actor that joins."""
+        """Lets a connection in: to the thread that waits for it, or as an actor that joins.
+
+        Returns when it is turned away, passed on to that thread, or lost.
+        """
         _keep_alive(sock)
         try:
             connection = Connection(sock, self.secret, "server")
             hello, _ = connection.receive()
             name, life = str(hello["hello"]), str(hello["life"])
         except (SyncError, KeyError) as error:
+            with self._lock:
+                self.refused += isinstance(error, Refused)
             _log.warning("turned away %s: %s", peer, error)
             sock.close()
             return
@@ -145,7 +174,7 @@ class Processes(Pool):
             ],
             stdin=subprocess.PIPE,
             env=os.environ
-            | {"JAXRL_SECRET": self.secret}
+            | {SECRET: self.secret}
             | dict(self._environment(name) if self._environment else {}),
         )  # fmt: skip
         try:
@@ -175,7 +204,10 @@ class _Remote:
 
     def __init__(self, connection: Connection, process: subprocess.Popen | None = None) -> None:
         self._connection, self._process = connection, process
-        self._stop = threading.Event()
+        self._changed = threading.Condition()
+        self._arrived: dict[int, deque[tuple[dict[str, Any], bytes]]] = {}
+        self._reading = self._interrupted = False
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "_Remote":
         return self
@@ -193,27 +225,72 @@ class _Remote:
             _end(self._process)
 
     def interrupt(self) -> None:
-        self._stop.set()
+        with self._changed:
+            self._interrupted = True
+            self._changed.notify_all()
 
-    def run(self, item: WorkItem) -> Result:
-        """Has an item answered.
+    def write(self, item: WorkItem) -> Score:
+        """Has an item written; what it returns waits for the answer, and raises alike.
 
         Raises:
           ActorFailed: the actor said so, or its process ended.
           ConnectionBroken: nothing is known of it any more.
           Interrupted: see `interrupt`.
         """
+        with self._changed:
+            self._arrived[item.id] = deque()
         try:
             self._connection.send({"item": item_to_json(item)}, b"")
-            while not self._connection.wait(_LOOK_S):
-                if self._stop.is_set():
-                    raise Interrupted("the pool closes")
-            header, body = self._connection.receive()
         except ConnectionBroken as error:
             raise self._explained(error) from error
-        if "failed" in header:
-            raise ActorFailed(str(header["failed"]))
+        header, body = self._message(item)
+        if "written" in header:
+            return lambda: self._answer(item, *self._message(item))
+        return lambda: self._answer(item, header, body)
+
+    def _answer(self, item: WorkItem, header: Mapping[str, Any], body: bytes) -> Result:
+        with self._changed:
+            del self._arrived[item.id]
         return answer_to(item, header, body)
+
+    def _message(self, item: WorkItem) -> tuple[dict[str, Any], bytes]:
+        """The next message about an item; of all who wait for one, one reads."""
+        while True:
+            with self._changed:
+                while not self._arrived[item.id]:
+                    if self._interrupted:
+                        raise Interrupted("the actor is given up, or the pool closes")
+                    if self._failure is not None:
+                        raise self._failure
+                    if not self._reading:
+                        self._reading = True
+                        break
+                    self._changed.wait()
+                else:
+                    header, body = self._arrived[item.id].popleft()
+                    if "failed" in header:
+                        raise ActorFailed(str(header["failed"]))
+                    return header, body
+            self._read()
+
+    def _read(self) -> None:
+        """Reads a message if there is one soon, for whom it concerns."""
+        message, failure = None, None
+        try:
+            if self._connection.wait(_LOOK_S):
+                message = self._connection.receive()
+        except ConnectionBroken as error:
+            failure = self._explained(error)
+        with self._changed:
+            self._reading, self._failure = False, failure
+            if message is not None:
+                about = message[0].get("item")
+                if type(about) is not int or about not in self._arrived:
+                    about = min(self._arrived)  # an answer to nothing that was asked: to refuse
+                self._arrived[about].append(message)
+                # Of its other items an actor that fails says nothing any more.
+                self._interrupted |= "failed" in message[0]
+            self._changed.notify_all()
 
     def _explained(self, error: ConnectionBroken) -> Exception:
         """The end of the process is the better reason, where there is one."""

@@ -12,9 +12,10 @@ from jaxrl.actors.factory import Factory
 from jaxrl.actors.pool import Pool, PoolConfig
 from jaxrl.actors.processes import ActorFailed, answer_to
 from jaxrl.actors.wire import item_from_json, item_to_json, result_to_wire
-from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Result, Supply, WorkItem
+from jaxrl.actors.work import AbstractActor, Accept, Interrupted, Score, Supply, WorkItem
 
 _LOOK_S = 0.2
+_OF_THE_POOL = {"max_restarts", "max_task_retries", "max_concurrency"}
 
 
 class RayActors(Pool):
@@ -36,17 +37,27 @@ class RayActors(Pool):
     ) -> None:
         """Prepares; `start` connects to Ray where this process has not done so, and starts.
 
+        A connection that `start` has made `close` ends.
+
         Args:
           size: how many actors, named "actor-0", "actor-1", ….
           build: makes them.
-          options: of each Ray actor, such as `num_gpus`, `resources` or `runtime_env`.
+          options: of each Ray actor, such as `num_gpus`, `resources` or `runtime_env`; not those
+            that say how often it is tried again and how many items it has at once.
           connect_s: the longest that an actor may need to come up, again after each death.
           config: how actors are treated; defaults where None.
 
         Raises:
           ImportError: Ray is not installed.
+          ValueError: `options` has what only the pool can say.
         """
         super().__init__(size, config)
+        if taken := _OF_THE_POOL & set(options or {}):
+            raise ValueError(
+                "a Ray actor's restarts, retries and concurrency are the pool's to say: leave "
+                f"{', '.join(sorted(taken))} out of options; how often an actor may die in a row "
+                "is PoolConfig.max_restarts"
+            )
         try:
             import ray
         except ImportError as error:
@@ -56,10 +67,12 @@ class RayActors(Pool):
         self._ray, self._build = ray, build
         self._options, self._connect_s = dict(options or {}), connect_s
         self._hosts: dict[str, Any] = {}
+        self._connected = False
 
     def start(self, accept: Accept, supply: Supply | None = None) -> None:
         if not self._ray.is_initialized():
             self._ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
+            self._connected = True
         super().start(accept, supply)
 
     def close(self) -> None:
@@ -67,6 +80,9 @@ class RayActors(Pool):
         for host in self._hosts.values():
             self._ray.kill(host)
         self._hosts = {}
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
 
     def _hire(self, name: str) -> AbstractActor:
         """The actor of a name, once Ray has it up."""
@@ -88,7 +104,8 @@ class RayActors(Pool):
 
     def _place(self, name: str) -> Any:
         # Restarts are Ray's; which item is handed out again is the ledger's to say.
-        options = {"num_cpus": 1} | self._options | {"max_restarts": -1, "max_task_retries": 0}
+        options = {"num_cpus": 1} | self._options
+        options |= {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": 2}
         remote = self._ray.remote(_Host).options(**options)
         return remote.remote(name, self._build.target, dict(self._build.config))
 
@@ -98,12 +115,17 @@ class _Host:
 
     def __init__(self, name: str, target: str, config: dict[str, Any]) -> None:
         self._actor = Factory(target=target, config=config)(name).__enter__()
+        self._written: dict[int, Score] = {}
 
     def process(self) -> int:
         return os.getpid()
 
-    def run(self, item: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        return result_to_wire(self._actor.run(item_from_json(item)))
+    def write(self, fields: dict[str, Any]) -> None:
+        item = item_from_json(fields)
+        self._written[item.id] = self._actor.write(item)
+
+    def score(self, item: int) -> tuple[dict[str, Any], bytes]:
+        return result_to_wire(self._written.pop(item)())
 
 
 class _OnRay:
@@ -132,15 +154,15 @@ class _OnRay:
     def interrupt(self) -> None:
         self._stop.set()
 
-    def run(self, item: WorkItem) -> Result:
-        """Has an item answered.
+    def write(self, item: WorkItem) -> Score:
+        """Has an item written; what it returns has it scored, and raises alike.
 
         Raises:
           ActorFailed: the actor raised or died.
           Interrupted: see `interrupt`.
         """
-        header, body = self.wait(self._host.run.remote(item_to_json(item)))
-        return answer_to(item, header, body)
+        self.wait(self._host.write.remote(item_to_json(item)))
+        return lambda: answer_to(item, *self.wait(self._host.score.remote(item.id)))
 
     def wait(self, reference: Any, timeout_s: float = float("inf")) -> Any:
         """The value of a reference."""

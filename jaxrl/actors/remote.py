@@ -1,10 +1,13 @@
 """An actor's end of a connection to its learner."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from jaxrl.actors.wire import item_from_json, result_to_wire
-from jaxrl.actors.work import AbstractActor, Build
+from jaxrl.actors.work import AbstractActor, Build, Score, WorkItem
 from jaxrl.sync import ConnectionBroken
 from jaxrl.sync.connection import Connection
 
@@ -64,21 +67,58 @@ def _connected(learner: str, secret: str, patience_s: float) -> Connection:
 
 
 def _converse(connection: Connection, actor: AbstractActor) -> None:
-    while True:
-        while not connection.wait(_LOOK_S):
-            pass
-        header, _ = connection.receive()
-        if "bye" in header:
-            return
-        try:
-            result = actor.run(item_from_json(header["item"]))
-        except Exception as error:  # whatever it was: the pool learns it before this process ends
-            connection.send({"failed": f"{type(error).__name__}: {error}"}, b"")
-            raise
-        try:
-            connection.send(*result_to_wire(result))
-        except ConnectionBroken:
-            # A learner that ended meanwhile has said so: its farewell is there to be read.
-            if connection.wait(0.5) and "bye" in connection.receive()[0]:
+    """Writes items as they come, and has each scored beside the next.
+
+    The learner has at most two in hand here, and asks for the second when the first is written.
+    """
+    with ThreadPoolExecutor(2, thread_name_prefix="score") as scoring:
+        answers: list[Future[None]] = []
+        while True:
+            while not connection.wait(_LOOK_S):
+                answers = _still_open(answers)
+            header, _ = connection.receive()
+            answers = _still_open(answers)
+            if "bye" in header:
                 return
-            raise
+            item = item_from_json(header["item"])
+            with _reported(connection, item):
+                score = actor.write(item)
+            try:
+                connection.send({"item": item.id, "written": True}, b"")
+            except ConnectionBroken:
+                if _said_goodbye(connection):
+                    return
+                raise
+            answers.append(scoring.submit(_answer, connection, item, score))
+
+
+def _answer(connection: Connection, item: WorkItem, score: Score) -> None:
+    with _reported(connection, item):
+        result = score()
+    with contextlib.suppress(ConnectionBroken):  # who reads from it notices, too
+        connection.send(*result_to_wire(result))
+
+
+@contextlib.contextmanager
+def _reported(connection: Connection, item: WorkItem) -> Iterator[None]:
+    """Whatever goes wrong, the pool learns it before this process ends."""
+    try:
+        yield
+    except Exception as error:
+        failed = {"item": item.id, "failed": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(ConnectionBroken):
+            connection.send(failed, b"")
+        raise
+
+
+def _still_open(answers: list[Future[None]]) -> list[Future[None]]:
+    """The answers that are not given yet; raises what kept another from being given."""
+    for answer in answers:
+        if answer.done():
+            answer.result()
+    return [answer for answer in answers if not answer.done()]
+
+
+def _said_goodbye(connection: Connection) -> bool:
+    """Whether a learner whose end is closed has said so: its farewell is there to be read."""
+    return connection.wait(0.5) and "bye" in connection.receive()[0]

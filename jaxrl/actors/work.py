@@ -57,28 +57,32 @@ class Timings:
     """What an actor did between two results, in seconds.
 
     Attributes:
-      generate: wrote completions.
-      score: computed rewards and costs.
-      paused: exchanged its weights, the only time at which generation stands still for them.
-      idle: waited for work or for weights.
+      generate_s: wrote completions.
+      score_s: computed rewards and costs.
+      overlap_s: did two of these at once, and so counted twice above.
+      paused_s: exchanged its weights, the only time at which generation stands still for them.
+      idle_s: waited for work or for weights.
     """
 
-    generate: float = 0.0
-    score: float = 0.0
-    paused: float = 0.0
-    idle: float = 0.0
+    generate_s: float = 0.0
+    score_s: float = 0.0
+    overlap_s: float = 0.0
+    paused_s: float = 0.0
+    idle_s: float = 0.0
 
     def __add__(self, other: "Timings") -> "Timings":
         return Timings(
-            generate=self.generate + other.generate,
-            score=self.score + other.score,
-            paused=self.paused + other.paused,
-            idle=self.idle + other.idle,
+            generate_s=self.generate_s + other.generate_s,
+            score_s=self.score_s + other.score_s,
+            overlap_s=self.overlap_s + other.overlap_s,
+            paused_s=self.paused_s + other.paused_s,
+            idle_s=self.idle_s + other.idle_s,
         )
 
     @property
-    def total(self) -> float:
-        return self.generate + self.score + self.paused + self.idle
+    def total_s(self) -> float:
+        """Seconds that passed."""
+        return self.generate_s + self.score_s - self.overlap_s + self.paused_s + self.idle_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +112,22 @@ class Interrupted(RuntimeError):
 
 @runtime_checkable
 class AbstractActor(Protocol):
-    """What a pool keeps alive: a context manager that answers work items."""
+    """What a pool keeps alive: a context manager that answers work items in two steps.
 
-    def run(self, item: WorkItem) -> Result:
-        """Answers an item; whatever it raises is the death of the actor."""
+    While one thread scores an item, another may have the next one written. Whatever either step
+    raises is the death of the actor.
+    """
+
+    def write(self, item: WorkItem) -> "Score":
+        """Has an item's completions written; one thread at a time calls this.
+
+        Returns:
+          What scores them and gives the answer; called once, by the same thread.
+        """
         ...
 
     def interrupt(self) -> None:
-        """Ends what `run` waits for, from any thread: it raises `Interrupted`."""
+        """Ends what either step waits for, from any thread: it raises `Interrupted`."""
         ...
 
     def __enter__(self) -> Any: ...
@@ -127,6 +139,9 @@ class AbstractActor(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
+
+Score = Callable[[], Result]
+"""Computes the rewards and costs of what an actor has written."""
 
 Build = Callable[[str], AbstractActor]
 """Makes the actor of a name, in the thread or process that it will live in."""

@@ -48,18 +48,22 @@ class Replay:
         return tuple(i for i, buffer in self._buffers.items() if buffer.records)
 
     def buffer(self, prompt_id: int) -> PromptBuffer:
-        """The records of one prompt; KeyError where it has never been seen."""
+        """The records of one prompt.
+
+        Raises:
+          KeyError: it has never been seen.
+        """
         return self._buffers[prompt_id]
 
     # ------------------------------------------------------------------------ in and out
 
-    def add(self, rollouts: Rollouts, iteration: int) -> None:
+    def add(self, rollouts: Rollouts, tag: int) -> None:
         """Merges scored rollouts.
 
         Args:
           rollouts: B groups, on the host or on a device.
-          iteration: tag of the sync that brings them: the learner's update at which the policy
-            that wrote them was published. Calls with one tag are one sync, in any number and
+          tag: of the sync that brings them: the learner's update at which the policy that wrote
+            them was published. Calls with one tag are one sync, in any number and
             order; the greatest tag so far is "the last sync", whose prompts and records the
             recent draws use. Of two equal completions the one with the greater tag stays.
 
@@ -68,10 +72,10 @@ class Replay:
             or there is a greedy baseline, which is of one policy and cannot be replayed.
         """
         self._check(rollouts)
-        if self._latest is None or iteration > self._latest:
-            self._latest = iteration
+        if self._latest is None or tag > self._latest:
+            self._latest = tag
             self._recent = _Turns()
-        for prompt_id, prompt, records in split(rollouts, iteration):
+        for prompt_id, prompt, records in split(rollouts, tag):
             if not records:
                 continue
             buffer = self._buffers.setdefault(prompt_id, PromptBuffer(prompt))

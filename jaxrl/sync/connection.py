@@ -18,9 +18,12 @@ import contextlib
 import hashlib
 import hmac
 import json
+import os
 import secrets
+import selectors
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -32,6 +35,8 @@ _NONCE = 32
 _TAG = 32
 _SIZES = struct.Struct("<IQ")
 _SHORTEST_SECRET = 16
+SECRET = "JAXRL_SECRET"
+"""The environment variable in which processes get their shared secret."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 36
 _CHUNK = 1 << 20
@@ -54,6 +59,21 @@ def checked_secret(secret: str | bytes) -> bytes:
     return data
 
 
+def secret_from_environment() -> str:
+    """The secret that a launcher has put into `JAXRL_SECRET`, where other users cannot read it.
+
+    Raises:
+      ValueError: it is not set.
+    """
+    secret = os.environ.get(SECRET)
+    if not secret:
+        raise ValueError(
+            f"the environment must hold the learner's shared secret: {SECRET} is not set; make one "
+            "by python -c 'import secrets; print(secrets.token_hex(32))', the same for all"
+        )
+    return secret
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port".
 
@@ -70,7 +90,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 class Connection:
-    """One authenticated connection; for one thread at a time. A context manager."""
+    """One authenticated connection; a context manager.
+
+    Any thread may send; one at a time waits and receives.
+    """
 
     def __init__(
         self,
@@ -107,6 +130,7 @@ class Connection:
         self._deadline = None
         self._send_key, self._receive_key = keys
         self._sent = self._received = 0
+        self._sending = threading.Lock()
 
     @classmethod
     def connect(cls, address: str, secret: str | bytes, **options: Any) -> "Connection":
@@ -174,11 +198,12 @@ class Connection:
                 f"{self._max_body_bytes} of body, got {len(text)} and {len(body)}"
             )
         head = _SIZES.pack(len(text), len(body)) + text
-        tag = _tag(self._send_key, self._sent, head, body)
-        self._sent += 1
-        self._write(head)
-        self._write(body)
-        self._write(tag)
+        with self._sending:
+            tag = _tag(self._send_key, self._sent, head, body)
+            self._sent += 1
+            self._write(head)
+            self._write(body)
+            self._write(tag)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Waits for a message.
@@ -216,14 +241,13 @@ class Connection:
         Raises:
           ConnectionBroken: it was cut.
         """
+        # Not by the socket's timeout, which is also that of who sends meanwhile.
         try:
-            self._sock.settimeout(timeout_s)
-            self._sock.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            return False
-        except OSError as error:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._sock, selectors.EVENT_READ)
+                return bool(selector.select(timeout_s))
+        except (OSError, ValueError) as error:  # ValueError: closed by another thread
             raise ConnectionBroken(f"the connection broke: {error}") from error
-        return True
 
     def _read(self, size: int) -> bytes:
         # Memory grows with what arrives, not with what a length promises.

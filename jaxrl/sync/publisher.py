@@ -161,6 +161,16 @@ class Publisher:
           params: see `publish`.
           version: see `publish`.
           anchor: see `publish`.
+
+        Yields:
+          What to call next, in any thread, while this publisher is locked: no other publication
+          begins before this one has ended or is closed.
+
+        Returns:
+          What the publication cost.
+
+        Raises:
+          Exception: see `publish`; from whichever section it happens in.
         """
         with self._lock:
             times = [time.perf_counter()]

@@ -37,7 +37,7 @@ class Update:
       size_bytes: fetched.
       fetch_s: seconds of finding and fetching, beside generation.
       apply_s: seconds of rebuilding and verifying, beside generation.
-      pause_s: seconds for which generation had to wait.
+      pause_s: seconds for which generation had to wait for this one exchange.
     """
 
     version: int
@@ -354,8 +354,10 @@ def _gravity(failure: Exception | None) -> int:
 def _elsewhere(gravity: int, key: str) -> Exception:
     """The failure of another process."""
     reason = "another process did not get it; see its own log"
-    kind = (*_FETCH_FAILURES, SyncError)[gravity - 1]
-    return BadPayload(key, reason) if kind is BadPayload else kind(f"{key}: {reason}")
+    if gravity == 1:
+        return BadPayload(key, reason)
+    kinds = (StoreError, sparse_delta.WrongModel, Refused, SyncError)  # but the first of them
+    return kinds[gravity - 2](f"{key}: {reason}")
 
 
 def _shape(leaf: Any) -> Any:

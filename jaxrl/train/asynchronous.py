@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl.actors import Journal, Pool, Refusal, Result, RolloutChecks, WorkItem
 from jaxrl.checkpoint import Checkpointer
@@ -23,6 +22,7 @@ from jaxrl.replay import EmptyReplay, Replay
 from jaxrl.sync import Published, Publisher
 from jaxrl.train import multihost
 from jaxrl.train.intake import Intake
+from jaxrl.train.metrics import observed, staleness, summarise
 from jaxrl.train.publishing import Publications
 from jaxrl.train.synchronous import (
     NonFiniteUpdates,
@@ -30,7 +30,6 @@ from jaxrl.train.synchronous import (
     Span,
     imitated,
     no_span,
-    summarise,
 )
 from jaxrl.types import Rollouts
 
@@ -82,6 +81,8 @@ class AsynchronousTrainer:
       journal: keeps acknowledged rollouts over a crash of the learner; without one what was
         acknowledged after the last checkpoint is written again.
       prompts_per_update: B of an update drawn from `replay`; `prompts_per_item` where None.
+      replay_group_size: K of an update drawn from `replay`, where actors write S completions of
+        each prompt; S where None.
       max_unread: with a replay, answers that may wait for the end of an update before actors get
         no more items; bounds memory where updates are long.
       sampler_tolerance: see `Trainer`; holds for tokens of the learner's present version. Actors
@@ -103,6 +104,7 @@ class AsynchronousTrainer:
     replay: Replay | None = None
     journal: Journal | None = None
     prompts_per_update: int | None = None
+    replay_group_size: int | None = None
     max_unread: int = 256
     sampler_tolerance: float = 1e-2
     max_refused: int = 16
@@ -129,9 +131,11 @@ class AsynchronousTrainer:
                 f"old: its max_staleness ≥ sync_every − 1 is needed, got {oldest}, "
                 f"{self.sync_every=}"
             )
-        if self.prompts_per_update is not None and self.replay is None:
+        if self.replay is None and (self.prompts_per_update or self.replay_group_size):
             raise ValueError(
-                "prompts_per_update is drawn from a replay: give one, or set prompts_per_item"
+                "prompts_per_update and replay_group_size are of what is drawn from a replay: give "
+                f"one, or set prompts_per_item: {self.prompts_per_update=}, "
+                f"{self.replay_group_size=}"
             )
         self._intake = Intake(
             self.checks,
@@ -182,7 +186,12 @@ class AsynchronousTrainer:
                 now = time.perf_counter()
                 summary["learner_idle_share"] = batch.waited_s / (now - ended)
                 summary["learner_publishing_share"] = batch.publishing_s / (now - ended)
-                summary |= self._observed(batch)
+                summary |= observed(
+                    {} if self.pool is None else self.pool.statistics,
+                    refused=self._intake.refused,
+                    results=batch.news,
+                    published=batch.published,
+                )
                 ended = now
                 self._check(summary, step)
                 yield step + 1, state, summary, batch.refusals
@@ -201,6 +210,10 @@ class AsynchronousTrainer:
 
         Returns:
           Steps done and state: 0 and `state` where there is no checkpoint.
+
+        Raises:
+          Exception: see `Checkpointer.restore_latest`.
+          Malformed: the journal holds what is no result, though its checksums hold.
         """
         found = checkpoints.restore_latest(lambda metadata: self._tree(state, metadata["replay"]))
         self._recovered = True
@@ -217,7 +230,15 @@ class AsynchronousTrainer:
         """Begins to save what `run` has just yielded; see `Checkpointer.save`.
 
         The journal is cleared of what the oldest checkpoint on disk holds, which may be needed
-        when a later one proves damaged.
+        when a later one proves damaged. All processes of the learner call it together.
+
+        Args:
+          checkpoints: of this run.
+          step: steps done.
+          state: as yielded.
+
+        Raises:
+          Exception: see `Checkpointer.save`.
         """
         replay = self._replay_state()
         metadata = {
@@ -338,11 +359,12 @@ class AsynchronousTrainer:
             return batch
         for result in results:
             assert result.rollouts is not None
-            self.replay.add(result.rollouts, iteration=result.version)
+            self.replay.add(result.rollouts, tag=result.version)
         size = self.prompts_per_update or self.prompts_per_item
         # A replay that holds nothing yet, or nothing fresh enough, needs more answers.
+        group = self.replay_group_size or self.checks.group_size
         with contextlib.suppress(EmptyReplay):
-            batch.results = [self.replay.sample(size, self.checks.group_size, version)]
+            batch.results = [self.replay.sample(size, group, version)]
         return batch
 
     def _collect(self, timeout_s: float, batch: "_Batch") -> None:
@@ -366,26 +388,6 @@ class AsynchronousTrainer:
         if self._skipped > self.max_refused:
             raise NonFiniteUpdates(self._skipped, step)
 
-    def _observed(self, batch: "_Batch") -> dict[str, float]:
-        """What a user watches of the two sides, as numbers."""
-        actors = {} if self.pool is None else self.pool.statistics
-        actors = list(actors.values())
-        seen = {f"refused_{reason}": float(n) for reason, n in self._intake.refused.items()}
-        seen["duplicates"] = float(sum(actor.duplicates for actor in actors))
-        seen["restarts"] = float(sum(actor.restarts for actor in actors))
-        if actors:
-            seen["actor_idle_share"] = float(np.mean([actor.idle_share for actor in actors]))
-        if batch.news:
-            pauses = [result.timings.paused for result in batch.news]
-            seen["actor_pause_s"] = float(np.mean(pauses))
-        if batch.published is not None:
-            seen |= {
-                "sync_bytes": float(batch.published.size_bytes),
-                "sync_density": batch.published.density,
-                "sync_s": batch.published.seconds,
-            }
-        return seen
-
 
 @dataclass
 class _Batch:
@@ -405,17 +407,3 @@ class _Batch:
     @property
     def rollouts(self) -> Rollouts:
         return self.results[0]
-
-
-def staleness(rollouts: Rollouts, version: int) -> dict[str, float]:
-    """Mean, maximum and shares of the tokens' ages, in versions; of no token of the policy: {}.
-
-    Tokens of the frozen reference policy have no age and are left out.
-    """
-    written = np.asarray(rollouts.policy_version)
-    ages = version - written[np.asarray(rollouts.mask) & (written >= 0)]
-    if not ages.size:
-        return {}
-    values, counts = np.unique(ages, return_counts=True)
-    shares = {f"staleness_{v}": float(n / ages.size) for v, n in zip(values, counts, strict=True)}
-    return {"staleness": float(ages.mean()), "staleness_max": float(ages.max())} | shares

@@ -43,6 +43,7 @@ class Settled:
             self.below += 1
 
     def state(self) -> dict[str, Any]:
+        """The set as JSON values: what makes it anew."""
         return {"below": self.below, "also": sorted(self.also)}
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from jaxrl import learner as learner_lib
 from jaxrl import processes
 from jaxrl.data.batches import Demonstrations, PromptSet, shuffled
-from jaxrl.learner import Learner, LearnerState, Metrics
+from jaxrl.learner import Learner, LearnerState
 from jaxrl.replay import Replay
 from jaxrl.rollouts import Collector, NonFiniteScores, Scorer, Scores
+from jaxrl.train.metrics import summarise
 from jaxrl.train.tape import Tape
 from jaxrl.types import Rollouts
 
@@ -28,6 +29,7 @@ Span = Callable[[str], AbstractContextManager[None]]
 
 
 def no_span(_: str) -> AbstractContextManager[None]:
+    """A `Span` that names nothing."""
     return contextlib.nullcontext()
 
 
@@ -51,6 +53,8 @@ class Trainer:
       replay: where given, each step's rollouts go into it and the update's are drawn from it;
         `Replay.state_dict` then belongs into the checkpoint.
       prompts_per_update: B of an update drawn from `replay`; `prompts_per_step` where None.
+      replay_group_size: K of an update drawn from `replay`, where S completions of each prompt are
+        written; S where None.
       tape: where given, a step whose rollouts it holds uses those, and others are recorded.
       span: names the parts of a step for a timeline.
     """
@@ -67,6 +71,7 @@ class Trainer:
     demonstrations: Demonstrations | None = None
     replay: Replay | None = None
     prompts_per_update: int | None = None
+    replay_group_size: int | None = None
     tape: Tape | None = None
     span: Span = field(default=no_span)
 
@@ -159,7 +164,8 @@ class Trainer:
             return rollouts
         self.replay.add(rollouts, step)
         prompts = self.prompts_per_update or self.prompts_per_step
-        drawn = self.replay.sample(prompts, self.collector.group_size, step)
+        group = self.replay_group_size or self.collector.group_size
+        drawn = self.replay.sample(prompts, group, step)
         return jax.tree.map(jnp.asarray, drawn)
 
     def _check_sampler(self, metrics: Mapping[str, float], step: int) -> None:
@@ -202,23 +208,3 @@ class SamplerDrift(ValueError):
             "sampler has the newest weights, the same temperature and the same compute dtype, "
             "or raise sampler_tolerance"
         )
-
-
-def summarise(rollouts: Rollouts, metrics: Metrics) -> dict[str, float]:
-    """Metrics of one step as numbers; statistics of the policy's own completions.
-
-    Completions that the reference policy wrote are training data, not behaviour: they are
-    left out of the means.
-    """
-    own = np.asarray(rollouts.policy_version[:, :, 0] >= 0)
-    reward, cost = np.asarray(rollouts.reward), np.asarray(rollouts.cost)
-    lengths = np.asarray(rollouts.lengths)
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not own.any():
-        return values
-    return values | {
-        "reward": float(reward[own].mean()),
-        "cost": float(cost[own].mean()),
-        "safety": float((cost[own] <= 0).mean()),
-        "length": float(lengths[own].mean()),
-    }

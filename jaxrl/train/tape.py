@@ -19,6 +19,7 @@ class Tape:
     """A folder with the scored rollouts of every step, one file each: `00000012.rollouts`."""
 
     def __init__(self, folder: Path | str) -> None:
+        """Opens a folder, which the first `write` makes where it is missing."""
         self._folder = Path(folder)
 
     def _path(self, step: int) -> Path:

@@ -4,6 +4,7 @@ Imported by the tests and, by its name, by the processes that they start.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -27,11 +28,11 @@ from jaxrl.sync import (
     Subscriber,
     SyncConfig,
     TcpStore,
-    subscriber,
 )
 from jaxrl.tokenizers import PLAIN, train_bpe
 from jaxrl.train import AsynchronousTrainer
 from kernels import sparse_delta
+from kernels.sparse_delta import unpack
 
 RUN = "faults"
 TEXTS = ("one", "two words", "three", "four more", "five", "six", "seven")
@@ -64,7 +65,11 @@ def started(step=0):
 
 
 def digest(params):
-    return sparse_delta.digest(jax.block_until_ready(params)).root.hex()
+    """What the two ends know a version by; and SHA-256 of its bits, which neither computes."""
+    bits = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        bits.update(np.asarray(leaf).tobytes())
+    return f"{sparse_delta.digest(jax.block_until_ready(params)).root.hex()} {bits.hexdigest()}"
 
 
 class Claims:
@@ -97,14 +102,13 @@ class ClaimingActor(Actor):
         super().__init__(**parts)
         self._claims, self._before = claims, before
 
-    def run(self, item):
+    def write(self, item):
         self._before(self.name, item)
-        result = super().run(item)
+        score = super().write(item)
+        # Weights take over between two items only: these have written it.
         params = self._subscriber.params
-        self._claims.add(
-            actor=self.name, item=item.id, version=result.version, digest=digest(params)
-        )
-        return result
+        self._claims.add(actor=self.name, item=item.id, version=self.version, digest=digest(params))
+        return score
 
 
 def build(
@@ -245,34 +249,36 @@ def kill_in_rollout(marker):
 
 
 def kill_in_fetch(marker):
-    """When part of a delta has been read."""
+    """When half of a payload has been read, from the folder or over TCP."""
     die = _die_once(marker, after=1)
 
-    def wrapper(fetch):
-        def dying(*args, **kwargs):
-            data = fetch(*args, **kwargs)
-            die()
-            return data
+    def wrapper(get):
+        def dying(self, key):
+            if "/payloads/" in key:
+                half = self.get_range(key, 0, len(get(self, key)) // 2)
+                assert half
+                die()
+            return get(self, key)
 
         return dying
 
-    _patch(subscriber, "fetch", wrapper)
+    for store in (FsspecStore, TcpStore):
+        _patch(store, "get", wrapper)
 
 
 def kill_in_apply(marker):
-    """When the new weights are rebuilt, and neither verified nor serving."""
-    die = _die_once(marker, after=1)
+    """When a delta's first leaf is rebuilt and its other leaves are not."""
+    die = _die_once(marker, after=len(jax.tree.leaves(LIKE)))  # the anchor's leaves come before
 
-    def wrapper(apply):
-        def dying(*args, **kwargs):
-            params = apply(*args, **kwargs)
-            jax.block_until_ready(params)
+    def wrapper(rebuild):
+        def dying(*args):
+            rebuilt = rebuild(*args)
             die()
-            return params
+            return rebuilt
 
         return dying
 
-    _patch(sparse_delta, "apply", wrapper)
+    _patch(unpack.Unpacker, "leaf", wrapper)
 
 
 def kill_in_payload(marker):

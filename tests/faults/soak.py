@@ -220,7 +220,7 @@ class Soak:
         return {
             "minutes": minutes,
             "seed": seed,
-            "machine": "2 CPU cores",
+            "machine": f"{os.cpu_count()} CPU cores",
             "versions_published": len({c["version"] for c in published}),
             "versions_applied": len({(c["actor"], c["version"]) for c in applied}),
             "rollouts_written": len(applied),

@@ -25,7 +25,7 @@ ACTORS = '''
             pass
         def interrupt(self):
             pass
-        def run(self, item):
+        def write(self, item):
             if self.die_once and not os.path.exists(self.die_once):
                 open(self.die_once, "x").close()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -33,11 +33,13 @@ ACTORS = '''
                 raise RuntimeError("unlucky row")
             time.sleep(self.sleep_s)
             whole = np.full((1, 1, 2), item.id, np.int32)
-            return Result(item=item.id, actor=self.name, version=os.getpid(), rollouts=Rollouts(
+            rollouts = Rollouts(
                 prompts=Prompts(tokens=whole[0], mask=whole[0] >= 0, ids=np.int32(item.rows)),
                 tokens=whole, mask=whole >= 0, policy_version=whole,
                 behaviour_log_probs=np.zeros((1, 1, 2), np.float32),
-                reference_log_probs=np.zeros((1, 1, 2), np.float32), rewards={}, costs={}))
+                reference_log_probs=np.zeros((1, 1, 2), np.float32), rewards={}, costs={})
+            return lambda: Result(
+                item=item.id, actor=self.name, version=os.getpid(), rollouts=rollouts)
 
     def build(name, die_once="", sleep_s=0.0):
         return Little(name, die_once, sleep_s)
@@ -77,7 +79,7 @@ def _result(item, *, version=2, actor="actor-0"):
     )
     return Result(
         item=item.id, actor=actor, version=version, rollouts=rollouts,
-        timings=Timings(generate=1.0, score=0.5, paused=0.25, idle=2.0),
+        timings=Timings(generate_s=1.0, score_s=0.5, paused_s=0.25, idle_s=2.0),
     )  # fmt: skip
 
 

@@ -122,6 +122,7 @@ def test_an_actor_joins_from_outside_and_strangers_do_not(pool, make_item, littl
     assert actors.statistics["guest"].restarts == 1
     actors.close()
     assert joined.wait(200) == 0  # it was told that all is done
+    assert actors.refused == 2
     assert "turned away" in caplog.text
 
 
@@ -152,7 +153,7 @@ pool.start(lambda result: None)
 pool.submit(WorkItem(id=0, rows=(0,), seed=0))
 while not pool._alive:
     time.sleep(0.05)
-print(pool._alive["actor-0"]._process.pid, flush=True)
+print(next(iter(pool._alive.values()))._process.pid, flush=True)
 time.sleep(600)
 """
     learner = subprocess.Popen(

@@ -56,3 +56,28 @@ def test_ray_restarts_what_dies_and_every_item_is_answered_once(
     # Four processes, one after another; the third met item 7 first and delivered nothing.
     assert len({result.version for result in results} - {-1}) == 3
     assert actors.statistics["actor-0"].restarts == 3  # killed once, raised twice
+
+
+def test_what_only_the_pool_can_say_is_refused():
+    build = Factory(target="little_actors:build")
+    with pytest.raises(ValueError, match=r"leave max_restarts out.*PoolConfig\.max_restarts"):
+        RayActors(1, build, options={"num_cpus": 1, "max_restarts": 3})
+
+
+def test_a_ray_that_was_there_before_stays(cluster, little_actors):
+    build = Factory(target="little_actors:build")
+    with RayActors(0, build) as actors:
+        actors.start(lambda result: None)
+    assert ray.is_initialized()
+
+
+def test_a_ray_that_start_has_begun_ends_with_the_pool(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    pool = RayActors(0, Factory(target="little_actors:build"))
+    pool.start(lambda result: None)
+    pool.close()
+    pool.close()
+    assert calls == ["init", "shutdown"]

@@ -82,13 +82,13 @@ def trainer(
             subscriber=subscriber,
         )
         if before is not None:
-            run = actor.run
+            write = actor.write
 
             def delayed(item):
                 before(name)
-                return run(item)
+                return write(item)
 
-            actor.run = delayed
+            actor.write = delayed
         return actor
 
     return AsynchronousTrainer(
@@ -201,7 +201,13 @@ def test_slow_actors_do_not_hold_up_fast_ones_and_stale_work_is_refused():
         if name == "actor-1":
             wait(begun)
 
-    loop = trainer(2, reward=slow, before=before, max_staleness=2)
+    loop = trainer(
+        2,
+        reward=slow,
+        before=before,
+        max_staleness=2,
+        config=PoolConfig(score_beside=False),
+    )
     seen = []
     try:
         for done, _, metrics, refusals in loop.run(started(), start=0, steps=50):
@@ -218,6 +224,26 @@ def test_slow_actors_do_not_hold_up_fast_ones_and_stale_work_is_refused():
     finally:
         finished.set()
     assert (seen[0].reason, seen[0].actor) == ("stale", "actor-0")
+
+
+def test_the_next_item_is_written_while_the_last_one_is_scored():
+    """The first score waits until the one actor there is has begun with the second item."""
+    begun, second = itertools.count(), threading.Event()
+
+    def before(name):
+        if next(begun) == 1:
+            second.set()
+
+    def judge(prompts, completions):
+        assert second.wait(60.0)
+        return length(prompts, completions)
+
+    loop = trainer(before=before, reward=judge, max_staleness=3)
+    _, rows, refusals = trained(loop, 4)
+    assert len(rows) == 4
+    assert not refusals
+    timings = loop.pool.statistics["actor-0"].timings
+    assert timings.overlap_s > 0
 
 
 def test_scores_that_are_not_finite_are_refused_counted_and_not_trained_on():
@@ -358,7 +384,7 @@ def test_with_replay_the_learner_need_not_wait():
         finished.set()
     assert done == 12
     assert len(replay) > 0
-    with pytest.raises(ValueError, match="prompts_per_update is drawn from a replay"):
+    with pytest.raises(ValueError, match=r"prompts_per_update and .* drawn from a replay"):
         trainer(prompts_per_update=3)
 
 
@@ -381,6 +407,28 @@ def test_a_replay_that_has_nothing_fresh_waits_for_more():
     assert empty == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"its max_staleness ≥ sync_every − 1 is needed, got 0"):
         trainer(replay=replay, max_staleness=50, sync_every=2)
+
+
+def test_more_is_written_of_a_prompt_than_an_update_draws():
+    """TBA on GSM8K: S = 24 completions of a prompt, groups of K = 20; here 4 and 3."""
+    drawn = []
+
+    class Watched(Replay):
+        def sample(self, *args):
+            drawn.append(super().sample(*args))
+            return drawn[-1]
+
+    learner = Learner(
+        recipe=recipes.get("tba", group_size=3), apply=LEARNER.apply, optimizer=LEARNER.optimizer
+    )
+    replay = Watched(ReplayConfig(recent_share=1.0), seed=0)
+    loop = trainer(learner=learner, replay=replay, replay_group_size=3, max_staleness=8)
+    _, rows, _ = trained(loop, 3, learner)
+    assert len(rows) == 3
+    assert [rollouts.tokens.shape for rollouts in drawn] == [(2, 3, 4)] * 3
+    assert max(len(replay.buffer(i).records) for i in replay.prompt_ids) > 3
+    with pytest.raises(ValueError, match="replay_group_size are of what is drawn from a replay"):
+        trainer(replay_group_size=3)
 
 
 def test_the_rectified_recipe_learns_from_a_replay_of_everybodys_answers():
@@ -433,7 +481,7 @@ def test_actors_make_a_bounded_number_of_answers_ahead_of_a_replaying_learner():
         while loop.pool.unread < 3:  # of an update that takes as long as it likes
             time.sleep(0.01)
         time.sleep(0.2)  # for answers beyond what is allowed, if there were any
-        # Who has an item when the third answer comes in may still answer it.
-        assert loop.pool.unread <= 3 - 1 + 2
+        # What the two write and score when the third answer comes in may still be answered.
+        assert loop.pool.unread <= 3 - 1 + 2 * 2
     with pytest.raises(ValueError, match="max_unread must be at least 1"):
         trainer(max_unread=0)

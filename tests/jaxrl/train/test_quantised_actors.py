@@ -57,14 +57,20 @@ def run(how, steps, tolerance):
             reference=PARAMS,
             subscriber=subscriber,
         )  # fmt: skip
-        answer = actor.run
+        write = actor.write
 
         def watched(item):
-            result = answer(item)
-            seen.append((result.version, subscriber.published, subscriber.params, result.rollouts))
-            return result
+            score = write(item)
+            weights = subscriber.published, subscriber.params  # before the next item's take over
 
-        actor.run = watched
+            def scored():
+                result = score()
+                seen.append((result.version, *weights, result.rollouts))
+                return result
+
+            return scored
+
+        actor.write = watched
         return actor
 
     loop = AsynchronousTrainer(
