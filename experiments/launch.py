@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,11 @@ from jaxrl.sync import (
     SyncConfig,
     TcpStore,
 )
+from jaxrl.sync.connection import secret_from_environment
 from jaxrl.tokenizers import PLAIN, train_bpe
 from jaxrl.train import AsynchronousTrainer, Preempted, Preemption
 from sharding import Plan
 
-SECRET = "JAXRL_SECRET"
 RUN = "launch"
 GROUP, LENGTH = 8, 16
 TEXTS = tuple(f"Write word {i}:" for i in range(16))
@@ -116,6 +115,7 @@ def build(name: str, *, weights: str, dtype: str = "float32") -> Actor:
       dtype: of the weights that it generates with; those that come quantised are expanded to it.
     """
     graphdef, reference = policy()
+    store = store_at(weights)
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), reference)
     return Actor(
         name=name,
@@ -132,16 +132,15 @@ def build(name: str, *, weights: str, dtype: str = "float32") -> Actor:
         ),
         prompts=PROMPTS,
         reference=reference,
-        subscriber=Subscriber(
-            store_at(weights), run_id=RUN, like=like, name=name, dequantise=True
-        ),
+        subscriber=Subscriber(store, run_id=RUN, like=like, name=name, dequantise=True),
+        close=store.close if isinstance(store, TcpStore) else None,
     )  # fmt: skip
 
 
 def store_at(weights: str) -> Store:
     """The store of a folder, URL or address."""
     if weights.rpartition(":")[2].isdecimal():
-        return TcpStore(weights, secret=os.environ[SECRET])
+        return TcpStore(weights, secret=secret_from_environment())
     return FsspecStore(weights)
 
 
@@ -160,7 +159,8 @@ SAMPLER_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5, "int8": 0.5, "fp8": 1.0}
 def pool_of(args: argparse.Namespace, folder: Path) -> Pool:
     """The actors, where the command line wants them; they read the weights from the folder."""
     dtype = "float32" if args.actor_dtype == "float32" else "bfloat16"
-    config = {"weights": str(folder), "dtype": dtype}
+    # Actors may have another working directory than this process has, as Ray's do.
+    config = {"weights": str(folder.resolve()), "dtype": dtype}
     factory = Factory(target="experiments.launch:build", config=config)
     match args.actors:
         case "threads":
@@ -170,7 +170,7 @@ def pool_of(args: argparse.Namespace, folder: Path) -> Pool:
         case "ray":
             return RayActors(args.count, factory)
         case _:
-            return Processes(0, address=args.listen, secret=os.environ[SECRET])
+            return Processes(0, address=args.listen, secret=secret_from_environment())
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -236,7 +236,13 @@ def main(argv: list[str] | None = None) -> None:
 
     if hand_over_sizes(SIZES, sys.argv[1:] if argv is None else argv):
         return
-    args = parser().parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
+    if args.actors == "remote" or args.weights:
+        try:
+            secret_from_environment()
+        except ValueError as error:
+            flags.error(str(error))
     logging.basicConfig(level=logging.WARNING)
     join(args.coordinator, args.num_processes, args.process_id)
     first = jax.process_index() == 0
@@ -250,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     state = learner.init({"policy": reference}, num_prompts=len(PROMPTS))
     with contextlib.ExitStack() as stack:
         if first and args.weights:
-            stack.enter_context(StoreServer(store, args.weights, secret=os.environ[SECRET]))
+            stack.enter_context(StoreServer(store, args.weights, secret=secret_from_environment()))
         trainer = AsynchronousTrainer(
             learner=learner,
             pool=pool_of(args, args.out / "weights") if first else None,

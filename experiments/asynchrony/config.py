@@ -11,7 +11,7 @@ from experiments.safety.config import ModelConfig, SftConfig
 from jaxrl import recipes, sync
 from jaxrl.learner import OptimizerConfig
 from jaxrl.recipes import Recipe
-from jaxrl.replay import ReplayConfig
+from jaxrl.replay import GSM8K, ReplayConfig
 from jaxrl.rollouts import Sampling
 
 
@@ -56,6 +56,10 @@ TBA_SYNC_EVERY = 2
 
 
 def _tba(actors: int) -> Method:
+    """Trajectory balance from a replay, whose `max_staleness` bounds first uses only.
+
+    Completions grow older in the replay: it keeps the newest `replay_capacity` of each prompt.
+    """
     return Method(
         name=f"tba_{actors}",
         title=f"TBA, {actors} actor{'s' * (actors > 1)}",
@@ -64,6 +68,17 @@ def _tba(actors: int) -> Method:
         max_staleness=64,
         sync_every=TBA_SYNC_EVERY,
         replay=True,
+    )
+
+
+def _corrected(name: str) -> Method:
+    """A method whose rollouts may be some versions old, with truncated importance weights."""
+    return Method(
+        name=f"async_{name}",
+        title=f"{name.upper()}, 2 actors, importance weights",
+        recipe=f"async_{name}",
+        actors=2,
+        max_staleness=4,
     )
 
 
@@ -82,6 +97,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 max_staleness=1,
             ),
             *map(_tba, (1, 2, 4, 8)),
+            *map(_corrected, ("ppo", "grpo", "rloo")),
         )
     }
 )
@@ -92,7 +108,8 @@ class AsynchronyConfig(RunOptions):
     """All of experiments.asynchrony."""
 
     methods: tuple[str, ...] = ("ppo", "grpo", "rloo", "one_step_off", "tba_1", "tba_2", "tba_4")
-    """What is compared, each from the same SFT policy; tba_8 exists too."""
+    """What is compared, each from the same SFT policy; tba_8 exists too, and async_ppo, async_grpo
+    and async_rloo: two actors and truncated importance weights."""
     data: str = "arithmetic"
     """"arithmetic" for problems made from --data-seed, or a file in the form of GSM8K: rows of
     question and answer, the answer ending in "#### n"."""
@@ -212,11 +229,7 @@ class AsynchronyConfig(RunOptions):
 
     def replay(self) -> ReplayConfig:
         """How TBA keeps and draws completions: uniformly, as on GSM8K."""
-        return ReplayConfig(
-            capacity=self.replay_capacity,
-            recent_share=self.recent_share,
-            inverse_temperature=0.0,
-        )
+        return replace(GSM8K, capacity=self.replay_capacity, recent_share=self.recent_share)
 
 
 QUICK = AsynchronyConfig()

@@ -53,11 +53,6 @@ class Activity:
     def mean_s(self) -> float:
         return float(np.mean(self.seconds))
 
-    @property
-    def variation(self) -> float:
-        """Standard deviation over mean; 0 for nothing at all."""
-        return float(np.std(self.seconds)) / self.mean_s if self.mean_s else 0.0
-
     def scaled(self, factor: float) -> "Activity":
         """The same with all durations multiplied."""
         return replace(self, seconds=tuple(factor * s for s in self.seconds))
@@ -106,11 +101,6 @@ class Network:
     uplink_bytes_per_s: float = math.inf
     downlink_bytes_per_s: float = math.inf
     latency_s: float = 0.0
-
-    def alone_s(self, size_bytes: float) -> float:
-        """Seconds for one reader, latency included."""
-        slowest = min(self.uplink_bytes_per_s, self.downlink_bytes_per_s)
-        return self.latency_s + size_bytes / slowest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import launch
+from jaxrl.sync import MemoryStore, StoreServer, TcpStore
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
@@ -126,3 +127,42 @@ def test_a_learner_of_two_processes_with_actors_elsewhere(tmp_path, learners, ac
     assert leader.splitlines()[-1].startswith("step    6 ")
     assert "step" not in follower + far  # the first process speaks for all
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.json")] == ["00000006.json"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("place", ["processes", "ray"])
+def test_actors_run_wherever_the_page_says(tmp_path, place):
+    if place == "ray":
+        pytest.importorskip("ray", reason='needs Ray: pip install -e ".[ray]"')
+    command = documented(f"| {place if place == 'processes' else 'Ray'} | ").rpartition(" | ")[0]
+    command = next(x for x in command.split("`") if x.startswith("python -m experiments.launch"))
+    out = finished(started(f"{command} --steps 3 --out {tmp_path}"))
+    assert out.splitlines()[-1].startswith("step    3 ")
+
+
+def test_a_secret_that_is_missing_is_asked_for(monkeypatch, capsys):
+    monkeypatch.delenv("JAXRL_SECRET", raising=False)
+    for argv in (["--actors", "remote"], ["--weights", "127.0.0.1:0"]):
+        with pytest.raises(SystemExit) as ended:
+            launch.main(argv)
+        assert ended.value.code == 2
+        assert "JAXRL_SECRET is not set" in capsys.readouterr().err
+
+
+def test_actors_get_a_folder_that_means_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = launch.parser().parse_args(["--actors", "processes"])
+    with launch.pool_of(args, Path("weights")) as pool:
+        assert pool._build.config["weights"] == str(tmp_path / "weights")
+
+
+def test_an_actor_closes_its_connections_to_the_store(monkeypatch):
+    monkeypatch.setenv("JAXRL_SECRET", "s" * 32)
+    closed = []
+    monkeypatch.setattr(TcpStore, "close", closed.append)
+    with (
+        StoreServer(MemoryStore(), secret="s" * 32) as server,
+        launch.build("a", weights=server.address),
+    ):
+        assert not closed
+    assert len(closed) == 1

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.asynchrony import results
 from experiments.asynchrony.__main__ import main
+from experiments.asynchrony.config import METHODS as METHODS_OF_ALL
 from experiments.asynchrony.simulator import Activity, Durations
 from experiments.asynchrony.training import Snapshot, Trained
 
@@ -69,6 +70,21 @@ def test_the_report_shows_what_was_asked(finished):
     assert picture.startswith(b"\x89PNG")
     samples = (finished / "samples" / "tba_2-seed0.jsonl").read_text().splitlines()
     assert {"prompt", "completion", "gold", "right"} <= set(json.loads(samples[0]))
+
+
+def test_policy_gradients_run_with_actors_and_importance_weights(tmp_path):
+    methods = ("async_ppo", "async_grpo")  # with a critic and without; async_rloo is one step off
+    main(["--preset", "tiny", "--methods", ",".join(methods), "--out", str(tmp_path / "run")])
+    found = summary(tmp_path / "run")["methods"]
+    for name in methods:
+        (record,) = found[name]
+        assert record["items"] >= 4
+        assert max(map(int, record["staleness"])) <= 4
+        assert METHODS_OF_ALL[name].actors == 2
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    weights = [row["importance_weight"] for row in rows if row["stage"].startswith("async")]
+    assert len(weights) == 2 * 4
+    assert all(0 < weight <= 2 for weight in weights)
 
 
 def test_an_interrupted_run_keeps_its_finished_methods(finished, capsys):

@@ -14,7 +14,8 @@ def test_enough_actors_reach_the_closed_form():
     for ratio in (1.0, 3.0, 10.0):
         durations = scenarios.at_ratio(DURATIONS, ratio)
         assert durations.ratio == pytest.approx(ratio)
-        assert durations.rollout.variation == pytest.approx(DURATIONS.rollout.variation)
+        shortest, longest = durations.rollout.seconds
+        assert longest / shortest == pytest.approx(1.2 / 0.8)
         found = scenarios.many_actors(durations, Network(), actors=(1, 2, 4, 32), updates=300)
         assert found.speedups == pytest.approx(found.ideal, rel=0.05)
 
@@ -37,7 +38,6 @@ def test_a_link_says_bits_and_the_model_counts_bytes():
     network = scenarios.network_of("1gbit,20ms")
     assert network.uplink_bytes_per_s == 125e6
     assert network.latency_s == pytest.approx(0.02)
-    assert network.alone_s(125e6) == pytest.approx(1.02)
 
 
 def test_a_slow_link_is_the_limit_of_many_actors():

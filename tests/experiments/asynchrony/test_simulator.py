@@ -202,7 +202,6 @@ def test_weights_over_a_shared_uplink():
     network = Network(uplink_bytes_per_s=20, downlink_bytes_per_s=4, latency_s=0.5)
     found = simulate(durations, schedule, updates=40, network=network)
     assert 1 / found.updates_per_s == pytest.approx(period - 2.0 + 10 / 4)
-    assert network.alone_s(10) == 3.0
 
 
 def test_weights_travel_beside_generation():
@@ -249,8 +248,8 @@ def test_wrong_settings_are_refused():
         simulate(fixed(1, 1), Schedule(actors=1), updates=1)
 
 
-def test_an_activity_knows_its_mean_and_variation():
+def test_an_activity_knows_its_mean_and_its_multiples():
     activity = Activity(seconds=(1.0, 3.0), cores=1.5)
-    assert (activity.mean_s, activity.variation) == (2.0, 0.5)
+    assert activity.mean_s == 2.0
     assert activity.scaled(2.0).seconds == (2.0, 6.0)
     assert Durations(rollout=activity, update=Activity.fixed(0.5)).ratio == 4.0
