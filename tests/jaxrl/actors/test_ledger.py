@@ -108,9 +108,9 @@ def test_an_item_is_its_holders_as_long_as_the_lease_runs(monkeypatch):
     monkeypatch.setattr("jaxrl.actors.ledger.time.monotonic", lambda: now[0])
     ledger = book(lease_s=10.0)
     ledger.submit(item(0))
-    assert ledger.take("slow").id == 0
+    assert ledger.take(Seat("slow")).id == 0
     for now[0], found in ((100.0, None), (109.9, None), (110.0, item(0))):
-        assert ledger.take("fast", timeout_s=0.0) == found
+        assert ledger.take(Seat("fast"), timeout_s=0.0) == found
 
 
 def test_an_item_that_kills_is_refused_and_one_whose_connection_breaks_is_not():
