@@ -1,4 +1,4 @@
-"""Command line: plan, simulate, validate and calibrate. `python -m sharding COMMAND --help`."""
+"""Command line: plan, simulate, validate, calibrate, profile; each says more with --help."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -88,6 +88,13 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--pin", action="append", default=[], metavar="FIELD=VALUE",
                         help="a choice that is made, as tensor=1 or remat=full")  # fmt: skip
+    parser.add_argument("--remat-at-most", default="", choices=tuple(REMAT),
+                        help="policy that recomputes most of those allowed")  # fmt: skip
+    parser.add_argument(
+        "--no-tensor-across-hosts",
+        action="store_true",
+        help="keep groups of tensor parallelism to chips that share a host",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -99,7 +106,15 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     program, cluster = _problem(options)
-    constraints = Constraints(pinned=dict(_pin(text) for text in options.pin))
+    pinned = dict(_pin(text) for text in options.pin)
+    if options.check:  # what is compiled is what can be executed
+        pinned.setdefault("interleave", 1)
+    constraints = Constraints(
+        pinned=pinned,
+        remat_at_most=options.remat_at_most,
+        tensor_across_hosts=not options.no_tensor_across_hosts,
+        uneven_shares=not options.check,
+    )
     calibration = constants.load(options.calibration)
     found = solve(program, cluster, constraints=constraints, calibration=calibration,
                   top=max(1, options.top), tie_tolerance=options.tie)  # fmt: skip
@@ -125,6 +140,7 @@ def _checked(options: argparse.Namespace, cluster: Cluster, strategy: Strategy) 
         raise ValueError("--check compiles published decoders; plan.check() compiles your own step")
     said = {"global_batch": options.global_batch or 2 * cluster.device_count}
     said |= {"seq_len": options.seq_len} if options.seq_len else {}
+    said |= {"precision": options.precision} if options.precision else {}
     config = named_model(options.model, training=not options.inference, **said)
     if options.inference:
         config = replace(config, weight_dtype=config.compute_dtype)
@@ -134,10 +150,14 @@ def _checked(options: argparse.Namespace, cluster: Cluster, strategy: Strategy) 
     return made.check()
 
 
-def _pin(text: str) -> tuple[str, int | str]:
+def _pin(text: str) -> tuple[str, int | bool | str]:
     name, _, value = text.partition("=")
     if not value:
         raise ValueError(f"--pin takes FIELD=VALUE, got {text!r}")
+    if name == "sequence_parallel":
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"--pin sequence_parallel is true or false, got {value!r}")
+        return name, value.lower() == "true"
     return name, int(value) if value.isdigit() else value
 
 

@@ -47,17 +47,20 @@ class Alternative:
       mesh: axis name to size.
       choices: its other choices, in words.
       step_time_s: predicted.
-      memory_bytes: predicted.
+      memory_bytes: by the search's own sums, which are coarser than what is predicted of the
+        chosen plan: that is followed as a program.
+      fits: whether these sums are within what is usable.
     """
 
     mesh: Mapping[str, int]
     choices: str
     step_time_s: float
     memory_bytes: float
+    fits: bool = True
 
 
 def explain(plan: Any) -> str:
-    """A `Plan` in words."""
+    """A `Plan` in words; the module of plans imports this one."""
     lines = [f"{plan.program or 'a step'} on {plan.cluster or _mesh(plan.mesh)}"]
     lines.append(f"  mesh: {_mesh(plan.mesh)}")
     if plan.prediction is not None:
@@ -79,7 +82,8 @@ def explain(plan: Any) -> str:
     for other in plan.alternatives:
         lines.append(
             f"  alternative: {_mesh(other.mesh)}, {other.choices}: {other.step_time_s:.4g} s, "
-            f"{_size(other.memory_bytes)}"
+            f"{_size(other.memory_bytes)} by the search's sums"
+            f"{'' if other.fits else ', more than is usable'}"
         )
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ shardings on the devices that are there, `apply` a step into one that runs as pl
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ class Plan:
       gradients: path of a parameter, within its argument, to the spec of its gradient.
       updates: the same to the spec in which its update is computed, where that is divided further
         than the parameter.
-      remat: rematerialisation of layers: "none", "dots" (products are kept) or "full".
+      remat: rematerialisation of layers: what is kept, by increasing recomputation "none"
+        (everything), "attention" (all but scores), "dots" (products), "projections" (of
+        attention, by name), "full" (nothing).
       accumulation_steps: micro-batches whose gradients are summed before an update.
       pipeline: layers of every pipeline stage, or ().
       microbatches: that fill the pipeline.
-      offload: "optimizer" or "activations": what lies in the host's memory; or "none".
+      offload: what lies in the host's memory: "optimizer" (its state), "activations" (what layers
+        keep), or "none".
       sequence_parallel: what layers hand on is divided along the sequence over the tensor axis.
       gathers_weights: layers that are computed again gather each weight once for both products
         that read it then.
@@ -63,7 +66,7 @@ class Plan:
       out_tree: structure of the result; not written down.
       step: what was planned, for `check`; not written down.
       args: shapes of its arguments; not written down.
-      where: the cluster; not written down.
+      where: the cluster, for `check`.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
@@ -204,8 +207,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Reads what `to_json` wrote."""
-        return cls(**plan_json.loads(text))
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: not the JSON of a plan.
+        """
+        return cls(**plan_json.loads(text, [item.name for item in fields(cls)]))
 
     def save(self, path: str | Path) -> None:
         """Writes the plan to a file, which `load` reads."""
@@ -221,16 +228,18 @@ class Plan:
         step: Callable[..., Any],
         devices: Sequence[Any] | None = None,
         *,
-        donate: Sequence[int] = (),
+        donate: Sequence[int] | None = None,
     ) -> Planned:
         """A step that runs as planned: jit with shardings, activations, remat and stages.
 
         Args:
           step: the function that was planned.
           devices: JAX devices; all of this process's backend when None.
-          donate: positions of arguments whose memory the results may take; they are gone
-            afterwards. The prediction of memory is for `plan.donate`.
+          donate: positions of arguments whose memory the results may take: what lies where the
+            plan wants it is gone after the step. None is `plan.donate`, for which memory is
+            predicted: the state that comes back. () keeps all.
         """
+        donate = self.donate if donate is None else donate
         execution = self.execution(self.bind(devices).mesh)
         return Planned(step, execution, donate=donate, state=self.state, data=self.data)
 

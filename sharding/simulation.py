@@ -17,16 +17,19 @@ from sharding.execution.step_trace import trace_step
 from sharding.explain import Prediction
 from sharding.machines.topology import AXES, Cluster
 from sharding.plan import Plan
+from sharding.programs.program import Program
 from sharding.search.solver import Candidate, evaluate
+from sharding.tracing.arguments import abstract
 from sharding.tracing.trace import Leaf, Trace
+from sharding.tracing.walk import WHILE
 
 
 def simulate(
-    step: Callable[..., Any],
-    args: Sequence[Any],
+    step: Callable[..., Any] | Program,
+    args: Any = (),
     *,
     mesh: Mapping[str, int],
-    shardings: Any,
+    shardings: Any = None,
     cluster: str | Cluster | Sequence[Any],
     state: Sequence[int] | None = None,
     data: Sequence[int] | None = None,
@@ -37,12 +40,17 @@ def simulate(
     """Costs a plan that somebody else made.
 
     What a mesh axis does is read off what it divides: the batch (data parallelism), the batch
-    and parameters (FSDP), sequences, experts, stacked layers (stages), or else tensors.
+    and parameters (FSDP), sequences, experts, stacked layers (stages), or else tensors. Of a
+    description, which has no arrays, the name of the axis says it.
+
+        sharding.simulate(sharding.transformer(layers=80, d_model=8192, ...),
+                          mesh={"fsdp": 64, "tensor": 2}, cluster="v5p:4x4x8")
 
     Args:
       step: as in `plan`.
       args: as in `plan`.
-      mesh: axis name to size, outermost first.
+      mesh: axis name to size, outermost first; of a description, names of "data", "fsdp",
+        "tensor", "context", "expert" and "stage".
       shardings: `PartitionSpec`s, or `NamedSharding`s, in the structure of `args`; None is whole.
       cluster: as in `plan`.
       state: as in `plan`.
@@ -51,10 +59,15 @@ def simulate(
       microbatches: of accumulation, or of the pipeline.
       calibration: as in `plan`.
 
+    Returns:
+      A plan with these specs and what it is predicted to cost.
+
     Raises:
       ValueError: the mesh is not the cluster's size, or specs do not fit the arguments.
     """
     where = find_cluster(cluster)
+    if isinstance(step, Program):
+        return _described(step, args, mesh, shardings, where, remat, microbatches, calibration)
     traced = trace_step(step, args, state=state, data=data)
     specs = _given_specs(traced, args, shardings)
     uses = _uses(traced, mesh, specs)
@@ -63,16 +76,37 @@ def simulate(
         degrees[use] *= mesh[axis]
     strategy = Strategy(**degrees, remat=remat, microbatches=microbatches, sequence_parallel=False)
     (candidate,) = evaluate(traced.program, [strategy], where, calibration=calibration)
-    notes = [f"mesh axis {axis} is taken for {use} parallelism" for axis, use in uses.items()]
-    batch = tuple(a for a, use in uses.items() if use in ("data", "fsdp", "expert"))
-    # Results and activations lie as a plan of these degrees would have them.
+    made = _as_given(step, traced, where, candidate, mesh, specs, uses)
+    return with_footprint(
+        dataclasses.replace(
+            made,
+            donate=returned(args, traced),
+            args=abstract(args),
+            state=None if state is None else tuple(state),
+            data=None if data is None else tuple(data),
+        )
+    )
+
+
+def _as_given(
+    step: Callable[..., Any],
+    traced: Trace,
+    where: Cluster,
+    candidate: Candidate,
+    mesh: Mapping[str, int],
+    specs: Mapping[str, PartitionSpec],
+    uses: Mapping[str, str],
+) -> Plan:
+    """The plan that has given specs; results and activations lie as for a plan of its degrees."""
+    strategy = candidate.strategy
     named = {use: tuple(a for a, its in uses.items() if its == use) for use in AXES}
     placed = layout(traced, strategy)
     gradients = {}
     if isinstance(step, TrainStep):
         gradients = {path.partition("/")[2]: spec for path, spec in specs.items()
-                     if path.startswith("0/")}  # fmt: skip
-    made = Plan(
+                     if path.partition("/")[0] == "0"}  # fmt: skip
+    notes = [f"mesh axis {axis} is taken for {use} parallelism" for axis, use in uses.items()]
+    return Plan(
         mesh=dict(mesh),
         inputs=specs,
         outputs={path: _renamed(spec, named) for path, spec in placed.outputs.items()},
@@ -81,23 +115,77 @@ def simulate(
             for dim, held in placed.activations.items()
         },
         gradients=gradients,
-        batch=batch,
-        donate=returned(args, traced),
-        remat=remat,
-        accumulation_steps=microbatches if strategy.stage == 1 else 1,
-        microbatches=microbatches if strategy.stage > 1 else 1,
+        batch=tuple(a for a, use in uses.items() if use in ("data", "fsdp", "expert")),
+        remat=strategy.remat,
+        accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
+        microbatches=strategy.microbatches if strategy.stage > 1 else 1,
         prediction=predicted(candidate),
         notes=(*where.warnings, *notes, *without_rule(traced)),
         program=traced.program.name,
         cluster=where.name,
         in_tree=traced.in_tree,
         step=step,
-        args=tuple(jax.eval_shape(lambda *a: a, *args)),
         where=where,
-        state=None if state is None else tuple(state),
-        data=None if data is None else tuple(data),
     )
-    return with_footprint(made)
+
+
+def _described(
+    program: Program,
+    args: Any,
+    mesh: Mapping[str, int],
+    shardings: Any,
+    where: Cluster,
+    remat: str,
+    microbatches: int,
+    calibration: Calibration | None,
+) -> Plan:
+    if args or shardings is not None:
+        raise ValueError("a description has no arguments: leave out args and shardings")
+    unknown = sorted(set(mesh) - set(AXES))
+    if unknown:
+        raise ValueError(
+            f"mesh axes {unknown} of a description stand for nothing; name them {', '.join(AXES)}"
+        )
+    degrees: dict[str, Any] = dict(mesh)
+    strategy = Strategy(**degrees, remat=remat, microbatches=microbatches)
+    (candidate,) = evaluate(program, [strategy], where, calibration=calibration)
+    return described_plan(program, where, candidate, ())
+
+
+def described_plan(
+    program: Program, where: Cluster, candidate: Candidate, pipeline: tuple[int, ...]
+) -> Plan:
+    """The plan of a program that is described and not written, with what it is predicted to cost.
+
+    Args:
+      program: the description.
+      where: the cluster.
+      candidate: the strategy and its cost.
+      pipeline: layers of every stage, or ().
+    """
+    strategy = candidate.strategy
+    limit = where.memory_bytes
+    notes = [*where.warnings, "planned from a description: memory is the search's own sums"]
+    if candidate.memory_bytes > limit and not where.is_mixed:
+        notes.append(
+            f"does not fit: {candidate.memory_bytes / 1e9:.1f} GB of a device's "
+            f"{limit / 1e9:.1f} GB"
+        )
+    return Plan(
+        mesh=strategy.mesh,
+        remat=strategy.remat,
+        accumulation_steps=strategy.microbatches if strategy.stage == 1 else 1,
+        pipeline=pipeline,
+        microbatches=strategy.microbatches if strategy.stage > 1 else 1,
+        offload=strategy.offload,
+        sequence_parallel=strategy.sequence_parallel and strategy.tensor > 1,
+        placement=placement_of(strategy, where),
+        prediction=predicted(candidate),
+        notes=tuple(notes),
+        program=program.name,
+        cluster=where.name,
+        where=where,
+    )
 
 
 def _renamed(spec: PartitionSpec, named: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
@@ -179,7 +267,11 @@ def predicted(candidate: Candidate) -> Prediction:
 
 def without_rule(traced: Trace) -> list[str]:
     """What the program does that the cost model has no rule for, in words."""
-    return [f"no rule for {name}: replicated" for name in traced.program.unknown]
+    said = {
+        WHILE: "how often a while loop runs is not known: it is costed once",
+        "shard_map": "what runs within shard_map is divided as it says itself, and not costed",
+    }
+    return [said.get(name, f"no rule for {name}: replicated") for name in traced.program.unknown]
 
 
 def _given_specs(traced: Trace, args: Sequence[Any], shardings: Any) -> dict[str, PartitionSpec]:
@@ -193,7 +285,8 @@ def _given_specs(traced: Trace, args: Sequence[Any], shardings: Any) -> dict[str
         spec = whole if node is None else getattr(node, "spec", node)
         return jax.tree.map(lambda _: spec, tree)
 
-    spreads = jax.tree.map(spread, tuple(shardings), tuple(args), is_leaf=is_spec)
+    given = (None,) * len(args) if shardings is None else tuple(shardings)
+    spreads = jax.tree.map(spread, given, tuple(args), is_leaf=is_spec)
     leaves = jax.tree.leaves(spreads, is_leaf=lambda node: isinstance(node, PartitionSpec))
     return {leaf.path: spec for leaf, spec in zip(traced.inputs, leaves, strict=True)}
 

@@ -51,14 +51,11 @@ class Machine:
 def machine(cluster: Cluster, strategies: Strategies, constants: Any) -> Machine:
     """The machine that strategies see: bandwidth depends on how they lie on the wires."""
     degrees = strategies.degrees
+    leaders, leader = np.unique(strategies.first, return_inverse=True)
     keys, inverse = np.unique(
-        np.concatenate([degrees, (strategies.first == "fsdp")[:, None]], axis=1),
-        axis=0,
-        return_inverse=True,
+        np.concatenate([degrees, leader.reshape(-1)[:, None]], axis=1), axis=0, return_inverse=True
     )
-    table = np.asarray(
-        [cluster.axis_bandwidth(k[:-1].tolist(), "fsdp" if k[-1] else "tensor") for k in keys]
-    )
+    table = np.asarray([cluster.axis_bandwidth(k[:-1].tolist(), str(leaders[k[-1]])) for k in keys])
     crosses = np.cumprod(degrees, axis=1) > cluster.node_size
     chip = cluster.chip
     per_device = 1.0 / chip.devices_per_chip

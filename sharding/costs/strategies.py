@@ -40,7 +40,7 @@ class Strategy:
       remat: policy, a key of `REMAT`.
       sequence_parallel: what tensor parallelism leaves whole is divided along the sequence.
       offload: "none", "activations" or "optimizer": what lies in the host's memory.
-      first: axis that takes the best torus dimensions.
+      first: axis that takes the best torus dimensions; "host" is tensor, within a host's chips.
       cuts: layers of each stage, or () for equal stages. On mixed chips embedding and head count
         as layers.
       shares: samples of a micro-batch that each replica takes, or () for equal shares; replicas

@@ -1,12 +1,14 @@
 """Runs a step as planned: jit with shardings, and what a plan adds to the inside of a step."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.execution import stages
@@ -27,8 +29,9 @@ class TrainStep:
     step. Make one with `train_step`.
 
     Attributes:
-      loss: (parameters, *data) -> a scalar, the *mean* over the leading axis of the data: micro-
-        batches are averaged.
+      loss: (parameters, *data) -> a scalar, the *mean* over the batch of the data: micro-batches
+        are averaged. Data without a batch dimension (class weights, a key) is whole in all of
+        them.
       optimizer: an `optax.GradientTransformation`, or anything with its `init` and `update`.
     """
 
@@ -100,7 +103,7 @@ class Execution:
             jax.tree_util.tree_leaves_with_path(tree), leaf_specs(tree, specs), strict=True
         ):
             # Of a train step the second argument and result is the optimiser's state.
-            moments = leaf_path(path).startswith("1/") and leaf.ndim > 0
+            moments = leaf_path(path).startswith("1/") and np.ndim(leaf) > 0
             away = host and moments and self.offload == "optimizer"
             found.append(NamedSharding(self.mesh, spec, memory_kind=HOST if away else None))
         return found
@@ -110,7 +113,8 @@ class Planned:
     """A step with a plan: called as the step is, or lowered as `jax.jit` would.
 
     Arguments may lie anywhere; they are moved to where the plan wants them. Compiled once for
-    each set of shapes.
+    each set of shapes. Of a donated argument what lies there already is gone after the call, as
+    after that of a jitted function; what had to be moved stays as it was.
     """
 
     def __init__(
@@ -125,38 +129,57 @@ class Planned:
         self._step, self._execution = step, execution
         self._donate = tuple(donate)
         self._roles = {"state": state, "data": data}
-        self._jitted: dict[Any, Any] = {}
+        self._jitted: dict[Any, tuple[Any, list[NamedSharding]]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        args = self.place(args)
-        return self._jit(args)(*args)
+        run, shardings = self._jit(args)
+        return run(*self._moved(args, shardings))
 
     def lower(self, *args: Any) -> Any:
         """As `jax.jit(step).lower`, for arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jit(args).lower(*args)
+        return self._jit(args)[0].lower(*args)
 
     def place(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Moves arguments to where the plan wants them."""
-        return tuple(jax.tree.map(jax.device_put, args, self._of(args, self._execution.inputs)))
+        return self._moved(args, self._execution.shardings(args, self._execution.inputs))
 
-    def _jit(self, args: tuple[Any, ...]) -> Any:
-        shapes = jax.eval_shape(lambda *a: a, *args)
-        leaves, structure = jax.tree.flatten(shapes)
-        key = structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+    def _moved(self, args: tuple[Any, ...], shardings: list[NamedSharding]) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(args)
+        ends = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in args)])
+        for i in self._donate:
+            for j in range(ends[i], ends[i + 1]):
+                leaves[j] = _unshared(leaves[j], shardings[j])
+        return jax.tree.unflatten(structure, jax.device_put(leaves, shardings))
+
+    def _jit(self, args: tuple[Any, ...]) -> tuple[Any, list[NamedSharding]]:
+        leaves, structure = jax.tree.flatten(args)
+        # Read off the leaves: this runs in every step.
+        key = structure, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
         if key not in self._jitted:
+            shapes = jax.eval_shape(lambda *a: a, *args)
             run = rewritten(self._step, shapes, self._execution, **self._roles)
             out = jax.eval_shape(run, *shapes)
-            self._jitted[key] = jax.jit(
+            into = self._execution.shardings(shapes, self._execution.inputs)
+            back = self._execution.shardings(out, self._execution.outputs)
+            jitted = jax.jit(
                 run,
-                in_shardings=self._of(args, self._execution.inputs),
-                out_shardings=self._of(out, self._execution.outputs),
+                in_shardings=jax.tree.unflatten(structure, into),
+                out_shardings=jax.tree.unflatten(jax.tree.structure(out), back),
                 donate_argnums=self._donate,
             )
+            self._jitted[key] = jitted, into
         return self._jitted[key]
 
-    def _of(self, tree: Any, specs: Mapping[str, PartitionSpec]) -> Any:
-        found = self._execution.shardings(tree, specs)
-        return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+def _unshared(x: Any, wanted: NamedSharding) -> Any:
+    """A copy of an array that `device_put` would share a device's buffer with, else the array.
+
+    A whole copy for every device takes the one that is there for its own device's; donating it
+    would delete the caller's array, which lies elsewhere.
+    """
+    if not isinstance(x, jax.Array) or x.sharding.is_equivalent_to(wanted, x.ndim):
+        return x
+    return x.copy() if wanted.is_fully_replicated else x
 
 
 def leaf_specs(tree: Any, specs: Mapping[str, PartitionSpec]) -> list[PartitionSpec]:
@@ -175,8 +198,13 @@ def rewritten(
 ) -> Callable[..., Any]:
     """A step with the plan's choices inside, for arguments of given shapes."""
     if isinstance(step, TrainStep):
-        return _train_step(step, shapes, execution)
+        return _train_step(step, shapes, execution, loss_roles(data))
     return _rewrite(step, shapes, execution, state=state, data=data)
+
+
+def loss_roles(data: Sequence[int] | None) -> dict[str, Any]:
+    """Positions of state and data in the loss of a train step, from those of data in the step."""
+    return {"state": (0,), "data": None if data is None else tuple(i - 1 for i in data)}
 
 
 def _rewrite(
@@ -208,11 +236,12 @@ def _rewrite(
     if not execution.pipeline:
         return rewrite(traced)
     obstacle = stages.obstacle(traced)
-    # A jaxpr holds its shapes: what a stage runs is traced at the size of a micro-batch.
-    micro = None if obstacle else _micro_shapes(traced, shapes, execution.microbatches)
-    layers = None if micro is None else rewrite(trace(step, micro, **roles)).layers()
-    if layers is None:
+    if obstacle:
         raise ValueError(f"the program cannot be cut into pipeline stages: {obstacle}")
+    # A jaxpr holds its shapes: what a stage runs is traced at the size of a micro-batch.
+    micro = _micro_shapes(traced, shapes, execution.microbatches)
+    layers = rewrite(trace(step, micro, **roles)).layers()
+    assert layers is not None, "what the batch is does not depend on its size"
     return rewrite(
         traced,
         stages.pipelined(traced, mesh, execution.pipeline, execution.microbatches, layers.body),
@@ -242,32 +271,46 @@ def _has_logical_names(shapes: tuple[Any, ...]) -> bool:
 
 
 def _micro_shapes(traced: Trace, shapes: tuple[Any, ...], parts: int) -> tuple[Any, ...]:
-    """Arguments of one micro-batch: an axis whose outermost factor is the batch is shorter."""
+    """Arguments of one micro-batch: an axis whose outermost factor is the batch is shorter.
 
-    def shorter(leaf: Leaf) -> tuple[int, ...]:
-        sizes = []
-        for size, factors in zip(leaf.shape, leaf.factors, strict=True):
-            is_batch = bool(set(factors[:1]) & traced.splits.batch)
-            if is_batch and size % parts:
-                raise ValueError(f"{parts} micro-batches do not divide {leaf.path} {leaf.shape}")
-            sizes.append(size // parts if is_batch else size)
-        return tuple(sizes)
-
+    Raises:
+      ValueError: a batch that does not divide into so many.
+    """
+    batch = math.prod(traced.sizes[atom] for atom in traced.splits.batch)
+    if batch % parts:
+        raise ValueError(
+            f"{parts} micro-batches do not divide a batch of {batch}; change the batch, or plan "
+            "for this one"
+        )
     leaves, structure = jax.tree.flatten(shapes)
-    micro = [
-        jax.ShapeDtypeStruct(shorter(leaf), x.dtype)
-        for leaf, x in zip(traced.inputs, leaves, strict=True)
-    ]
+    micro = []
+    for leaf, x in zip(traced.inputs, leaves, strict=True):
+        axis, sizes = _batch_axis(traced, leaf), list(leaf.shape)
+        if axis is not None:
+            sizes[axis] //= parts
+        micro.append(jax.ShapeDtypeStruct(tuple(sizes), x.dtype))
     return jax.tree.unflatten(structure, micro)
 
 
+def _batch_axis(traced: Trace, leaf: Leaf) -> int | None:
+    """The axis of an argument whose outermost factor is the batch."""
+    found = (i for i, f in enumerate(leaf.factors) if set(f[:1]) & traced.splits.batch)
+    return next(found, None)
+
+
 def _train_step(
-    step: TrainStep, shapes: tuple[Any, ...], execution: Execution
+    step: TrainStep, shapes: tuple[Any, ...], execution: Execution, roles: Mapping[str, Any]
 ) -> Callable[..., Any]:
     parts = execution.accumulation_steps
     params, _, *data = shapes
-    micro = jax.eval_shape(lambda *d: jax.tree.map(lambda x: _cut(x, parts)[0], d), *data)
-    loss = _rewrite(step.loss, (params, *micro), execution)
+    micro, batch, axes = (params, *data), 1, [None] * len(jax.tree.leaves(data))
+    if parts > 1:
+        with _in_context(execution, micro):
+            whole = trace(step.loss, micro, **roles)
+        micro = _micro_shapes(whole, micro, parts)
+        batch = math.prod(whole.sizes[atom] for atom in whole.splits.batch)
+        axes = [_batch_axis(whole, leaf) for leaf in whole.inputs[-len(axes) :]]
+    loss = _rewrite(step.loss, micro, execution, **roles)
 
     def placed(gradients: Any) -> Any:
         return _constrained(gradients, execution.gradients, execution.mesh)
@@ -285,25 +328,29 @@ def _train_step(
         return value, placed(gradients)
 
     def accumulated(params: Any, data: tuple[Any, ...]) -> tuple[Any, Any]:
-        def one(sums: Any, part: Any) -> tuple[Any, None]:
-            value, gradients = gradients_of(params, part)
+        leaves, structure = jax.tree.flatten(data)
+        cuts = {
+            i: _cut(x, axis, batch, parts)
+            for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))
+            if axis is not None
+        }
+
+        def one(sums: Any, part: Mapping[int, Any]) -> tuple[Any, None]:
+            mine = [part.get(i, x) for i, x in enumerate(leaves)]
+            value, gradients = gradients_of(params, jax.tree.unflatten(structure, mine))
             # Sums in float32: of many small numbers, bfloat16 would lose most.
             added = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums[1], gradients)
             return (sums[0] + value, placed(added)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
                              params)  # fmt: skip
-        value = jax.eval_shape(loss, params, *(jax.tree.map(lambda x: x[0], d) for d in data))
-        start = jnp.zeros((), value.dtype), placed(zeros)
-        (total, sums), _ = jax.lax.scan(one, start, data)
+        start = jnp.zeros((), jax.eval_shape(loss, *micro).dtype), placed(zeros)
+        (total, sums), _ = jax.lax.scan(one, start, cuts)
         mean = jax.tree.map(lambda p, s: (s / parts).astype(p.dtype), params, sums)
         return total / parts, mean
 
     def run(params: Any, opt_state: Any, *data: Any) -> tuple[Any, Any, Any]:
-        if parts == 1:
-            value, gradients = gradients_of(params, data)
-        else:
-            value, gradients = accumulated(params, jax.tree.map(lambda x: _cut(x, parts), data))
+        value, gradients = (gradients_of if parts == 1 else accumulated)(params, data)
         opt_state = _state_in(opt_state, execution, host=False)
         params, opt_state = step.update(divided(params), opt_state, divided(gradients))
         return gathered(params), _state_in(opt_state, execution, host=True), value
@@ -324,18 +371,16 @@ def _state_in(opt_state: Any, execution: Execution, *, host: bool) -> Any:
     return jax.tree.unflatten(structure, moved)[1]
 
 
-def _cut(x: Any, parts: int) -> Any:
-    """[batch, ...] -> [parts, batch / parts, ...]; part i takes every `parts`-th example from i.
+def _cut(x: Any, axis: int, batch: int, parts: int) -> Any:
+    """[..., batch · n, ...] -> [parts, ..., batch / parts · n, ...].
 
-    So each device keeps the examples that it has, whereas contiguous parts would move them.
+    Part i takes every `parts`-th example from i on. So each device keeps the examples that it
+    has, whereas contiguous parts would move them.
     """
-    if parts == 1:
-        return x[None]
-    if x.shape[0] % parts:
-        raise ValueError(
-            f"{parts} accumulation steps do not divide a batch of {x.shape[0]}; shape {x.shape}"
-        )
-    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+    before, after, rest = x.shape[:axis], x.shape[axis + 1 :], x.shape[axis] // batch
+    inner = (rest,) if rest > 1 else ()  # what shares the axis with the batch
+    cut = x.reshape(*before, batch // parts, parts, *inner, *after)
+    return jnp.moveaxis(cut, axis + 1, 0).reshape(parts, *before, batch // parts * rest, *after)
 
 
 def _constrained(tree: Any, specs: Mapping[str, PartitionSpec], mesh: Mesh | AbstractMesh) -> Any:

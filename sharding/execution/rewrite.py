@@ -4,6 +4,7 @@ Sharding constraints on the results of products and look-ups and on what layers 
 rematerialisation of layers; and, in place of a scan over layers, whatever a pipeline makes of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,10 +242,11 @@ class Rewrite:
             ins = [read(v) for v in eqn.invars]
             by_expert = self._of_experts(note)
             name = eqn.primitive.name
-            if name == "dot_general":
-                ins = [self._exchanged(x, v, by_expert, exchanges)
-                       for x, v in zip(ins, note.ins, strict=True)]  # fmt: skip
-            outs = self._equation(eqn, ins, note, exchanges)
+            with _as_written(eqn):
+                if name == "dot_general":
+                    ins = [self._exchanged(x, v, by_expert, exchanges)
+                           for x, v in zip(ins, note.ins, strict=True)]  # fmt: skip
+                outs = self._equation(eqn, ins, note, exchanges)
             if name not in _INLINED:
                 exchanges.follow(name, note, by_expert=by_expert)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -363,21 +365,75 @@ class Rewrite:
             params["unroll"])  # fmt: skip
 
     def layers(self) -> LayerScan | None:
-        """The scan over stacked parameters, if there is one."""
-        return self._find_layers(self.traced.closed.jaxpr, self.traced.notes)
-
-    def _find_layers(self, jaxpr: core.Jaxpr, notes: Notes) -> LayerScan | None:
-        for eqn, note in zip(jaxpr.eqns, notes, strict=True):
-            found = None
-            if note.carry is not None:
-                return self._layers(eqn, note)
-            if eqn.primitive.name in (*_INLINED, *_REMAT):
-                body: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-                inner = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
-                found = self._find_layers(inner, note.bodies[0])
-            if found is not None:
-                return found
+        """The scan over stacked parameters that can be cut into stages, if there is one."""
+        for found in layer_scans(self.traced):
+            if not found.within:
+                return self._layers(found.eqn, found.note)
         return None
+
+
+@dataclass(frozen=True)
+class FoundScan:
+    """A scan over stacked parameters.
+
+    Attributes:
+      eqn: the equation; None where it is not at the top of the step, or of what it calls.
+      note: what the walk knows of it.
+      within: the operations around it that a plan does not see through, outermost first.
+    """
+
+    eqn: Any
+    note: Note
+    within: tuple[str, ...] = ()
+
+    @property
+    def is_rewritten(self) -> bool:
+        """Whether a plan reaches its layers: in a loop it does, in a branch it does not."""
+        return set(self.within) <= {"scan"}
+
+
+def layer_scans(traced: Trace) -> Iterator[FoundScan]:
+    """The outermost scans over stacked parameters of a step, wherever they are."""
+    return _layer_scans(traced.closed.jaxpr, traced.notes)
+
+
+def _layer_scans(jaxpr: core.Jaxpr, notes: Notes) -> Iterator[FoundScan]:
+    for eqn, note in zip(jaxpr.eqns, notes, strict=True):
+        name = eqn.primitive.name
+        if note.carry is not None:
+            yield FoundScan(eqn, note)
+        elif name in (*_INLINED, *_REMAT):
+            body: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            inner = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+            yield from _layer_scans(inner, note.bodies[0])
+        elif name == "scan":
+            for found in _layer_scans(eqn.params["jaxpr"].jaxpr, note.bodies[0]):
+                yield dataclasses.replace(found, within=(name, *found.within))
+        else:
+            yield from (FoundScan(None, n, (name,)) for n in _of_layers(note.bodies))
+
+
+def _of_layers(bodies: Sequence[Notes]) -> Iterator[Note]:
+    """Notes of the outermost scans over stacked parameters."""
+    for note in (note for body in bodies for note in body):
+        if note.carry is not None:
+            yield note
+        else:
+            yield from _of_layers(note.bodies)
+
+
+@contextlib.contextmanager
+def _as_written(eqn: Any) -> Iterator[None]:
+    """The names and compiler options that an equation was written under."""
+    with contextlib.ExitStack() as held:
+        if scope := str(eqn.source_info.name_stack):
+            held.enter_context(jax.named_scope(scope))
+        if eqn.ctx.compute_type or eqn.ctx.xla_metadata:
+            # With the rest of the context comes the mesh of the trace, which stages have not.
+            mesh = jax.sharding.get_abstract_mesh()
+            held.enter_context(eqn.ctx.manager)
+            held.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        yield
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,6 +21,10 @@ from sharding.tracing.walk import Axes
 _SMALLEST_SHARD = 1
 
 
+class DoesNotHold(ValueError):
+    """A spec that is fixed and that a mesh cannot have; another mesh may."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the arrays of a program lie.
@@ -51,9 +55,13 @@ def layout(
     Args:
       traced: the program.
       strategy: degrees of parallelism.
-      fixed: path of an argument to a spec that it has to have. A path without the position of
-        its argument ("layers/query" for "0/layers/query") is understood, and fixes the moments
-        whose path ends with it too.
+      fixed: path of an argument, or the end of one, to the spec that it has to have. Every
+        argument whose path ends with it is fixed: "layers/query" is "0/layers/query" and its
+        moments. Of several ends the longest counts.
+
+    Raises:
+      DoesNotHold: the mesh lacks an axis of a fixed spec, or does not divide an array so.
+      ValueError: a path of `fixed` that is the end of none, or a spec of more axes than its array.
     """
     mesh = strategy.mesh
     axes = _activation_axes(mesh)
@@ -177,12 +185,17 @@ class _Chooser:
 
     def _checked(self, leaf: Leaf, pin: PartitionSpec) -> PartitionSpec:
         if len(pin) > len(leaf.shape):
-            return PartitionSpec()  # statistics of less than the parameter
+            if leaf.role in ("param", "data"):
+                raise ValueError(
+                    f"fixed spec {pin} of {leaf.path} names {len(pin)} axes; its shape is "
+                    f"{leaf.shape}"
+                )
+            return PartitionSpec()  # of the optimiser: statistics of less than the parameter
         for size, entry in zip(leaf.shape, pin, strict=False):
             names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
             unknown = [name for name in names if name not in self.mesh]
             if unknown or size % _ways(names, self.mesh):
-                raise ValueError(
+                raise DoesNotHold(
                     f"fixed spec {pin} of {leaf.path} {leaf.shape} needs mesh axes "
                     f"{unknown or names} that divide it; the mesh is {dict(self.mesh)}"
                 )

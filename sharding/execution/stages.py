@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from sharding.execution.rewrite import Body, LayerScan
+from sharding.execution.rewrite import Body, LayerScan, layer_scans
 from sharding.tracing.dims import DimensionGraph
 from sharding.tracing.trace import Trace
 from sharding.tracing.walk import Notes, Value
@@ -25,17 +25,20 @@ AXIS = "stage"
 
 def obstacle(traced: Trace) -> str:
     """Why the layers of a program cannot be cut into stages; "" if they can."""
-    scans = list(_layer_scans(traced.notes, traced))
+    scans = list(layer_scans(traced))
     if not scans:
         return "it has no scan over stacked parameters; write its layers as one"
     if len(scans) > 1:
         return f"it has {len(scans)} scans over stacked parameters, and one can be cut"
-    carry, has_stacks, mixes = scans[0]
-    if has_stacks:
+    found = scans[0]
+    if found.within:
+        return f"its scan over layers is within a {' within a '.join(found.within[::-1])}"
+    assert found.note.carry is not None
+    if len(found.note.outs) > len(found.note.carry):
         return "its scan over layers returns something for every layer"
-    if mixes:
+    if _mixes(traced.graph, found.note.bodies[0], traced):
         return "its layers combine examples of the batch, which micro-batches would keep apart"
-    if any(_batch_axis(traced, value) is None for value in carry):
+    if any(_batch_axis(traced, value) is None for value in found.note.carry):
         return "its layers hand on something without a batch dimension"
     return ""
 
@@ -171,17 +174,6 @@ def _join(x: Any, axis: int | None, traced: Trace) -> Any:
 
 def _batch_size(traced: Trace) -> int:
     return traced.graph.size(min(traced.splits.batch))
-
-
-def _layer_scans(notes: Notes, traced: Trace) -> Any:
-    """(carry, whether something is stacked, whether examples are combined) of every such scan."""
-    for note in notes:
-        if note.carry is not None:
-            stacked = len(note.outs) > len(note.carry)
-            yield note.carry, stacked, _mixes(traced.graph, note.bodies[0], traced)
-        else:
-            for body in note.bodies:
-                yield from _layer_scans(body, traced)
 
 
 def _mixes(graph: DimensionGraph, notes: Notes, traced: Trace) -> bool:

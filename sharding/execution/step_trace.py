@@ -6,29 +6,37 @@ from typing import Any
 
 import jax
 
-from sharding.execution.execute import TrainStep
+from sharding.execution.execute import TrainStep, loss_roles
 from sharding.paths import leaf_path
 from sharding.programs.program import dtype_bytes
+from sharding.tracing.arguments import abstract, check_positions
 from sharding.tracing.dims import product
 from sharding.tracing.trace import Leaf, Trace, trace
 
 
 def trace_step(
     step: Callable[..., Any],
-    args: Sequence[Any],
+    args: Any,
     *,
     state: Sequence[int] | None = None,
     data: Sequence[int] | None = None,
 ) -> Trace:
-    """Traces a step; of a `TrainStep`, its loss, with the arguments and results of the step."""
+    """Traces a step; of a `TrainStep`, its loss, with the arguments and results of the step.
+
+    Raises:
+      ValueError: arguments that are no arrays, positions that are none, or a train step without
+        its arguments or without a loss.
+    """
+    args = abstract(args)
+    check_positions(len(args), state, data, is_train_step=isinstance(step, TrainStep))
     if not isinstance(step, TrainStep):
         return trace(step, args, state=state, data=data)
     if len(args) < 3:
         raise ValueError(
             f"a train step takes (parameters, optimiser state, *data), got {len(args)} arguments"
         )
-    params, opt_state, *rest = jax.eval_shape(lambda *a: a, *args)
-    traced = trace(step.loss, (params, *rest), state=(0,), training=True)
+    params, opt_state, *rest = args
+    traced = trace(step.loss, (params, *rest), training=True, **loss_roles(data))
     if not traced.is_loss:
         raise ValueError("the loss of a train step has to return one floating number")
     own = [leaf for leaf in traced.inputs if _argument(leaf.path) == 0]

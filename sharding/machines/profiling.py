@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy.optimize import nnls
 
-from sharding.machines.topology import AXES, Cluster, catalog, find_chip
+from sharding.machines.topology import AXES, Cluster, catalog, find_chip, node_shape
 from sharding.machines.torus import device_grid
 
 # Edges of square products, from those that a unit hardly notices to those that fill it.
@@ -87,17 +87,16 @@ def _described(devices: Sequence[Any], rates: dict[str, float], hbm: float) -> C
         peaks["bf16"] = max(peaks["bf16"], rates["bf16"] * known.devices_per_chip)
         return replace(cluster, chip=replace(cluster.chip, peak_flops=peaks))
     base = catalog()["cpu"]
-    hosts = len({d.process_index for d in devices})
+    shape = node_shape(devices)
     chip = replace(
         base,
         name="cpu" if platform == "cpu" else kind,
         peak_flops=rates,
         hbm_bytes_per_s=hbm,
         memory_bytes=_memory(devices),
-        chips_per_host=len(devices) // hosts,
+        chips_per_host=shape[1],
         source="measured by sharding.profile",
     )
-    shape = hosts, len(devices) // hosts
     return Cluster.of(chip, shape, name=f"{kind} x {len(devices)}")
 
 

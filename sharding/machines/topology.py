@@ -17,6 +17,13 @@ from typing import Any
 
 from sharding.machines.torus import AXES, Torus, assign, factorings
 
+# What a file holds that describes a cluster.
+_FIELDS = {"name", "chip", "shape", "slices", "nodes", "bandwidth", "measured"}
+_NODE = '{"chip": NAME, "count": CHIPS}'
+_FORMS = (
+    'it holds {"chip": NAME, "shape": [SIZES], "slices": N} or {"nodes": [' + _NODE + ", ...], "
+    '"bandwidth": [[bytes/s between nodes]]}'
+)
 # What a group gets that the wires cannot hold: so slow that no search takes it.
 _IMPOSSIBLE = 1.0
 
@@ -147,6 +154,31 @@ class Cluster:
         return min((n.count for n in self.nodes), default=self.shape[-1])
 
     @property
+    def host_bounds(self) -> tuple[int, ...]:
+        """Chips that share a host, by torus dimension: the first dimensions, as even as can be.
+
+        >>> Cluster.from_name("v5p:4x4x4").host_bounds, Cluster.from_name("v5e:4x8").host_bounds
+        ((2, 2, 1), (2, 4))
+        """
+        bounds, left = [1] * len(self.shape), self.chip.chips_per_host
+        planes = itertools.cycle((1, 0))
+        idle = 0
+        while left > 1 and idle < 2:
+            i = next(planes)
+            if left % 2 == 0 and self.shape[i] % (2 * bounds[i]) == 0:
+                bounds[i], left, idle = 2 * bounds[i], left // 2, 0
+            else:
+                idle += 1
+        return tuple(bounds)
+
+    @property
+    def host_size(self) -> int:
+        """Devices that share a host, or behind a switch a node."""
+        if not self.is_torus:
+            return self.node_size
+        return math.prod(self.host_bounds) * self.chip.devices_per_chip
+
+    @property
     def link_bytes_per_s(self) -> float:
         """One way, a chip to its neighbours; the slowest of a mixed cluster."""
         return min((n.link_bytes_per_s for n in self.nodes), default=self.chip.link_bytes_per_s)
@@ -154,7 +186,7 @@ class Cluster:
     @property
     def network_bytes_per_s(self) -> float:
         """One way and for each device, out of the node or slice; the slowest of a mixed cluster."""
-        if self.bandwidth:
+        if len(self.bandwidth) > 1:
             pairs = itertools.combinations(range(len(self.bandwidth)), 2)
             slowest = min(min(self.bandwidth[i][j], self.bandwidth[j][i]) for i, j in pairs)
             return slowest / self.node_size
@@ -173,7 +205,8 @@ class Cluster:
 
         Args:
           degrees: one per axis of `AXES`.
-          first: the axis that takes its torus dimensions first; then inner to outer.
+          first: the axis that takes its torus dimensions first, then inner to outer; "host" is
+            tensor, within the chips of a host.
         """
         if self.is_torus:
             found = assign(self._torus, tuple(int(d) for d in degrees), first)
@@ -208,11 +241,16 @@ class Cluster:
             link=self.chip.link_bytes_per_s,
             cores=self.chip.devices_per_chip,
             network=self.network_bytes_per_s,
+            host=self.host_bounds,
         )
 
     @classmethod
     def from_name(cls, name: str) -> "Cluster":
-        """Reads `chip:shape`, or a path to a JSON file; see `README.md` for the forms.
+        """Reads a name, or a path to a JSON file (see `from_json`).
+
+        `CHIP:AxB` or `CHIP:AxBxC` is a torus, as v5e:16x16 and v5p:8x8x16; `xNslices` behind it
+        joins several by the network between them, as v5p:8x8x16x2slices. `CHIP:NODESxCHIPS` is
+        of nodes with a switch, as h100:8x8. A single number is shaped as sold, as v5p:64.
 
         Raises:
           ValueError: no such chip or shape; the message lists what there is.
@@ -286,24 +324,37 @@ class Cluster:
         """
         try:
             fields = json.loads(Path(path).read_text())
-            if not {"shape", "nodes"} & set(fields):
-                raise TypeError("it has neither shape nor nodes")
-        except (OSError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no cluster file ({error!r}); it holds "
-                '{"nodes": [{"chip": NAME, "count": N}], "bandwidth": [[bytes/s]]} or '
-                '{"chip": NAME, "shape": [SIZES], "slices": N}'
-            ) from error
-        name, measured = fields.get("name", str(path)), fields.get("measured", {})
+            return cls.from_fields(fields, name=str(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no cluster file: {error}; {_FORMS}") from error
+
+    @classmethod
+    def from_fields(cls, fields: Any, *, name: str = "") -> "Cluster":
+        """A cluster from what a file holds; see `from_json`.
+
+        Args:
+          fields: what JSON became.
+          name: where the fields give none.
+
+        Raises:
+          ValueError: not such fields; the message says which.
+        """
+        if not isinstance(fields, Mapping) or not {"shape", "nodes"} & set(fields):
+            raise ValueError("it has neither shape nor nodes")
+        unknown = set(fields) - _FIELDS
+        if unknown:
+            raise ValueError(f"there are no fields {sorted(unknown)}, only {sorted(_FIELDS)}")
+        name, measured = str(fields.get("name", name)), fields.get("measured", {})
         if "shape" in fields:
-            chip = _chip(fields.get("chip"))
-            shape = tuple(int(size) for size in fields["shape"])
-            found = cls.of(chip, shape, slices=int(fields.get("slices", 1)), name=name)
+            shape = _positive("shape", fields["shape"])
+            (slices,) = _positive("slices", [fields.get("slices", 1)])
+            found = cls.of(_chip(fields.get("chip")), shape, slices=slices, name=name)
         else:
-            nodes = tuple(node for entry in fields["nodes"] for node in _nodes(entry))
-            bandwidth = tuple(tuple(float(x) for x in row) for row in fields.get("bandwidth", ()))
-            if bandwidth and len(bandwidth) != len(nodes):
-                raise ValueError(f"bandwidth has {len(bandwidth)} rows for {len(nodes)} nodes")
+            entries = fields["nodes"]
+            if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+                raise ValueError(f"nodes is a list of objects as {_NODE}, got {entries!r}")
+            nodes = tuple(node for entry in entries for node in _nodes(entry))
+            bandwidth = _matrix(fields.get("bandwidth", []), len(nodes))
             found = cls.of_nodes(nodes, name=name, bandwidth=bandwidth)
         return replace(found, measured=dict(measured))
 
@@ -344,8 +395,11 @@ class Cluster:
         """The cluster that JAX devices belong to.
 
         Raises:
-          ValueError: a device kind that the catalogue does not know.
+          ValueError: no devices, a kind that the catalogue does not know, devices that do not
+            fill a box of a torus, or nodes of different sizes.
         """
+        if not devices:
+            raise ValueError("a cluster needs devices, got none; pass jax.devices(), or a name")
         kind = str(getattr(devices[0], "device_kind", devices[0].platform)).lower()
         chip = find_chip("cpu" if devices[0].platform == "cpu" else kind)
         if chip is None:
@@ -354,13 +408,39 @@ class Cluster:
                 "describe the cluster in a JSON file"
             )
         if not chip.torus_rank:
-            hosts = len({d.process_index for d in devices})
-            return cls.of(chip, (hosts, len(devices) // hosts), name=f"{kind} x {len(devices)}")
+            return cls.of(chip, node_shape(devices), name=f"{kind} x {len(devices)}")
         slices = len({getattr(d, "slice_index", 0) for d in devices})
         coords = [d.coords[: chip.torus_rank] for d in devices]
         shape = tuple(1 + max(c[i] for c in coords) - min(c[i] for c in coords) for i in
                       range(chip.torus_rank))  # fmt: skip
-        return cls.of(chip, shape, slices=slices)
+        found = cls.of(chip, shape, slices=slices)
+        if found.device_count != len(devices):
+            raise ValueError(
+                f"{len(devices)} devices do not fill the box that they span, {found.name} of "
+                f"{slices} slices and {found.device_count} devices; pass those of whole boxes of "
+                "the torus"
+            )
+        return found
+
+
+def node_shape(devices: Sequence[Any]) -> tuple[int, int]:
+    """(nodes, devices a node) of devices behind switches.
+
+    A process is not a node: where one runs for each GPU, the devices of a node say so by their
+    `slice_index` (JAX's name for what a fast network joins). Without it processes are nodes.
+
+    Raises:
+      ValueError: nodes of different numbers of devices.
+    """
+    slices = [getattr(d, "slice_index", None) for d in devices]
+    named = slices if None not in slices else [d.process_index for d in devices]
+    sizes = sorted({named.count(node) for node in named})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"nodes of {sizes} devices cannot form one mesh evenly; pass as many of each node, or "
+            "describe the cluster in a JSON file"
+        )
+    return len(named) // sizes[0], sizes[0]
 
 
 @functools.cache
@@ -398,17 +478,40 @@ def find_chip(text: str) -> Chip | None:
 
 def _nodes(entry: Mapping[str, Any]) -> list[Node]:
     fields = dict(entry)
-    name, count, repeat = fields.pop("chip", None), fields.pop("count", 1), fields.pop("repeat", 1)
+    name = fields.pop("chip", None)
+    count, repeat = _positive("count and repeat", [fields.pop("count", 1), fields.pop("repeat", 1)])
     chip = _chip({"name": name})
     link = fields.pop("link_bytes_per_s", chip.link_bytes_per_s)
     network = fields.pop("network_bytes_per_s", chip.host_bytes_per_s)
+    link, network = _speeds("link_bytes_per_s and network_bytes_per_s", [link, network])
     node = Node(
         chip=_chip({**fields, "name": name}),
-        count=int(count),
-        link_bytes_per_s=float(link),
-        network_bytes_per_s=float(network),
+        count=count,
+        link_bytes_per_s=link,
+        network_bytes_per_s=network,
     )
-    return [node] * int(repeat)
+    return [node] * repeat
+
+
+def _positive(name: str, sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list) or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"{name} takes positive whole numbers, as [4, 4, 8], got {sizes!r}")
+    return tuple(sizes)
+
+
+def _speeds(name: str, speeds: Any) -> tuple[float, ...]:
+    if not isinstance(speeds, list) or not all(isinstance(x, (int, float)) for x in speeds):
+        raise ValueError(f"{name} takes numbers of bytes/s, got {speeds!r}")
+    return tuple(float(x) for x in speeds)
+
+
+def _matrix(rows: Any, nodes: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, list):
+        raise ValueError(f"bandwidth takes numbers of bytes/s, a row a node, got {rows!r}")
+    found = tuple(_speeds("bandwidth", row) for row in rows)
+    if found and len(found) != nodes:
+        raise ValueError(f"bandwidth has {len(found)} rows for {nodes} nodes")
+    return found
 
 
 def _chip(entry: Any) -> Chip:
@@ -417,8 +520,12 @@ def _chip(entry: Any) -> Chip:
     name = fields.pop("name", None)
     unknown = set(fields) - set(Chip.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"a node has no fields {sorted(unknown)}")
-    if name not in catalog() and len(fields) < len(Chip.__dataclass_fields__) - 1:
+        raise ValueError(
+            f"a chip has no fields {sorted(unknown)}; {', '.join(Chip.__dataclass_fields__)}"
+        )
+    if not isinstance(name, str) or (
+        name not in catalog() and len(fields) < len(Chip.__dataclass_fields__) - 1
+    ):
         raise ValueError(
             f"a node's chip is {name!r}; one of {', '.join(catalog())}, or all fields of `Chip`"
         )

@@ -30,6 +30,7 @@ class Torus:
       link: bytes/s of a link, one way.
       cores: devices of a chip.
       network: bytes/s of a device to other slices.
+      host: chips that share a host, by dimension.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Torus:
     link: float
     cores: int
     network: float
+    host: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def assign(torus: Torus, degrees: tuple[int, ...], first: str) -> Assignment | N
     Args:
       torus: the wires.
       degrees: one per axis of `AXES`.
-      first: the axis that takes its dimensions first.
+      first: the axis that takes its dimensions first; "host" is tensor, within a host's chips.
 
     Returns:
       None if the dimensions cannot be divided so.
@@ -77,12 +79,14 @@ def assign(torus: Torus, degrees: tuple[int, ...], first: str) -> Assignment | N
     left, stride, cores = list(torus.shape), [1] * len(torus.shape), torus.cores
     found = [0.0] * len(AXES)
     taken: list[tuple[int, ...]] = [()] * len(AXES)
-    order = sorted(range(len(AXES)), key=lambda i: (AXES[i] != first, i))
+    leader = AXES.index("tensor" if first == "host" else first)
+    order = sorted(range(len(AXES)), key=lambda i: (i != leader, i))
     for axis in order:
         inside = degrees[axis] // shares[axis]
         on_chip = math.gcd(inside, cores)  # the devices of a chip are nearer than any link
         cores //= on_chip
-        split = _best_split(torus, inside // on_chip, left, stride)
+        most = torus.host if first == "host" and axis == leader else torus.shape
+        split = _best_split(torus, inside // on_chip, left, stride, most)
         if split is None:
             return None
         speed, factors = split
@@ -99,11 +103,17 @@ def assign(torus: Torus, degrees: tuple[int, ...], first: str) -> Assignment | N
 
 @functools.lru_cache(maxsize=100_000)
 def _splits(
-    torus: Torus, degree: int, left: tuple[int, ...], stride: tuple[int, ...]
+    torus: Torus,
+    degree: int,
+    left: tuple[int, ...],
+    stride: tuple[int, ...],
+    most: tuple[int, ...],
 ) -> tuple[float, tuple[int, ...]] | None:
     best = None
     for factors in factorings(degree, len(left)):
         if any(size % factor for size, factor in zip(left, factors, strict=True)):
+            continue
+        if any(size % factor for size, factor in zip(most, factors, strict=True)):
             continue
         speed = 0.0
         for size, factor, inner, whole in zip(left, factors, stride, torus.shape, strict=True):
@@ -117,11 +127,11 @@ def _splits(
 
 
 def _best_split(
-    torus: Torus, degree: int, left: Sequence[int], stride: Sequence[int]
+    torus: Torus, degree: int, left: Sequence[int], stride: Sequence[int], most: tuple[int, ...]
 ) -> tuple[float, tuple[int, ...]] | None:
     if degree == 1:
         return 2 * torus.link * len(left), (1,) * len(left)
-    return _splits(torus, degree, tuple(left), tuple(stride))
+    return _splits(torus, degree, tuple(left), tuple(stride), most)
 
 
 @functools.cache

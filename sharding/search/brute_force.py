@@ -1,4 +1,4 @@
-"""Exhaustive references for the searches: slow, plain, and independent of what they check."""
+"""Exhaustive references that the tests of the searches compare with: slow, plain, independent."""
 
 import itertools
 from collections.abc import Sequence

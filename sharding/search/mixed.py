@@ -13,6 +13,7 @@ A bound orders the strategies: shares that need not be whole, and stages that ne
 layers. Arrays are over stages, then layers; "layers" here are all repetitions of all blocks.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -26,13 +27,17 @@ from sharding.machines.topology import Cluster
 from sharding.programs.program import Program
 from sharding.search.candidate import Candidate, Solution, candidate, choose
 from sharding.search.mixed_costs import Bytes, Costs
-from sharding.search.pipeline import Cuts, cut_layers
-from sharding.search.space import Constraints, candidates
+from sharding.search.pipeline import Cuts, NoCuts, cut_layers
+from sharding.search.space import Constraints, DoesNotFit, candidates, does_not_fit
 
 # Strategies whose stages are cut exactly before the search ends with the gap that is left.
 _BUDGET = 400
 # Divisions of a batch that are tried for a strategy: the even one, and those nearest to balance.
 _SHARES = 64
+# Strategies among which the nearest to fitting is looked for, and micro-batches that make the
+# fullest stage count for everything.
+_NEAREST = 64
+_ONLY_THE_LARGEST = 1_000_000
 
 
 def solve(
@@ -49,7 +54,8 @@ def solve(
     """As `solver.solve`, for a cluster whose chips differ.
 
     Raises:
-      ValueError: no strategy divides the program, or none fits.
+      DoesNotFit: no strategy can cut the layers so that every stage fits its smallest chip.
+      ValueError: no strategy divides the program.
     """
     began = time.perf_counter()
     space = candidates(program, cluster, constraints)
@@ -70,11 +76,7 @@ def solve(
             best = min(best, one.step_s)
     remaining = float(bounds[order[end]]) if end < len(order) else np.inf
     if not found:
-        raise ValueError(
-            f"no plan of {program.name} fits {cluster.name}: none of {len(space)} strategies can "
-            "cut its layers so that every stage fits its smallest chip; take more devices, chips "
-            "with more memory, a smaller batch, or shorter sequences"
-        )
+        raise _overshoot(costs, cluster, constraints)
     found.sort(key=lambda entry: entry[:2])
     costed = [one for _, _, one in found]
     times = np.asarray([one.step_s for one in costed])
@@ -126,6 +128,48 @@ def evaluate(
     return found
 
 
+def _overshoot(costs: Costs, cluster: Cluster, constraints: Constraints) -> DoesNotFit:
+    """The error that nothing fits, of the cuts that come nearest.
+
+    They are looked for among the strategies that take least memory on equal chips.
+    """
+    order = np.argsort(costs.results[0].memory.total, kind="stable")
+    found = []
+    for row in order[:_NEAREST].tolist():
+        with contextlib.suppress(NoCuts):  # more stages than layers
+            needed, limit = _tightest(costs, row, constraints)
+            found.append((needed - limit, row, needed, limit))
+    if not found:
+        raise NoCuts(f"every stage needs a layer, and {costs.program.name} has too few of them")
+    _, row, needed, limit = min(found)
+    strategy = costs.strategies.row(row)
+    nearest = f"the fullest stage of {strategy.mesh}, remat {strategy.remat}"
+    return does_not_fit(costs.program, cluster, needed, limit, constraints, nearest)
+
+
+def _tightest(costs: Costs, row: int, constraints: Constraints) -> tuple[float, float]:
+    """Bytes and limit of the stage that lacks most, with cuts whose fullest stage is smallest."""
+    strategy, of = costs.strategies.row(row), list(costs.layers)
+    need = Bytes.of(costs, row)
+    in_flight = [min(strategy.stage - i, strategy.microbatches) for i in range(strategy.stage)]
+    held = np.asarray([need.state[of] + count * need.kept[of] for count in in_flight])
+    cuts = cut_layers(held, microbatches=_ONLY_THE_LARGEST)
+    limits = _limits(costs, row, constraints)
+    stages = [
+        (float(held[i, a:b].sum()) + need.transient, float(limits[i]))
+        for i, (a, b) in enumerate(itertools.pairwise(cuts.boundaries))
+    ]
+    return max(stages, key=lambda stage: stage[0] - stage[1])
+
+
+def _limits(costs: Costs, row: int, constraints: Constraints) -> np.ndarray:
+    """(stages,) usable bytes of the smallest chip of each stage."""
+    chips = costs.kinds.chips
+    smallest = [min(chips[k].memory_bytes for k in np.unique(stage))
+                for stage in costs.of_replicas(row)]  # fmt: skip
+    return np.asarray(smallest) * constraints.memory_fraction
+
+
 def _best_of(
     costs: Costs, row: int, constraints: Constraints | None, *, given: Strategy | None = None
 ) -> Candidate | None:
@@ -143,9 +187,7 @@ def _best_of(
     if constraints:
         if need.host > min(chip.host_memory_bytes for chip in costs.kinds.chips):
             return None
-        smallest = [min(costs.kinds.chips[k].memory_bytes for k in np.unique(stage))
-                    for stage in costs.of_replicas(row)]  # fmt: skip
-        limits = np.asarray(smallest) * constraints.memory_fraction - need.transient
+        limits = _limits(costs, row, constraints) - need.transient
     best: tuple[float, tuple[int, ...], Cuts] | None = None
     choices: list[tuple[int, ...]] = [()]
     if given and given.shares:
@@ -158,7 +200,7 @@ def _best_of(
         times = (compute * load[None, :, None] + rest).max(axis=1)[:, of]
         try:
             cuts = _cut(times, strategy, need.state[of], need.kept[of] * load.max(), limits)
-        except ValueError:
+        except NoCuts:
             continue
         if best is None or cuts.step_s < best[0]:
             best = cuts.step_s, shares, cuts

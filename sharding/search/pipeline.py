@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 
+class NoCuts(ValueError):
+    """Layers that cannot be cut into so many stages, or into none that fit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
     """Layers of the stages of a pipeline.
@@ -53,18 +57,18 @@ def cut_layers(
       limit_bytes: (stages,) memory of a stage's devices; no limit when None.
 
     Raises:
-      ValueError: fewer layers than stages, or no cuts that fit.
+      NoCuts: fewer layers than stages, or no cuts that fit.
     """
     stages, layers = times_s.shape
     if layers < stages:
-        raise ValueError(f"every stage needs a layer: {layers=}, {stages=}")
+        raise NoCuts(f"every stage needs a layer: {layers=}, {stages=}")
     spent = _stage_sums(times_s)
     allowed = _fitting(stages, layers, microbatches, state_bytes, kept_bytes, limit_bytes)
     handover = np.zeros(layers + 1) if handover_s is None else np.asarray(handover_s, float)
     bounds = np.unique(spent[np.isfinite(spent) & allowed])
     rest_at_best, _ = _cheapest(spent, allowed, handover, np.inf)
     if not np.isfinite(rest_at_best):
-        raise ValueError(
+        raise NoCuts(
             f"no cuts of {layers} layers into {stages} stages fit into memory; take more stages, "
             "more rematerialisation or a smaller micro-batch"
         )

@@ -27,7 +27,7 @@ from sharding.search import mixed
 from sharding.search.candidate import TIE_TOLERANCE, candidate, choose
 from sharding.search.candidate import Candidate as Candidate
 from sharding.search.candidate import Solution as Solution
-from sharding.search.space import Constraints, DoesNotFit, candidates
+from sharding.search.space import Constraints, DoesNotFit, candidates, does_not_fit
 
 # Candidates that are costed at once.
 _CHUNK = 4096
@@ -57,8 +57,8 @@ def solve(
       tie_tolerance: share of the fastest time within which memory decides; 0 for time alone.
 
     Raises:
-      ValueError: no strategy divides the program, or none fits; the message names the smallest
-        overshoot and what would fix it. Or a tolerance below zero.
+      DoesNotFit: none fits; the message names the smallest overshoot and what would fix it.
+      ValueError: no strategy divides the program; or a tolerance below zero.
     """
     began = time.perf_counter()
     if not tie_tolerance >= 0:
@@ -77,7 +77,7 @@ def solve(
     shared = cluster.chip.host_memory_bytes / cluster.chip.devices_per_chip
     fitting = np.flatnonzero((used <= limit) & (host <= shared))
     if not len(fitting):
-        raise _overshoot(program, cluster, space, used, limit)
+        raise _overshoot(program, cluster, constraints, space, (used, limit), (host, shared))
     bounds = lower_bound(program, space[fitting], cluster, constants)
     order = np.lexsort((fitting, bounds))  # ties by position: the same answer every time
     fitting, bounds = fitting[order], bounds[order]
@@ -205,16 +205,28 @@ def _distinct(space: Strategies, fitting: np.ndarray, order: Sequence[int], top:
 
 
 def _overshoot(
-    program: Program, cluster: Cluster, space: Strategies, used: np.ndarray, limit: float
+    program: Program,
+    cluster: Cluster,
+    constraints: Constraints,
+    space: Strategies,
+    device: tuple[np.ndarray, float],
+    host: tuple[np.ndarray, float],
 ) -> DoesNotFit:
-    least = int(np.argmin(used))
-    factor = used[least] / limit
+    """The error that nothing fits, from bytes of all strategies and the limit, of each place."""
+    (used, limit), (away, shared) = device, host
+    on_device = np.flatnonzero(used <= limit)
+    if not len(on_device):
+        least = int(np.argmin(used))
+        nearest = f"{space.row(least).mesh}, remat {space.remat[least]}"
+        return does_not_fit(program, cluster, float(used[least]), limit, constraints, nearest)
+    least = int(on_device[np.argmin(away[on_device])])
+    nearest = f"{space.row(least).mesh}, offload {space.offload[least]}"
     return DoesNotFit(
-        f"no plan of {program.name} fits {cluster.name}: the smallest needs "
-        f"{used[least] / 1e9:.1f} GB a device of {limit / 1e9:.1f} GB usable "
-        f"({space.row(least).mesh}, remat {space.remat[least]}); take about {factor:.1f} times "
-        "the devices, chips with more memory, a smaller batch or shorter sequences, or allow "
-        "offload='optimizer'",
-        float(used[least]),
-        limit,
+        f"no plan of {program.name} fits {cluster.name}: the smallest puts {away[least] / 1e9:.1f} "
+        f"GB a device into the host's memory, of which its share is {shared / 1e9:.1f} GB "
+        f"({nearest}); allow offload 'none', or take more devices",
+        float(away[least]),
+        shared,
+        nearest=nearest,
+        place="host",
     )

@@ -25,11 +25,22 @@ class DoesNotFit(ValueError):
     Attributes:
       needed_bytes: of a device, by the strategy that needs least.
       limit_bytes: that it may take.
+      nearest: that strategy, in words.
+      place: "device", or "host" where it is the host's memory that is too small.
     """
 
-    def __init__(self, message: str, needed_bytes: float, limit_bytes: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        needed_bytes: float,
+        limit_bytes: float,
+        *,
+        nearest: str = "",
+        place: str = "device",
+    ) -> None:
         super().__init__(message)
         self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
+        self.nearest, self.place = nearest, place
 
     @property
     def shortfall_bytes(self) -> float:
@@ -42,12 +53,19 @@ class Constraints:
     """What a strategy must keep to.
 
     Attributes:
-      pinned: field of `Strategy` to the value that it must have.
+      pinned: field of `Strategy` to the value that it must have: the degrees "data", "fsdp",
+        "tensor", "context", "expert" and "stage", and "microbatches", "interleave", "zero",
+        "remat", "sequence_parallel", "offload", "first".
       remat: rematerialisation policies allowed; () for all.
+      remat_at_most: policy that recomputes most of those allowed, of "none", "attention", "dots",
+        "projections", "full" in this order; "" for no bound.
       zero: ZeRO stages allowed where there is an FSDP axis; () for 1 and 3.
-      offload: allowed; () for "none" and "activations".
+      offload: what may lie in the host's memory, of "none", "activations" and "optimizer"; () for
+        what can be executed, which of a description is taken to be "none" and "activations".
       forbidden: axes that stay at one.
-      tensor_across_nodes: whether layers may be divided between nodes.
+      tensor_across_nodes: whether layers may be divided between nodes that a switch joins.
+      tensor_across_hosts: whether they may be divided between hosts. On a torus False keeps the
+        groups of tensor parallelism to chips that share a host; behind a switch a node is a host.
       uneven_shares: whether replicas on chips that differ may take different shares of the batch.
       memory_fraction: of a device's memory that a plan may be predicted to take. The rest is the
         runtime's, and the error of the prediction.
@@ -55,10 +73,12 @@ class Constraints:
 
     pinned: Mapping[str, Any] = field(default_factory=dict)
     remat: tuple[str, ...] = ()
+    remat_at_most: str = ""
     zero: tuple[int, ...] = ()
     offload: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     tensor_across_nodes: bool = False
+    tensor_across_hosts: bool = True
     uneven_shares: bool = True
     memory_fraction: float = 0.94
 
@@ -67,14 +87,71 @@ class Constraints:
         unknown = (set(self.pinned) - known) | (set(self.forbidden) - set(AXES))
         if unknown:
             raise ValueError(f"constraints name {sorted(unknown)}; there are {sorted(known)}")
-        if set(self.remat) - set(REMAT):
-            raise ValueError(f"remat allows {self.remat}; the policies are {', '.join(REMAT)}")
+        if set(self.remat) - set(REMAT) or self.remat_at_most not in ("", *REMAT):
+            raise ValueError(
+                f"remat allows {self.remat} and at most {self.remat_at_most!r}; the policies are "
+                f"{', '.join(REMAT)}"
+            )
+        if not self.tensor_across_hosts and self.pinned.get("first", "host") != "host":
+            raise ValueError(
+                f"tensor_across_hosts=False lays tensor first, within hosts; {self.pinned} says "
+                "otherwise"
+            )
+        pin, most = self.pinned.get("remat", "none"), self.remat_at_most
+        if most and list(REMAT).index(pin) > list(REMAT).index(most):
+            raise ValueError(f"remat {pin!r} is pinned and recomputes more than at most {most!r}")
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """What may lie in the host's memory: what is pinned, allowed, or searched by default."""
+        if "offload" in self.pinned:
+            return (self.pinned["offload"],)
+        return self.offload or ("none", "activations")
+
+    def allows_remat(self, policy: str) -> bool:
+        """Whether layers may be rematerialised so."""
+        order = list(REMAT)  # by increasing recomputation
+        few = not self.remat_at_most or order.index(policy) <= order.index(self.remat_at_most)
+        return few and (not self.remat or policy in self.remat)
 
     def allows(self, axis: str, degree: int) -> bool:
         """Whether an axis may have a degree."""
         if axis in self.forbidden and degree != 1:
             return False
         return self.pinned.get(axis, degree) == degree
+
+
+def does_not_fit(
+    program: Program,
+    cluster: Cluster,
+    needed: float,
+    limit: float,
+    constraints: Constraints,
+    nearest: str,
+) -> DoesNotFit:
+    """The error that nothing fits, with what would help.
+
+    Args:
+      program: what is run.
+      cluster: where.
+      needed: bytes of a device, of the strategy that needs least.
+      limit: bytes that it may take.
+      constraints: of the search, for what they leave out.
+      nearest: that strategy, in words.
+    """
+    help_ = [
+        f"take about {needed / limit:.1f} times the devices, chips with more memory, a smaller "
+        "batch or shorter sequences"
+    ]
+    if program.training and "optimizer" not in constraints.offloads:
+        help_.append('allow Constraints(offload=("none", "optimizer")), --pin offload=optimizer')
+    return DoesNotFit(
+        f"no plan of {program.name} fits {cluster.name}: the smallest needs {needed / 1e9:.1f} GB "
+        f"a device of {limit / 1e9:.1f} GB usable ({nearest}); {'; or '.join(help_)}",
+        needed,
+        limit,
+        nearest=nearest,
+    )
 
 
 def limits(program: Program) -> dict[str, Any]:
@@ -114,6 +191,8 @@ def factorings(
     devices = cluster.device_count
     batch = max(sizes["data"], default=1)
     reach = devices if cluster.is_torus or constraints.tensor_across_nodes else cluster.node_size
+    if not constraints.tensor_across_hosts:
+        reach = cluster.host_size
     allowed = constraints.allows
     for tensor in divisors(devices):
         if not (divides(sizes["tensor"], tensor) and allowed("tensor", tensor) and tensor <= reach):
@@ -155,10 +234,15 @@ def candidates(program: Program, cluster: Cluster, constraints: Constraints) -> 
             for interleave in (1,) if cluster.is_mixed else _interleaves(program, stage, count):
                 rows.append((*degrees, count, interleave))
     if not rows:
+        change = (
+            "change the batch to a multiple of the devices, or loosen the constraints"
+            if program.batch_dim
+            else "no argument was found whose leading axis is the batch: name its position, as "
+            "data=(1,), with the batch as its first axis, or loosen the constraints"
+        )
         raise ValueError(
             f"no division of {program.name} over {cluster.device_count} devices: global batch "
-            f"{batch}, dimensions {dict(program.dims)}, constraints {constraints}; change the "
-            "batch to a multiple of the devices, or loosen the constraints"
+            f"{batch}, dimensions {dict(program.dims)}, constraints {constraints}; {change}"
         )
     base = np.asarray(rows)
     names: tuple[str, ...] = (*AXES, "microbatches", "interleave")
@@ -214,11 +298,13 @@ def _interleaves(program: Program, stage: int, count: int) -> list[int]:
 def _choices(program: Program, constraints: Constraints, torus: bool) -> dict[str, Sequence[Any]]:
     found: dict[str, Sequence[Any]] = {
         "zero": constraints.zero or (1, 3),
-        "remat": constraints.remat or policies(program),
-        "offload": constraints.offload or ("none", "activations"),
+        "remat": tuple(filter(constraints.allows_remat, constraints.remat or policies(program))),
+        "offload": constraints.offloads,
         "first": ("tensor", "fsdp") if torus else ("tensor",),
         "sequence_parallel": (True,) if _sequences(program) else (False,),
     }
+    if torus and not constraints.tensor_across_hosts:
+        found["first"] = ("host",)
     if not program.training:
         found |= {"remat": ("none",), "offload": ("none",), "zero": constraints.zero or (0, 3)}
     for name in found:

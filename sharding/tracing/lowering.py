@@ -25,6 +25,7 @@ def lower(
     training: bool,
     optimizer_bytes: float,
     stacked_are_residuals: bool = False,
+    unknown: Iterable[str] = (),
 ) -> Program:
     """Writes down a walk for the cost model.
 
@@ -38,6 +39,7 @@ def lower(
       optimizer_bytes: of optimiser state a parameter.
       stacked_are_residuals: what a scan over layers stacks is what its backward pass reads; else
         that is taken to be the operands of products and of fused runs.
+      unknown: operations without a rule elsewhere in the step: in its backward pass or its update.
     """
     builder = _Builder(graph, splits, dict(names))
     if stacked_are_residuals:
@@ -69,7 +71,7 @@ def lower(
         optimizer_bytes=optimizer_bytes,
         batch_dim=batch[0] if batch else "",
         pipelined=any(stretch.is_layer for stretch in walk.stretches),
-        unknown=tuple(sorted(walk.unknown)),
+        unknown=tuple(sorted({*walk.unknown, *unknown})),
     )
 
 

@@ -20,6 +20,8 @@ from sharding.tracing.walk import Record, Stretch, Value
 # Weight of all traffic against all products, both as shares of their sum: it decides between
 # choices that cover as many products, and hardly ever against covering one.
 _TRAFFIC_WEIGHT = 0.1
+# Share of the work of the busiest leading dimension of the data that makes another one the batch.
+_MAIN_WORK = 0.5
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def find_splits(
     products = Products(graph, stretches)
     whole_atoms = products.of(whole)
     mixed = {a for s in stretches for r in s.records for a in products.of(r.applied.mixed)}
-    batch = _batch(graph, data, whole_atoms)
+    batch = _batch(products, data, whole_atoms)
     # What has a batch is carried like a parameter and is none: a cache of keys and values.
     held = [atoms for value in params if not (atoms := products.atoms(value)) & batch]
     in_params = {atom for atoms in held for atom in atoms} - whole_atoms
@@ -119,16 +121,27 @@ def find_splits(
     return Splits(frozenset(batch), frozenset(sequence), frozenset(tensor), frozenset(expert))
 
 
-def _batch(graph: DimensionGraph, data: Sequence[Value], whole: Collection[int]) -> set[int]:
+def _batch(products: Products, data: Sequence[Value], whole: Collection[int]) -> set[int]:
+    """The outermost dimension of most of the data that takes part in the main work.
+
+    Class weights and a key lead with a dimension, too, but of little or no work; the positions of
+    a sequence with one that stands behind the batch elsewhere.
+    """
     votes: Counter[int] = Counter()
+    inner: set[int] = set()
     for value in data:
         if value.axes:
-            free = [a for a in graph.atoms(value.axes[0]) if a not in whole]
-            votes.update(free[:1])
-    if not votes:
-        return set()
-    most = max(votes.values())
-    return {min(atom for atom, count in votes.items() if count == most)}
+            votes.update([a for a in products.graph.atoms(value.axes[0]) if a not in whole][:1])
+            inner |= products.of(value.axes[1:])
+    work: Counter[int] = Counter()
+    for record, flops in products.records:
+        involved = set().union(*(products.atoms(v) for v in (*record.ins[:2], *record.outs)))
+        for atom in involved & set(votes):
+            work[atom] += int(flops)
+    most = max(work.values(), default=0)
+    found = {atom for atom in votes if work[atom] >= _MAIN_WORK * most}
+    found = found - inner or found
+    return {min(found, key=lambda atom: (-votes[atom], atom))} if found else set()
 
 
 def _experts(products: Products, in_params: Collection[int], batch: Collection[int]) -> set[int]:

@@ -15,6 +15,7 @@ from jax.interpreters import partial_eval
 
 from sharding.paths import leaf_path
 from sharding.programs.program import Program, dtype_bytes
+from sharding.tracing.arguments import abstract
 from sharding.tracing.dims import DimensionGraph, product
 from sharding.tracing.lowering import lower
 from sharding.tracing.splits import Splits, find_splits
@@ -99,13 +100,14 @@ def trace(
       state: positions of arguments that hold parameters and what is carried with them. By
         default those that come back out with the same structure, and the first one, unless it
         holds integers only.
-      data: positions of arguments whose leading axis is the batch; by default the others.
+      data: positions of arguments whose leading axis is the batch; by default that of most of
+        the others, if it takes part in the main work.
       optimizer_bytes: bytes of optimiser state a parameter; by default counted from the state,
         and Adam's 8 for a function that returns nothing but a loss.
       training: whether a backward pass belongs to the step; by default whether parameters come
         back changed, or nothing but one number comes back.
     """
-    args = tuple(jax.eval_shape(lambda *a: a, *args))
+    args = abstract(args)
     closed, out_shape = jax.make_jaxpr(step, return_shape=True)(*args)
     flat, in_tree = jax.tree_util.tree_flatten_with_path(args)
     out_flat, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
@@ -136,7 +138,12 @@ def trace(
     )
     if loss is not None and differentiated:
         forward = _differentiated(walk, loss)
-    data_values = [v for v, role in zip(values, roles, strict=True) if role == "data"]
+    said = [data is None or i in data for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    data_values = [
+        v
+        for v, role, is_data in zip(values, roles, said, strict=True)
+        if role == "data" and is_data
+    ]
     params = [v for v, role in zip(values, roles, strict=True) if role == "param"]
     whole = (*walk.layer_dims, *walk.loop_dims, *forward.layer_dims, *forward.loop_dims)
     splits = find_splits(graph, forward.stretches, data=data_values, params=params, whole=whole)
@@ -152,6 +159,7 @@ def trace(
         name=getattr(step, "__name__", "step"),
         training=loss is not None,
         stacked_are_residuals=differentiated,
+        unknown=walk.unknown,
         optimizer_bytes=(
             _optimizer_bytes(graph, values, is_loss) if optimizer_bytes is None else optimizer_bytes
         ),

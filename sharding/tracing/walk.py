@@ -29,6 +29,8 @@ _VIEWS = frozenset(
         "optimization_barrier",
     )
 )
+# What `Walk.unknown` calls a loop whose body is walked and whose repetitions are not known.
+WHILE = "while (trip count)"
 # Calls whose body computes the same as the call: the primitive to the name of its jaxpr.
 CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -171,6 +173,8 @@ class Walk:
             outs = self._apply(eqn, ins)
             if self._bodies:
                 self._applied = None  # of the last equation within
+            if eqn.primitive.name != "scan":
+                self._scanned = None  # the same
             carry, shared = self._scanned or (None, ())
             notes.append(
                 Note(tuple(outs), tuple(ins), tuple(self._bodies), carry, shared, self._applied)
@@ -278,8 +282,7 @@ class Walk:
         self._loop = outer_loop
         if stacked:
             self.stretches.append(Stretch(repeat=around.repeat, is_layer=around.is_layer))
-        if stacked:
-            self._scanned = tuple(inner_carry), tuple(ins[:consts])
+        self._scanned = (tuple(inner_carry), tuple(ins[:consts])) if stacked else None
         # What leaves a loop is its last value, or all of them along a new leading axis.
         last = [Value(v.axes, v.dtype, loop=outer_loop) for v in inner_carry]
         stacks = [Value((layer, *v.axes), v.dtype, loop=outer_loop) for v in results[carried:]]
@@ -300,7 +303,7 @@ class Walk:
         for before, after in zip(carry, results, strict=True):
             self._unite(before.axes, after.axes)
         # How often it runs is not known: it is costed once, and said.
-        self.unknown["while (trip count)"] = self.unknown.get("while (trip count)", 0) + 1
+        self.unknown[WHILE] = self.unknown.get(WHILE, 0) + 1
         return [Value(v.axes, v.dtype, loop=self._loop) for v in results]
 
     def _cond(self, eqn: Any, ins: list[Value]) -> list[Value]:

@@ -97,6 +97,10 @@ def test_what_is_only_costed_says_so(capsys):
         (["--model", "llama3-8b", "--cluster", "v5e"], "no cluster is called 'v5e'"),
         (["--model", "llama3-70b", "--cluster", "v5e:2x2"], "no plan of llama3-70b fits v5e:2x2"),
         ([*PROBLEM, "--pin", "tensor"], "--pin takes FIELD=VALUE, got 'tensor'"),
+        ([*PROBLEM, "--pin", "sequence_parallel=no"], "sequence_parallel is true or false"),
+        ([*PROBLEM, "--calibration", "absent.json"], "absent.json"),
+        ([*PROBLEM, "--check", "--precision", "fp8"], "described but not a program"),
+        ([*PROBLEM, "--check", "--pin", "interleave=2"], "cannot be executed"),
     ],
 )
 def test_what_makes_no_sense_is_said_on_stderr(capsys, arguments, message):
@@ -167,3 +171,14 @@ def test_profile_writes_a_cluster_to_plan_for(capsys, tmp_path):
     status, out, err = run(capsys, "plan", *model, "--json")
     assert status == 0, err
     assert json.loads(out)["devices"] == 8
+
+
+def test_choices_that_are_bounded_and_switched_off(capsys):
+    options = ("--pin", "sequence_parallel=false", "--remat-at-most", "none", "--top", "3",
+               "--no-tensor-across-hosts")  # fmt: skip
+    status, out, err = run(capsys, "plan", *PROBLEM, *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    plans = [found, *found["alternatives"]]
+    assert {plan["remat"] for plan in plans} == {"none"}
+    assert all(plan["mesh"].get("tensor", 1) <= 8 for plan in plans)

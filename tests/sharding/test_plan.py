@@ -1,5 +1,7 @@
 """Plans: which spec a leaf gets, and what happens on devices."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.models import Decoder, DecoderConfig, logical_axes
-from sharding import Plan, leaf_path
+from sharding import Cluster, Plan, leaf_path
 
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 
@@ -106,3 +108,19 @@ def test_a_plan_that_contradicts_itself_is_refused():
         Plan(mesh={"x": 2}, batch=("data",))
     with pytest.raises(ValueError, match="at least one device: x=0"):
         Plan(mesh={"x": 0})
+
+
+def test_a_plan_for_devices_finds_its_cluster_again():
+    here = Cluster.from_devices(jax.devices())
+    plan = Plan(mesh={"data": 8}, cluster=here.name, where=here)
+    assert Plan.from_json(plan.to_json()).where == here
+
+
+def test_what_is_no_saved_plan_is_refused():
+    printed = {"model": "gpt2", "mesh": {"data": 8}, "step_time_s": 1.0}
+    with pytest.raises(ValueError, match=r"no plan: it has model, step_time_s.*Plan\.save writes"):
+        Plan.from_json(json.dumps(printed))
+    with pytest.raises(ValueError, match="an object with a mesh is needed"):
+        Plan.from_json("[]")
+    # What is left out keeps its default.
+    assert Plan.from_json('{"mesh": {"data": 8}}') == Plan(mesh={"data": 8})

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import sharding
 from sharding import planner
+from sharding.search.solver import solve
 
 KEY = jax.random.key(0)
 
@@ -91,8 +92,14 @@ def test_no_plan_that_fits_is_an_error_that_says_by_how_much(models):
     )
     args = (params, jax.eval_shape(step.optimizer.init, params),
             jax.ShapeDtypeStruct((8, 129), jnp.int32))  # fmt: skip
-    with pytest.raises(ValueError, match=r"the smallest needs .* GB a device of .* GB usable"):
+    message = r"the smallest needs .* GB a device of 16\.2 GB usable"  # 0.94 of 17.2 GB
+    with pytest.raises(sharding.DoesNotFit, match=message) as got:
         sharding.plan(step, args, cluster="v5e:2x4")
+    assert got.value.limit_bytes == pytest.approx(0.94 * 17.2e9, rel=1e-3)
+    assert "allow Constraints(offload" not in str(got.value)  # it was searched
+    with pytest.raises(sharding.DoesNotFit, match=r'offload=\("none", "optimizer"\)'):
+        sharding.plan(step, args, cluster="v5e:2x4",
+                      constraints=sharding.Constraints(offload=("none",)))  # fmt: skip
 
 
 def test_stages_that_do_not_fit_do_not_hide_what_does(models, monkeypatch):
@@ -124,6 +131,112 @@ def test_stages_that_do_not_fit_do_not_hide_what_does(models, monkeypatch):
     assert found.pipeline == ()
     assert [x.pinned.get("stage") for x in looked_at] == [None, 1]
     assert looked_at[0].memory_fraction == looked_at[1].memory_fraction
+    assert "pipeline stages were left out" in found.explain()
+
+
+def test_the_gap_is_to_all_plans_where_some_were_passed_over(problem, monkeypatch):
+    """A plan that takes more than the search's sums said makes room for a slower one."""
+    step, args = problem
+    measured, solve_all, seen = planner.with_footprint, planner.solve, []
+
+    def first_too_large(made):
+        made = measured(made)
+        seen.append(made)
+        size = 1e15 if len(seen) == 1 else made.memory_bytes
+        prediction = dataclasses.replace(made.prediction, memory_bytes=size)
+        return dataclasses.replace(made, prediction=prediction)
+
+    def slower_later(*arguments, constraints, **options):
+        if seen:
+            pinned = {**constraints.pinned, "tensor": 2}
+            constraints = dataclasses.replace(constraints, pinned=pinned)
+        return solve_all(*arguments, constraints=constraints, **options)
+
+    monkeypatch.setattr(planner, "with_footprint", first_too_large)
+    monkeypatch.setattr(planner, "solve", slower_later)
+    found = sharding.plan(step, args, cluster="v5e:2x4", tie_tolerance=0.0)
+    assert "1 faster plans were passed over" in found.explain()
+    fastest = seen[0].step_time_s
+    assert fastest < found.step_time_s
+    assert found.gap == pytest.approx(1 - fastest / found.step_time_s, abs=1e-6)
+
+
+def test_alternatives_that_take_too_much_say_so(problem):
+    step, args = problem
+    plan = sharding.plan(step, args, cluster="v5e:2x4")
+    limit = 0.94 * sharding.Cluster.from_name("v5e:2x4").memory_bytes
+    assert all(other.fits == (other.memory_bytes <= limit) for other in plan.alternatives)
+    large = dataclasses.replace(plan.alternatives[0], memory_bytes=2 * limit, fits=False)
+    text = dataclasses.replace(plan, alternatives=(large,)).explain()
+    assert "by the search's sums, more than is usable" in text
+
+
+def test_two_arguments_keep_their_specs_apart():
+    def step(actor, critic, x):
+        def loss(actor, critic):
+            return (jnp.tanh(x @ actor["w"]).mean() - (x @ critic["w"]).mean()) ** 2
+
+        value, grads = jax.value_and_grad(loss, (0, 1))(actor, critic)
+        return *jax.tree.map(lambda p, g: p - g, (actor, critic), grads), value
+
+    args = ({"w": jnp.ones((8, 16))}, {"w": jnp.ones((8, 8))}, jnp.ones((16, 8)))
+    fixed = {"0/w": P("tensor"), "1/w": P(None, "tensor")}
+    pins = sharding.Constraints(pinned={"tensor": 2, "data": 4})
+    plan = sharding.plan(step, args, cluster="v5e:2x4", fixed=fixed, constraints=pins)
+    assert plan.spec("0/w") == P("tensor")
+    assert plan.spec("1/w") == P(None, "tensor")
+    # A parameter that is a bare array is found without a path.
+    bare = sharding.plan(
+        lambda w, x: (x @ w).mean(), (args[0]["w"], args[2]), fixed={"0": P("data")},
+        cluster="v5e:2x4", constraints=sharding.Constraints(pinned={"data": 8}))  # fmt: skip
+    (placed,) = bare.bind().shardings(args[0]["w"])
+    assert placed.spec == P("data")
+
+
+def test_a_fixed_spec_with_too_many_axes_is_refused(problem):
+    step, args = problem
+    with pytest.raises(ValueError, match=r"names 3 axes; its shape is \(512, 256\)"):
+        sharding.plan(step, args, cluster="v5e:2x4", fixed={"0/embed": P(None, None, "data")})
+
+
+def test_a_batch_that_is_not_found_is_asked_for():
+    def loss(weights):
+        return jnp.tanh(weights @ weights).mean()
+
+    with pytest.raises(ValueError, match=r"name its position, as data=\(1,\)"):
+        sharding.plan(loss, (jnp.ones((7, 7)),), cluster="v5e:2x4")
+
+
+def test_a_description_is_planned_and_simulated_as_from_the_command_line():
+    sizes = {"layers": 8, "d_model": 1024, "heads": 8, "d_ff": 4096, "vocab": 32000}
+    program = sharding.transformer(**sizes, seq_len=1024, global_batch=64)
+    plan = sharding.plan(program, cluster="v5e:4x4")
+    (best, *_) = solve(program, sharding.Cluster.from_name("v5e:4x4"),
+                       constraints=sharding.Constraints(pinned={"interleave": 1})).best  # fmt: skip
+    assert plan.mesh == best.strategy.mesh
+    assert plan.step_time_s == best.step_s
+    assert "from a description" in plan.explain()
+    found = sharding.simulate(program, mesh={"fsdp": 8, "tensor": 2}, cluster="v5e:4x4")
+    assert found.step_time_s >= plan.step_time_s * (1 - plan.gap)
+    with pytest.raises(ValueError, match=r"mesh axes \['x'\] of a description"):
+        sharding.simulate(program, mesh={"x": 16}, cluster="v5e:4x4")
+    with pytest.raises(ValueError, match="a description has no arguments"):
+        sharding.plan(program, (jnp.ones(3),), cluster="v5e:4x4")
+    with pytest.raises(ValueError, match="checks a step and its arguments"):
+        plan.check()
+
+
+def test_layers_written_with_the_helper_are_reached(models):
+    def loss(params, x):
+        return sharding.layers(lambda w, x: jnp.tanh(x @ w), params, x).mean()
+
+    step = sharding.train_step(loss, optax.sgd(1.0))
+    params = jnp.ones((4, 8, 8))
+    args = (params, step.optimizer.init(params), jnp.ones((16, 8)))
+    pins = sharding.Constraints(pinned={"stage": 2, "remat": "full"})
+    plan = sharding.plan(step, args, cluster="v5e:2x4", constraints=pins)
+    assert plan.pipeline == (2, 2)
+    assert plan.remat == "full"
 
 
 def test_a_cluster_that_is_here():

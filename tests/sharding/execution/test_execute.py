@@ -97,7 +97,7 @@ def test_stages_may_hold_different_numbers_of_layers(models):
 
 
 def _traced(plan, step, args):
-    return str(jax.make_jaxpr(plan.apply(step)._jit(args))(*args))
+    return str(jax.make_jaxpr(plan.apply(step)._jit(args)[0])(*args))
 
 
 def test_sequence_parallelism_divides_what_layers_hand_on(decoder):
@@ -255,6 +255,7 @@ def test_a_loaded_plan_runs_like_the_one_that_was_saved(decoder, tmp_path):
     plan.save(tmp_path / "plan.json")
     loaded = sharding.Plan.load(tmp_path / "plan.json")
     assert loaded == plan
+    assert loaded.where == sharding.Cluster.from_name("v5e:2x4")  # which `check` compiles for
     _same(loaded.apply(step)(*args), expected)
     with pytest.raises(ValueError, match="no structure of arguments"):
         _ = loaded.in_shardings
@@ -277,7 +278,7 @@ def test_a_step_is_compiled_again_for_other_shapes_only(decoder, models):
 def test_accumulation_refuses_a_batch_that_it_does_not_divide(decoder, models):
     step, (params, state, tokens), _ = decoder
     plan = _planned(step, (params, state, tokens), tensor=2, context=4, microbatches=4)
-    with pytest.raises(ValueError, match="4 accumulation steps do not divide a batch of 6"):
+    with pytest.raises(ValueError, match="4 micro-batches do not divide a batch of 6"):
         plan.apply(step)(params, state, models.tokens(KEY, batch=6))
 
 

@@ -1,6 +1,7 @@
 """Clusters: names, files, devices, and the speed of groups on their wires."""
 
 import json
+from dataclasses import dataclass
 
 import jax
 import pytest
@@ -99,9 +100,18 @@ def test_a_file_of_nodes(tmp_path):
         ("{", "is no cluster file"),
         ('{"chips": 3}', "is no cluster file"),
         ('{"nodes": [{"chip": "abacus"}]}', "a node's chip is 'abacus'; one of"),
-        ('{"nodes": [{"chip": "t4", "beads": 10}]}', r"a node has no fields \['beads'\]"),
+        ('{"nodes": [{"chip": "t4", "beads": 10}]}', r"a chip has no fields \['beads'\]"),
         ('{"nodes": [{"chip": "t4"}], "bandwidth": []}', None),
         ('{"nodes": [{"chip": "t4"}], "bandwidth": [[1, 2], [3, 4]]}', "2 rows for 1 nodes"),
+        ('{"nodes": ["h100"]}', r'nodes is a list of objects as {"chip": NAME, "count": CHIPS}'),
+        ('{"nodes": []}', "a cluster needs at least one node"),
+        ('{"nodes": [{"chip": ["t4"]}]}', "one of .*h100"),
+        ('{"nodes": [{"chip": "t4", "count": 0}]}', "takes positive whole numbers"),
+        ('{"nodes": [{"chip": "t4", "network_bytes_per_s": "1 GB"}]}', "numbers of bytes/s"),
+        ('{"nodes": [{"chip": "t4"}], "bandwidth": 5e9}', "bandwidth takes numbers of bytes/s"),
+        ('{"chip": "v5e", "shape": "4x4"}', r"shape takes positive whole numbers, as \[4, 4, 8\]"),
+        ('{"chip": "v5e", "shape": [4, 4], "slice": 2}', r"no fields \['slice'\], only"),
+        ('{"chip": "v5e", "shape": [4, 4, 4]}', "v5e is wired as torus of rank 2"),
     ],
 )
 def test_a_file_that_makes_no_sense_says_why(tmp_path, text, message):
@@ -112,6 +122,54 @@ def test_a_file_that_makes_no_sense_says_why(tmp_path, text, message):
         return
     with pytest.raises(ValueError, match=message):
         Cluster.from_json(path)
+
+
+def test_every_error_of_a_file_lists_what_it_may_hold(tmp_path):
+    path = tmp_path / "cluster.json"
+    for text in ("[1]", '{"nodes": ["h100"]}', '{"shape": [4]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r'is no cluster file: .*"shape": \[SIZES\]'):
+            Cluster.from_json(path)
+    with pytest.raises(ValueError, match="is no cluster file"):
+        Cluster.from_json(tmp_path / "absent.json")
+
+
+def test_one_node_with_a_bandwidth_matrix_has_its_own_network(tmp_path):
+    path = tmp_path / "cluster.json"
+    path.write_text('{"nodes": [{"chip": "t4", "count": 4}], "bandwidth": [[0]]}')
+    found = Cluster.from_json(path)
+    assert found.network_bytes_per_s == find_chip("t4").host_bytes_per_s / 4
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+@dataclass(frozen=True)
+class _Tpu:
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_a_process_for_each_gpu_makes_no_node_of_it():
+    gpus = [_Gpu(process_index=i, slice_index=i // 8) for i in range(16)]
+    assert Cluster.from_devices(gpus).shape == (2, 8)
+    with pytest.raises(ValueError, match=r"nodes of \[4, 8\] devices"):
+        Cluster.from_devices(gpus[:12])
+
+
+def test_devices_that_are_no_box_are_refused():
+    tpus = [_Tpu((x, y, 0)) for x in range(2) for y in range(4)]
+    assert Cluster.from_devices(tpus).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"7 devices do not fill the box that they span"):
+        Cluster.from_devices(tpus[:-1])
+    with pytest.raises(ValueError, match="a cluster needs devices, got none"):
+        Cluster.from_devices([])
 
 
 def test_the_devices_that_are_there():

@@ -1,11 +1,15 @@
 """Chips that differ: the search against trying everything, and what it makes of their speeds."""
 
+import dataclasses
 import itertools
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 import sharding
+from sharding import planner
 from sharding.costs.cost import estimate
 from sharding.costs.strategies import Strategies, Strategy
 from sharding.machines.topology import Cluster, Node, catalog
@@ -113,8 +117,23 @@ def test_a_faster_stage_takes_more_layers_and_a_smaller_memory_fewer():
     cluster = Cluster.of_nodes(nodes, name="tight first")
     held = solve(program, cluster, constraints=Constraints(pinned=pinned)).best[0]
     assert held.strategy.cuts[0] < front.strategy.cuts[0]
-    with pytest.raises(ValueError, match="every stage fits its smallest chip"):
-        solve(program, cluster, constraints=Constraints(pinned={"data": 2, "zero": 0, "fsdp": 1}))
+
+
+def test_what_no_stage_holds_is_an_error_that_says_how_much_is_missing():
+    program = small()
+    constraints = Constraints(pinned={"stage": 2, "microbatches": 8})
+
+    def cluster(memory_bytes):
+        chip = dataclasses.replace(catalog()[FAST], memory_bytes=memory_bytes)
+        nodes = [Node(chip=c, count=1, link_bytes_per_s=1e10, network_bytes_per_s=1e10)
+                 for c in (chip, catalog()[SLOW])]  # fmt: skip
+        return Cluster.of_nodes(nodes, name="tight first")
+
+    with pytest.raises(sharding.DoesNotFit, match="no plan of transformer fits tight first") as got:
+        solve(program, cluster(1e7), constraints=constraints)
+    assert got.value.limit_bytes == pytest.approx(0.94e7)
+    # With what was missing it fits.
+    solve(program, cluster(1.001 * got.value.needed_bytes / 0.94), constraints=constraints)
 
 
 def test_cuts_and_shares_that_somebody_else_chose_are_costed():
@@ -138,9 +157,6 @@ def test_equal_chips_written_as_nodes_are_not_mixed():
 
 
 def test_a_step_is_planned_for_mixed_chips(models):
-    import jax
-    import optax
-
     step = sharding.train_step(models.decoder_loss, optax.sgd(1.0))
     params = models.decoder_params(jax.random.key(0), layers=6)
     args = (params, step.optimizer.init(params), models.tokens(jax.random.key(0)))
@@ -149,3 +165,27 @@ def test_a_step_is_planned_for_mixed_chips(models):
     assert sum(plan.pipeline) == 6
     assert min(plan.pipeline) >= 1
     assert "uneven shares" in plan.explain()
+
+
+def test_a_footprint_beyond_the_chips_of_a_mixed_cluster_is_not_passed_over(models, monkeypatch):
+    step = sharding.train_step(models.decoder_loss, optax.sgd(1.0))
+    params = models.decoder_params(jax.random.key(0), layers=6)
+    args = (params, step.optimizer.init(params), models.tokens(jax.random.key(0)))
+    pins = Constraints(pinned={"stage": 2, "microbatches": 4})
+    cluster = cluster_of(FAST, "v100-32gb")
+    measured = planner.with_footprint
+
+    def plan(memory_bytes):
+        def of_size(made):
+            made = measured(made)
+            prediction = dataclasses.replace(made.prediction, memory_bytes=memory_bytes)
+            return dataclasses.replace(made, prediction=prediction)
+
+        monkeypatch.setattr(planner, "with_footprint", of_size)
+        return sharding.plan(step, args, cluster=cluster, constraints=pins)
+
+    small, large = (catalog()[name].memory_bytes for name in (FAST, "v100-32gb"))
+    assert "smallest chips" not in plan(0.5 * small).explain()
+    assert "of the smallest chips" in plan((small + large) / 2).explain()
+    with pytest.raises(sharding.DoesNotFit, match="no plan of decoder_loss fits"):
+        plan(2 * large)

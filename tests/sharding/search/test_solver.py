@@ -1,5 +1,7 @@
 """The searches against brute force, and what they promise."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from sharding.costs.constants import shipped
 from sharding.costs.cost import estimate
 from sharding.costs.machine import machine
 from sharding.costs.strategies import Strategies, Strategy
-from sharding.machines.topology import Cluster
+from sharding.machines.topology import AXES, Cluster
+from sharding.machines.torus import device_grid
 from sharding.programs.transformer import named_model, transformer
 from sharding.search.brute_force import best_cuts, best_strategy
 from sharding.search.pipeline import cut_layers
@@ -201,3 +204,35 @@ def test_of_equally_fast_strategies_the_smallest_is_taken():
 def test_a_tolerance_of_ties_is_a_share():
     with pytest.raises(ValueError, match="tolerance of ties is a share of the time"):
         solve(small(), Cluster.from_name("h100:1x4"), tie_tolerance=-0.1)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:4x8", "h100:4x8"])
+def test_tensor_groups_stay_on_one_host_where_that_is_asked_for(name):
+    cluster = Cluster.from_name(name)
+    program = small(heads=32, d_model=4096, d_ff=16384, global_batch=64)
+    space = candidates(program, cluster, Constraints(tensor_across_hosts=False))
+    assert space.tensor.max() == cluster.host_size
+    if not cluster.is_torus:
+        return
+    # Every block of a host's chips holds whole groups.
+    axes = ("fsdp", "tensor")
+    fsdp = cluster.device_count // cluster.host_size
+    degrees = [{"fsdp": fsdp, "tensor": cluster.host_size}.get(axis, 1) for axis in AXES]
+    placed = cluster.placement(degrees, "host")
+    coordinates = list(np.ndindex(*cluster.shape))
+    devices = [SimpleNamespace(coords=c, slice_index=0, core_on_chip=0) for c in coordinates]
+    grid = device_grid(devices, dict(zip(axes, (fsdp, cluster.host_size), strict=True)), placed)
+    for group in grid:
+        hosts = {tuple(x // b for x, b in zip(d.coords, cluster.host_bounds, strict=True))
+                 for d in group}  # fmt: skip
+        assert len(hosts) == 1
+
+
+def test_recomputation_at_most_so_much():
+    program, cluster = small(), Cluster.from_name("h100:1x8")
+    space = candidates(program, cluster, Constraints(remat_at_most="dots"))
+    assert set(space.remat.tolist()) == {"none", "dots"}
+    with pytest.raises(ValueError, match="remat 'full' is pinned and recomputes more than at most"):
+        Constraints(pinned={"remat": "full"}, remat_at_most="dots")
+    with pytest.raises(ValueError, match="at most 'some'"):
+        Constraints(remat_at_most="some")
