@@ -240,7 +240,7 @@ def experiment(run: Run) -> None:
         else summarise(case, found[case.name])
         for case in cases
     ]
-    # On a machine with other work, processes wait: processor seconds are what a free core takes.
+    # On a machine with other work, processes wait and the wall time says little of the planner.
     load = os.getloadavg()[0]
     table = _table(rows)
     said = f"{_verdict(rows)}\nload average of the machine: {load:.1f} on {os.cpu_count()} cores"
@@ -263,7 +263,9 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{chips:,} chips: slowest command {max(r['wall_worst_s'] for r in mine):.1f} s "
                 f"(wanted < {wanted_s:g}), slowest search "
                 f"{max(r['search_worst_s'] for r in mine):.1f} s (wanted < {wanted_search_s:g}); "
-                f"the same answer each time in {sum(r['same'] for r in mine)} of {len(mine)}"
+                f"the same answer each time in {sum(r['same'] for r in mine)} of {len(mine)}; at "
+                f"most {max(r['cpu_s'] for r in mine):.1f} s of a processor, which is what a free "
+                "core takes"
             )
     failed = [f"{r['case']} failed: {r['error']}" for r in rows if "error" in r]
     return "\n".join([*lines, *failed])
