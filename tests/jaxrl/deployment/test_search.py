@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import sys
 
 import jax
 import pytest
@@ -38,6 +39,14 @@ CLUSTER = Cluster.from_name("h100:4x2")
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     return Planner(WORKLOAD)
+
+
+def sharing(planner: Planner, **options) -> Planner:
+    """A planner that has the plans of another; they know of neither links nor batches."""
+    new = Planner(planner.workload, **options)
+    new._learners, new._actors = planner._learners, planner._actors
+    new._scorers = planner._scorers
+    return new
 
 
 def test_programs_have_the_shapes_of_the_run():
@@ -142,8 +151,7 @@ def test_less_staleness_is_never_faster(planner):
 
 
 def test_a_slow_link_makes_the_weights_sparse_and_few_actors(planner):
-    slow = Planner(WORKLOAD, link=Link(bits_per_s=1e8, latency_s=0.1))
-    slow._learners, slow._actors = planner._learners, planner._actors  # which know of no link
+    slow = sharing(planner, link=Link(bits_per_s=1e8, latency_s=0.1))
     over_it, others = divide(WORKLOAD, CLUSTER, planner=slow)
     nearby, _ = divide(WORKLOAD, CLUSTER, planner=planner)
     assert over_it.codec == "sparse"
@@ -157,7 +165,7 @@ def test_a_slow_link_makes_the_weights_sparse_and_few_actors(planner):
 
 
 def test_a_batch_that_three_nodes_can_divide_is_taken_where_it_pays(planner):
-    both = Planner(WORKLOAD, batches=(16, 24))
+    both = sharing(planner, batches=(16, 24))
     _, others = divide(WORKLOAD, CLUSTER, planner=both)
     three = {d.prompts_per_step for d in others if d.learner.name == "h100:3x2"}
     assert 24 in three
@@ -166,7 +174,7 @@ def test_a_batch_that_three_nodes_can_divide_is_taken_where_it_pays(planner):
 
 def test_other_chips_for_the_actors(planner):
     best, _ = divide(
-        WORKLOAD, Cluster.from_name("h100:1x8"), Cluster.from_name("v5e:4x4"), planner=planner
+        WORKLOAD, Cluster.from_name("h100:1x8"), Cluster.from_name("v5e:2x4"), planner=planner
     )
     assert best.learner.name == "h100:1x8"
     assert best.actor.chip.name == "v5e"
@@ -196,8 +204,10 @@ def test_nothing_fits_says_by_how_much():
         Planner(large).learner(Cluster.from_name("h100:1x2"), 16)
 
 
-def test_a_dry_run_without_compilers():
-    run = dry_run(WORKLOAD, Cluster.from_name("h100:2x8"))
+def test_a_dry_run_without_compilers(planner, monkeypatch):
+    module = sys.modules["jaxrl.deployment.dry_run"]
+    monkeypatch.setattr(module, "Planner", lambda *_, **options: sharing(planner, **options))
+    run = dry_run(WORKLOAD, CLUSTER)
     names = [row.part.program.name for row in run.rows]
     assert names[:6] == ["update", "prefill", "decode", "reference", "reward", "delta encode"]
     assert len(names) > 6
