@@ -21,7 +21,7 @@ from jaxrl.sync import subscriber as subscriber_module
 from kernels import sparse_delta
 
 _ROOT = Path(__file__).parents[3]
-_FIXTURES = [HealthCheck.function_scoped_fixture]
+_FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def published(weights, versions: int, **config) -> sync.MemoryStore:
