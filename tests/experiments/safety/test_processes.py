@@ -94,7 +94,17 @@ def ended(running, status):
             process.kill()
     found = [process.returncode for process in running]
     assert found == [status] * len(running), "\n".join(err[-2500:] for _, err in said)
-    return [[re.sub(r"\[Gloo\].*\n", "", text) for text in both] for both in said]
+    return [[without_gloo(text) for text in both] for both in said]
+
+
+def without_gloo(text):
+    """Gloo's threads print the pieces of their lines between one another's."""
+    pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of .* ranks is : "
+    return "".join(
+        line
+        for line in text.splitlines(keepends=True)
+        if not re.search(pieces, line) and not re.fullmatch(r"\d*\s*", line)
+    )
 
 
 def numbers(folder):
