@@ -7,7 +7,7 @@ table of logits in a benchmark.
 
 import contextlib
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,6 +27,8 @@ Metrics = dict[str, Float32[Array, ""]]
 Apply = Callable[[Any, Rollouts], PolicyOutput]
 Demonstrations = tuple[Prompts, Int32[Array, "B T"], Bool[Array, "B T"]]
 """Prompts, and the tokens and mask of one completion of each."""
+FROZEN = "frozen"
+"""Key of what is not trained among the parameters that `Learner.apply` gets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,9 @@ class Learner:
         `ptx_coef`, to keep what pre-training and fine-tuning taught (InstructGPT's PPO-ptx,
         arXiv:2203.02155; safe-rlhf's scripts use 16); see `lm_ptx`.
       ptx_coef: weight of that loss.
+      frozen: what `apply` and `ptx` find below "frozen" in their parameters and nobody trains,
+        such as {"policy": …} of a policy whose adapters alone are; {} where all is trained. An
+        argument of the compiled step, since constants may neither be large nor span processes.
     """
 
     recipe: Recipe
@@ -113,6 +118,7 @@ class Learner:
     ptx: Callable[[Any, Demonstrations], Float32[Array, ""]] | None = None
     ptx_coef: float = 0.0
     plan: Plan = field(default_factory=Plan.single_device)
+    frozen: Mapping[str, Any] = field(default_factory=dict)
 
     def init(self, params: Mapping[str, Any], *, num_prompts: int) -> LearnerState:
         """The state before the first update.
@@ -149,7 +155,7 @@ class Learner:
         """One step, jitted; `state` is donated. See `step`."""
         if self.plan.mesh:
             rollouts, demonstrations = self._bound.place_batch((rollouts, demonstrations))
-        return self._jitted(state, rollouts, demonstrations)
+        return self._jitted(state, rollouts, demonstrations, self._placed)
 
     def step(
         self,
@@ -171,7 +177,8 @@ class Learner:
         params: Any = state.params
         opt_state, targets, done = state.opt_state, None, []
         if self.recipe.epochs > 1:
-            targets = self._targets(recipe_state, rollouts, self.apply(params, rollouts))
+            output = self.apply(self._with_frozen(params), rollouts)
+            targets = self._targets(recipe_state, rollouts, output)
         for _ in range(self.recipe.epochs):
             gradient = jax.value_and_grad(self._loss, has_aux=True)
             (loss, seen), grads = gradient(
@@ -198,7 +205,11 @@ class Learner:
         """The mesh of the plan, for whatever else computes with the policy where it lies."""
         return self._bound.context() if self.plan.mesh else contextlib.nullcontext()
 
+    def _with_frozen(self, params):
+        return {**params, FROZEN: self.frozen} if self.frozen else params
+
     def _loss(self, params, recipe_state, rollouts, targets, demonstrations, version):
+        params = self._with_frozen(params)
         output = self.apply(params, rollouts)
         if targets is None:
             # On the first pass the values of this very forward are the old values.
@@ -220,10 +231,14 @@ class Learner:
         return self.plan.bind()
 
     @cached_property
+    def _placed(self):
+        return self._bound.place(self.frozen) if self.plan.mesh else self.frozen
+
+    @cached_property
     def _jitted(self):
-        def step(*args):
+        def step(state, rollouts, demonstrations, frozen):
             with self.context():
-                return self.step(*args)
+                return replace(self, frozen=frozen).step(state, rollouts, demonstrations)
 
         return jax.jit(step, donate_argnums=0)
 
@@ -248,25 +263,24 @@ def _observed(rollouts: Rollouts, output: PolicyOutput, version: Int32[Array, ""
 
 
 def lm_apply(
-    policy_def: nnx.GraphDef,
-    critic_def: nnx.GraphDef | None,
-    *,
-    temperature: float,
-    frozen: nnx.State | None = None,
+    policy_def: nnx.GraphDef, critic_def: nnx.GraphDef | None, *, temperature: float
 ) -> Apply:
     """`Learner.apply` of a decoder and, where there is one, of its critic.
+
+    Where `params["policy"]` holds only some of the policy's parameters, its adapters for example,
+    `Learner.frozen` has the others:
+
+        graphdef, adapters, rest = nnx.split(model, LoraParam, ...)
+        Learner(apply=lm_apply(graphdef, None, temperature=1.0), frozen={"policy": rest}, …)
 
     Args:
       policy_def: structure of the policy.
       critic_def: structure of the critic.
       temperature: of the sampling.
-      frozen: parameters of the policy that are not trained, where `params["policy"]` holds
-        only some: `graphdef, adapters, frozen = nnx.split(model, LoraParam, ...)`.
     """
-    fixed = () if frozen is None else (frozen,)
 
-    def apply(params: Mapping[str, nnx.State], rollouts: Rollouts) -> PolicyOutput:
-        policy: Decoder = nnx.merge(policy_def, params["policy"], *fixed)
+    def apply(params: Mapping[str, Any], rollouts: Rollouts) -> PolicyOutput:
+        policy = _policy(policy_def, params)
         prompts, tokens = rollouts.prompts, rollouts.tokens
         output = policy_lib.evaluate(
             policy, prompts, tokens, rollouts.mask, temperature=temperature
@@ -279,17 +293,20 @@ def lm_apply(
     return apply
 
 
-def lm_ptx(
-    policy_def: nnx.GraphDef, *, frozen: nnx.State | None = None
-) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
-    """`Learner.ptx` of a decoder: nats a token of the demonstrations; `frozen` as in `lm_apply`."""
-    fixed = () if frozen is None else (frozen,)
+def lm_ptx(policy_def: nnx.GraphDef) -> Callable[[Any, Demonstrations], Float32[Array, ""]]:
+    """`Learner.ptx` of a decoder, nats a token of the demonstrations; see `lm_apply`."""
 
-    def loss(params: Mapping[str, nnx.State], demonstrations: Any):
-        policy: Decoder = nnx.merge(policy_def, params["policy"], *fixed)
+    def loss(params: Mapping[str, Any], demonstrations: Any):
+        policy = _policy(policy_def, params)
         return policy_lib.negative_log_likelihood(policy, *demonstrations)
 
     return loss
+
+
+def _policy(structure: nnx.GraphDef, params: Mapping[str, Any]) -> Decoder:
+    frozen = params.get(FROZEN, {})
+    rest = (frozen["policy"],) if "policy" in frozen else ()
+    return nnx.merge(structure, params["policy"], *rest)
 
 
 def lm_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -80,20 +79,11 @@ class LearnedPart:
 
 
 def learned_part(config: SafetyConfig, reference: Policy) -> LearnedPart:
-    """The policy that a recipe starts from, as the learner holds it.
-
-    Raises:
-      ValueError: adapters with several processes.
-    """
+    """The policy that a recipe starts from, as the learner holds it."""
     lora = config.model.lora()
     if lora is None:
         return LearnedPart(
             graphdef=reference.graphdef, params=reference.params, reference=reference.params
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            "adapters are trained by one process: the frozen weights are constants of its "
-            "programs; leave out --model.lora-rank, or run one process"
         )
     adapted = with_adapter(reference.pretrained, lora, seed=config.seed)
     graphdef, params, frozen = nnx.split(adapted.model(), LoraParam, ...)

@@ -133,9 +133,16 @@ def _token(value: Any) -> str:
 def without_adapters(adapted: Pretrained, base: Pretrained) -> Pretrained:
     """The base model with the adapters added to its kernels: W + s·A·B."""
     weights = lora_lib.merged(adapted.model().layers.weights(), adapted.config.lora)
+
+    def added(path: Any, variable: nnx.Variable) -> nnx.Variable:
+        if path[0] != "layers":
+            return variable
+        # Where the base lies: the compiler may leave a sum elsewhere.
+        where = variable.get_value().sharding
+        return variable.replace(jax.device_put(weights[str(path[1])], where))
+
     params = nnx.from_flat_state(
-        (path, variable.replace(weights[str(path[1])]) if path[0] == "layers" else variable)
-        for path, variable in nnx.to_flat_state(base.params)
+        (path, added(path, variable)) for path, variable in nnx.to_flat_state(base.params)
     )
     return Pretrained(
         config=base.config, document=base.document, graphdef=base.graphdef, params=params

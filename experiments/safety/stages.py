@@ -160,23 +160,24 @@ def trainer_of(
             nnx.eval_shape(lambda: _critic(config, reference, recipe))
         )
     plan = _plan(config, shapes)
-    apply = lm_apply(part.graphdef, critic_def, temperature=config.temperature, frozen=part.frozen)
-    reference_params = part.reference
+    reference_params, frozen = part.reference, part.frozen
     if plan.mesh:
         reference_params = plan.bind().place({"policy": reference_params})["policy"]
+        frozen = None if frozen is None else plan.bind().place({"policy": frozen})["policy"]
     return Trainer(
         learner=Learner(
             recipe=recipe,
-            apply=apply,
+            apply=lm_apply(part.graphdef, critic_def, temperature=config.temperature),
             optimizer=lm_optimizer(config.optimizer_of(recipe)),
-            ptx=lm_ptx(part.graphdef, frozen=part.frozen),
+            ptx=lm_ptx(part.graphdef),
             ptx_coef=config.ptx_coef,
             plan=plan,
+            frozen={} if frozen is None else {"policy": frozen},
         ),
         collector=Collector(
             graphdef=part.graphdef,
             sampling=sampling(config, task),
-            frozen=part.frozen,
+            frozen=frozen,
             plan=plan,
             group_size=recipe.group_size,
             reference_completions=recipe.reference_samples,

@@ -406,13 +406,17 @@ def test_adapters_alone_are_trained_as_they_would_be_among_all():
     )
 
     def updated(policy, **options):
-        apply = lm_apply(graphdef, None, temperature=TEMPERATURE, **options)
-        trainer = Learner(recipe=recipes.get("rloo"), apply=apply, optimizer=optax.sgd(RATE))
+        trainer = Learner(
+            recipe=recipes.get("rloo"),
+            apply=lm_apply(graphdef, None, temperature=TEMPERATURE),
+            optimizer=optax.sgd(RATE),
+            **options,
+        )
         state, metrics = trainer.update(trainer.init({"policy": policy}, num_prompts=4), rollouts)
         assert metrics["sampler_gap"] < 1e-4
         return dict(nnx.to_flat_state(state.params["policy"]))
 
-    alone, among = updated(adapters, frozen=frozen), updated(params)
+    alone, among = updated(adapters, frozen={"policy": frozen}), updated(params)
     before = dict(nnx.to_flat_state(adapters))
     assert set(alone) == set(before)
     for path, variable in alone.items():

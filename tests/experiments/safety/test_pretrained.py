@@ -3,21 +3,17 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
-from experiments.safety import pretrained, task
+from experiments.safety import pretrained
 from experiments.safety.__main__ import main
 from experiments.safety.config import SafetyConfig
-from jaxrl.data import load as load_data
 from jaxrl.models.huggingface import load_adapter, load_pretrained
 from jaxrl.tokenizers import PLAIN
 
-GOLDEN = Path(__file__).resolve().parents[2] / "jaxrl" / "models" / "golden"
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12)).astype(np.int32)
 RUN = [
     *("--steps", "2", "--prompt-len", "32", "--completion-len", "6", "--samples-per-step", "8"),
@@ -27,32 +23,9 @@ RUN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A golden model with a tokenizer of as many words as it has embeddings."""
-    folder = tmp_path_factory.mktemp("model") / "qwen2"
-    shutil.copytree(GOLDEN / "qwen2", folder)
-    texts = " ".join(text for pair in load_data("world", seed=0).sft for text in pair).split()
-    names = ["<unk>", "<end>", "<pad>", *sorted(set(texts), key=texts.count)[-37:]]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<end>", "pad_token": {"content": "<pad>"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _rewards_that_differ(monkeypatch):
-    """An untrained policy writes nonsense, of which the world's rewards are all the same."""
-    exact = task.exact_evaluators
-
-    def letters(prompts, completions):
-        return np.array([len(set(text)) for text in completions], np.float32)
-
-    monkeypatch.setattr(task, "exact_evaluators", lambda data: replace(exact(data), reward=letters))
+@pytest.fixture
+def source(pretrained_folder, varied_rewards):
+    return pretrained_folder
 
 
 def logits(found):

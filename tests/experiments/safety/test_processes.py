@@ -19,7 +19,9 @@ from experiments import harness
 from experiments.harness import Run
 from experiments.harness.files import read_json_lines
 from experiments.safety import stages, task
+from experiments.safety.__main__ import main
 from experiments.safety.config import PRESETS, SafetyConfig
+from jaxrl.models.huggingface import load_adapter, load_pretrained
 from jaxrl.processes import PREEMPTED
 from jaxrl.train import Tape
 
@@ -65,7 +67,7 @@ def tape(tmp_path_factory):
     return folder
 
 
-def started(folder, count, devices, *argv):
+def started(folder, count, devices, *argv, sizes=(*TINY, "--steps", str(STEPS))):
     """The processes of one run, in the environment that a launcher would make."""
     environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices)}
     if count > 1:
@@ -74,7 +76,7 @@ def started(folder, count, devices, *argv):
         environment["JAX_NUM_PROCESSES"] = str(count)
     else:
         argv = ("--mesh", f"data={devices}", *argv)
-    command = [sys.executable, "-m", "experiments.safety", *TINY, "--steps", str(STEPS)]
+    command = [sys.executable, "-m", "experiments.safety", *sizes]
     return [
         subprocess.Popen(
             [*command, *argv, "--out", str(folder / "run"), "--tape", str(folder / "tape")],
@@ -162,3 +164,36 @@ def test_a_run_is_the_same_on_other_processes_and_goes_on_after_a_preemption(tmp
         np.testing.assert_array_equal(mine.prompts.ids, theirs.prompts.ids)
         assert mine.tokens.shape == theirs.tokens.shape
     assert (many / "run" / "summary.json").exists()
+
+
+@pytest.mark.timeout(200)
+def test_adapters_are_trained_by_several_processes(tmp_path, pretrained_folder, varied_rewards):
+    one, many = tmp_path / "one", tmp_path / "many"
+    sizes = [
+        *("--model", str(pretrained_folder), "--model.lora-rank", "2", "--steps", "3"),
+        *("--model.compute-dtype", "float32", "--prompt-len", "32", "--completion-len", "6"),
+        *("--samples-per-step", "8", "--algorithms", "rloo", "--critic-free-learning-rate", "0.01"),
+        *("--optimizer.warmup-steps", "0", "--evaluation.prompts", "2", "--evaluation.samples"),
+        *("2", "--evaluation.batch", "2", "--mesh", "fsdp=2,tensor=2"),
+    ]
+    main([*sizes, "--out", str(one / "run"), "--tape", str(one / "tape")])
+    shutil.copytree(one / "tape", many / "tape")
+    (many / "tape" / "rloo" / "00000002.rollouts").unlink()  # the last step they write themselves
+    ended(started(many, 2, 2, sizes=sizes), 0)
+
+    wanted, found = numbers(one), numbers(many)
+    assert set(found) == set(wanted)
+    for step in (1, 2):
+        for name in set(wanted["rloo", step]) - {"time_s", "stage"}:
+            value = wanted["rloo", step][name]
+            assert found["rloo", step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert wanted["rloo", 2]["kl"] > 1e-4  # the first step has moved the adapters
+    assert found["rloo", 3]["sampler_gap"] < 1e-3  # they write with the weights that they train
+
+    base = load_pretrained(pretrained_folder, compute_dtype="float32")
+    tokens = jax.numpy.arange(24, dtype=jax.numpy.int32).reshape(2, 12)
+    beside = load_adapter(many / "run" / "models" / "rloo-adapter", base)
+    whole = load_pretrained(many / "run" / "models" / "rloo", compute_dtype="float32")
+    before, adapted, merged = (np.asarray(x.model()(tokens)) for x in (base, beside, whole))
+    assert np.abs(adapted - before).max() > 0.01
+    np.testing.assert_allclose(merged, adapted, atol=0.1)  # rounded to the bf16 of the source
