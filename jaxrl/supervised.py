@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy
-from jaxrl.types import PackedRows, Prompts
+from jaxrl.types import PackedRows, Prompts, SupervisedState
 from sharding import Plan
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SupervisedState:
-    """What a step changes and a checkpoint holds."""
-
-    params: Any
-    opt_state: Any
-    step: Int32[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)

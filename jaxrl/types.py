@@ -190,5 +190,21 @@ class LearnerState(_Record):
     step: Int32[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SupervisedState(_Record):
+    """What a step of supervised fine-tuning changes and a checkpoint holds.
+
+    Attributes:
+      params: the decoder's.
+      opt_state: the optimiser's.
+      step: updates done so far.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Int32[Array, ""]
+
+
 REFERENCE_VERSION = -1
 """`Rollouts.policy_version` of tokens that the reference policy wrote."""

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from experiments import dry_run, harness
 from experiments.harness import Run
 from experiments.safety import __doc__ as description
-from experiments.safety import placement, results, scorers, stages, task
+from experiments.safety import placement, planned_mesh, results, scorers, stages, task
 from experiments.safety.config import PRESETS, SafetyConfig
 from experiments.safety.sizes import sizes
 from jaxrl.processes import Preempted
 
 
 def experiment(run: Run) -> None:
-    config: SafetyConfig = run.config
+    config: SafetyConfig = planned_mesh.with_mesh(run.config, run.note)
     placement.check_batches(config, placement.mesh_of(config.mesh))
     data = task.load(config)
     for note in data.notes:

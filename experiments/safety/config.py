@@ -184,8 +184,9 @@ class SafetyConfig(ProcessOptions):
     """Updates between checkpoints."""
     mesh: str = field(default="auto", metadata=COSMETIC)
     """Devices by axis, as data=4 or fsdp=8,tensor=4: `data` divides prompts, `fsdp` also all
-    parameters, `tensor` heads and feed-forward. `auto` is data over all devices, of accelerators or
-    of several processes. A resumed run may take another."""
+    parameters, `tensor` heads and feed-forward. `planned` is the mesh that the planner finds for
+    all devices; `auto` is the same on accelerators or with several processes, and one device
+    elsewhere. A resumed run may take another."""
     tape: Path | None = field(default=None, metadata=COSMETIC)
     """Folder of recorded rollouts, below it one of each algorithm: steps that it holds use them,
     others are added. Runs on different machines are comparable to the last digits only so."""

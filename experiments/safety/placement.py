@@ -23,10 +23,10 @@ assert set(_RULES) <= set(LOGICAL_AXES)
 
 
 def mesh_of(text: str) -> dict[str, int]:
-    """Axes and sizes of `--mesh`; {} is one device without a mesh.
+    """Axes and sizes of a mesh; {} is one device without a mesh.
 
-    "auto" is data parallelism over all devices. A single process on CPU takes one device: its
-    devices are threads that share the same cores.
+    What "auto" and "planned" stand for is written out by `planned_mesh.with_mesh` where a run
+    begins; an "auto" that still stands is one device.
 
     Raises:
       ValueError: an unknown axis, a size that is none, or more or fewer devices than there are.
@@ -34,16 +34,16 @@ def mesh_of(text: str) -> dict[str, int]:
     >>> mesh_of("fsdp=4,tensor=2")
     {'fsdp': 4, 'tensor': 2}
     """
+    if text == "auto" and jax.process_count() == 1:
+        return {}
     there = jax.device_count()
-    if text == "auto":
-        alone = jax.process_count() == 1 and jax.devices()[0].platform == "cpu"
-        return {} if alone or there == 1 else {"data": there}
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"mesh is auto, or axes of {', '.join(AXES)} with their sizes, as data=2,fsdp=4: "
+                "mesh is auto, planned, or axes of "
+                f"{', '.join(AXES)} with their sizes, as data=2,fsdp=4: "
                 f"got {text!r}"
             )
         sizes[axis] = int(size)
@@ -90,6 +90,16 @@ def check_batches(config: SafetyConfig, mesh: Mapping[str, int]) -> None:
       ValueError: a batch that the mesh does not divide; names the flag.
     """
     ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
+    for name, size in divided_batches(config).items():
+        if size % ways:
+            raise ValueError(
+                f"{ways} devices divide every batch: {name} is {size}; make it a multiple, or "
+                "give the devices to --mesh tensor"
+            )
+
+
+def divided_batches(config: SafetyConfig) -> dict[str, int]:
+    """Sizes of everything whose leading axis is divided among devices, by what sets them."""
     sizes = {"--evaluation.batch": config.evaluation.batch}
     if config.sft.steps:
         sizes["--sft.batch"] = config.sft.batch
@@ -98,9 +108,4 @@ def check_batches(config: SafetyConfig, mesh: Mapping[str, int]) -> None:
         prompts = config.samples_per_step // recipe.group_size
         sizes[f"prompts of a step of {name} (--samples-per-step / {recipe.group_size})"] = prompts
         sizes[f"fresh prompts of a step of {name}"] = recipe.fresh_prompts(prompts)
-    for name, size in sizes.items():
-        if size % ways:
-            raise ValueError(
-                f"{ways} devices divide every batch: {name} is {size}; make it a multiple, or "
-                "give the devices to --mesh tensor"
-            )
+    return sizes

@@ -13,4 +13,6 @@ from jaxrl.deployment.programs import learner_programs as learner_programs
 from jaxrl.deployment.search import NothingFits as NothingFits
 from jaxrl.deployment.search import Planner as Planner
 from jaxrl.deployment.search import divide as divide
+from jaxrl.deployment.shared_mesh import SharedMesh as SharedMesh
+from jaxrl.deployment.shared_mesh import shared_mesh as shared_mesh
 from jaxrl.deployment.workload import Workload as Workload

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxrl import policy as policy_lib
 from jaxrl.deployment.workload import Workload
 from jaxrl.learner import Learner, lm_apply, lm_optimizer
-from jaxrl.models import Decoder, DecoderConfig, ScalarModel
+from jaxrl.models import Decoder, DecoderConfig, LoraParam, ScalarModel
 from jaxrl.types import Prompts, Rollouts
 
 Side = Literal["learner", "actor"]
@@ -58,28 +58,40 @@ class Program:
 
 def learner_programs(workload: Workload) -> list[Program]:
     """The update: targets, losses, gradients and optimisers of policy and critic."""
-    config = workload.executed(workload.policy)
-    graphdef, params = _split(partial(Decoder, config))
-    held, critic_def = {"policy": params}, None
-    trunk = workload.critic_trunk
-    if trunk is not None:
-        heads = workload.recipe.value_heads
-        critic_def, held["critic"] = _split(partial(ScalarModel, workload.executed(trunk), heads))
-    learner = Learner(
-        recipe=workload.recipe,
-        apply=lm_apply(graphdef, critic_def, temperature=1.0),
-        optimizer=lm_optimizer(workload.optimizer),
-    )
+    learner, params, rollouts = update_parts(workload)
     state = jax.eval_shape(
-        lambda params: learner.init(params, num_prompts=workload.prompts_per_step), held
+        lambda params: learner.init(params, num_prompts=workload.prompts_per_step), params
     )
-    rollouts = _rollouts(workload, workload.prompts_per_step)
     return [
         Program(
             name="update", side="learner", step=_named("update", learner.step),
             args=(state, rollouts), donate=(0,), parameters="state",
         )
     ]  # fmt: skip
+
+
+def update_parts(workload: Workload) -> tuple[Learner, dict[str, Any], Rollouts]:
+    """The learner, and shapes of what it trains and of what it learns from.
+
+    Of a policy with adapters it trains these alone, and wants the rest as `Learner.frozen`.
+    """
+    filters = () if workload.policy.lora is None else (LoraParam, ...)
+    graphdef, params, *_ = split_shapes(
+        partial(Decoder, workload.executed(workload.policy)), *filters
+    )
+    held, critic_def = {"policy": params}, None
+    trunk = workload.critic_trunk
+    if trunk is not None:
+        heads = workload.recipe.value_heads
+        critic_def, held["critic"] = split_shapes(
+            partial(ScalarModel, workload.executed(trunk), heads)
+        )
+    learner = Learner(
+        recipe=workload.recipe,
+        apply=lm_apply(graphdef, critic_def, temperature=1.0),
+        optimizer=lm_optimizer(workload.optimizer),
+    )
+    return learner, held, _rollouts(workload, workload.prompts_per_step)
 
 
 def actor_programs(workload: Workload, prompts: int) -> list[Program]:
@@ -90,7 +102,7 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     completions does so for `_SCORED` prompts at a time.
     """
     config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
-    graphdef, params = _split(partial(Decoder, config), dtype=jnp.bfloat16)
+    graphdef, params = split_shapes(partial(Decoder, config), dtype=jnp.bfloat16)
     batch = _prompts(workload, prompts)
 
     def prefill(params, prompts):
@@ -134,7 +146,7 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
 
 
 def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls: int) -> Program:
-    graphdef, params = _split(
+    graphdef, params = split_shapes(
         partial(ScalarModel, workload.executed(trunk), (name,)), dtype=jnp.bfloat16
     )
 
@@ -149,12 +161,20 @@ def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls
     )  # fmt: skip
 
 
-def _split(build: Callable[..., nnx.Module], *, dtype: Any = None) -> tuple[nnx.GraphDef, Any]:
-    """Structure and shapes of a model's parameters, which are never made."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+def split_shapes(
+    build: Callable[..., nnx.Module], *filters: Any, dtype: Any = None
+) -> tuple[Any, ...]:
+    """Structure and shapes of a model's parameters, which are never made.
+
+    Args:
+      build: makes the model, given `rngs`.
+      filters: as of `nnx.split`: one state for each; one of all where there are none.
+      dtype: of all parameters; None: as they are.
+    """
+    graphdef, *states = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))), *filters)
     if dtype is not None:
-        state = jax.tree.map(lambda x: _shape(x.shape, dtype), state)
-    return graphdef, state
+        states = jax.tree.map(lambda x: _shape(x.shape, dtype), states)
+    return graphdef, *states
 
 
 def _prompts(workload: Workload, count: int) -> Prompts:

@@ -31,6 +31,8 @@ class Workload:
       critic: trunk of the critic, where the recipe has value heads; None: like the policy.
       optimizer: of policy and critic.
       density: share of the bf16 weights that an update changes, for the cost of publishing them.
+      as_configured: models are executed as their configurations say, and not as a large run would
+        (see `executed`).
 
     Raises:
       ValueError: a size or share out of its range.
@@ -47,6 +49,7 @@ class Workload:
     critic: DecoderConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-6))
     density: float = 0.01
+    as_configured: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "prompt_len", "completion_len"):
@@ -103,13 +106,15 @@ class Workload:
 
         Experts have room for `EXPERT_CAPACITY` where the model does not say for how much.
         """
+        model = replace(model, max_len=self.prompt_len + self.completion_len)
+        if self.as_configured:
+            return model
         capacity = model.expert_capacity
         if model.experts and capacity is None:
             capacity = EXPERT_CAPACITY
         return replace(
             model,
             expert_capacity=capacity,
-            max_len=self.prompt_len + self.completion_len,
             compute_dtype="bfloat16",
             remat="full",
             logit_chunk=min(128, self.completion_len),

@@ -17,11 +17,12 @@ CONFIG = DecoderConfig(
 
 
 def test_a_mesh_is_axes_with_sizes():
-    assert mesh_of("auto") == {}  # one process on CPU
+    assert mesh_of("auto") == {}
     assert mesh_of("data=1") == {}
     assert mesh_of("data=2, tensor=4") == {"data": 2, "tensor": 4}
+    rule = "mesh is auto, planned, or axes of data, fsdp, tensor"
     for text in ("data", "data=0", "rows=2", "data=2,data=2", "data=-2", ""):
-        with pytest.raises(ValueError, match="mesh is auto, or axes of data, fsdp, tensor"):
+        with pytest.raises(ValueError, match=rule):
             mesh_of(text)
     with pytest.raises(ValueError, match="has 16 devices, and there are 8"):
         mesh_of("fsdp=16")
