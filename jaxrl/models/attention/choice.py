@@ -4,12 +4,12 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jaxrl.models.attention import context, cudnn, plain, splash
@@ -42,8 +42,9 @@ class Attention:
         machine that the program is for. What a kernel cannot do, XLA does, and the log says why.
         "splash" on a CPU runs in Pallas' interpreter.
       exchange: how keys and values travel where the mesh has a context axis of several devices:
-        around a "ring", by "all_gather", or as the compiler's "partitioner" likes. The first two
-        compute scores in XLA.
+        around a "ring", by "all_gather", or as the compiler's "partitioner" likes. What is
+        gathered on TPUs splash kernels read; a ring computes its scores in XLA, of two devices'
+        columns at a time.
       rule: scale and soft cap of the scores.
       windows: of every layer, or ().
     """
@@ -157,16 +158,25 @@ class Attention:
     ) -> Float[Array, "N S Q d"]:
         """Attention of rows that are divided along the sequence."""
         layout = cast(Layout, Layout.current())
-        size, ways = query.shape[1], layout.context_ways
+        size = query.shape[1]
         order = self.order(pattern, size)
-        index = jnp.asarray(np.arange(size) if order is None else order, jnp.int32)
-        exchange = cast(Literal["ring", "all_gather"], self.exchange)
-        division = context.Division(
-            axis=SEQUENCE_AXES[0], ways=ways, exchange=exchange,
-            pattern=replace(pattern, window=window), softcap=self.rule.softcap,
-        )  # fmt: skip
+        index = np.asarray(np.arange(size) if order is None else order, np.int32)
         batch, heads, kv = _head_axes(layout, query, kv)
         row = PartitionSpec(batch, SEQUENCE_AXES, heads)
+        of_layer = replace(pattern, window=window)
+        if self.exchange == "all_gather" and self._gathers_for_splash():
+            kernels = splash.divided(
+                index.reshape(layout.context_ways, -1), of_layer,
+                query.shape[2] // layout.ways(heads or ()), rule=self.rule,
+                interpret=platform() == "cpu",
+            )  # fmt: skip
+            run = functools.partial(splash.attend_part, axis=SEQUENCE_AXES[0], rule=self.rule)
+            return _with_kernels(run, kernels, query, kv, segments, row)
+        exchange = cast(Literal["ring", "all_gather"], self.exchange)
+        division = context.Division(
+            axis=SEQUENCE_AXES[0], ways=layout.context_ways, exchange=exchange,
+            pattern=of_layer, softcap=self.rule.softcap,
+        )  # fmt: skip
         # Specs stand where the tree that they are for has arrays, which its annotations do not say.
         columns = context.Columns(PartitionSpec(SEQUENCE_AXES), PartitionSpec(batch, SEQUENCE_AXES))  # type: ignore[arg-type]
         run = jax.shard_map(
@@ -174,7 +184,32 @@ class Attention:
             mesh=layout.mesh, in_specs=(row, KeyValue(row, row), columns), out_specs=row,  # type: ignore[arg-type]
             check_vma=False,
         )  # fmt: skip
-        return run(query, kv, context.Columns(index, segments))
+        return run(query, kv, context.Columns(jnp.asarray(index), segments))
+
+    def _gathers_for_splash(self) -> bool:
+        return self.implementation == "splash" or (
+            self.implementation == "auto" and platform() == "tpu"
+        )
+
+
+def _with_kernels(
+    run: Callable[..., Array],
+    kernels: Any,
+    query: Array,
+    kv: KeyValue,
+    segments: Array,
+    row: PartitionSpec,
+) -> Float[Array, "N S Q d"]:
+    """Kernels on the columns of each device, which has its own of their masks."""
+    layout = cast(Layout, Layout.current())
+    batch, sequence, _ = row
+    masks = kernels.manual_sharding_spec(NamedSharding(layout.mesh, PartitionSpec(None, sequence)))
+    # Specs stand where `KeyValue` has arrays, which its annotations do not say.
+    divided = jax.shard_map(
+        run, mesh=layout.mesh, out_specs=row, check_vma=False,
+        in_specs=(masks, row, KeyValue(row, row), PartitionSpec(batch, sequence)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return divided(kernels, query, kv, segments)
 
 
 def _on_each_device(

@@ -23,6 +23,7 @@ LANES = 128  # columns of a vector register: what blocks are multiples of
 _WIDTH = 64  # what head widths are multiples of: half a register is taken as it is
 _BLOCKS = (512, 256, LANES)
 _MOST_ADDED = 1 / 8  # columns that padding may add to make larger or fuller blocks
+_NO_COLUMN = -1
 
 
 def attend(
@@ -44,28 +45,113 @@ def attend(
       rule: scale and soft cap of the scores.
       interpret: run the kernels in Pallas' interpreter, on any machine.
     """
-    heads, head_dim = query.shape[2:]
-    scale = head_dim**-0.5 if rule.scale is None else rule.scale
     aligned = _Aligned.of(pattern, query.shape[1])
     ids = aligned.widened(segments)
-    mask = masks.MultiHeadMask([_PatternMask(aligned.pattern, aligned.size)] * heads)
-    run = kernel.make_splash_mha(
-        mask,
-        block_sizes=_block_sizes(aligned.block),
+    mask = _PatternMask(aligned.pattern, aligned.size)
+    run = _kernel(mask, query.shape[2], aligned.block, rule=rule, interpret=interpret)
+    wide = KeyValue(aligned.widened(kv.key), aligned.widened(kv.value))
+    out = _run(run, aligned.widened(query), wide, kernel.SegmentIds(ids, ids), rule)
+    return aligned.narrowed(out)
+
+
+def divided(
+    columns: Int32[np.ndarray, "ways s"],
+    pattern: Pattern,
+    heads: int,
+    *,
+    rule: Scores,
+    interpret: bool = False,
+) -> kernel.SplashAttentionKernel:
+    """The kernels of all devices, for rows that are divided among them along the sequence.
+
+    Goes into `jax.shard_map` with the specs of its `manual_sharding_spec`, so that every device
+    has the masks of its own queries, and there to `attend_part`.
+
+    Args:
+      columns: which each device holds.
+      pattern: which columns see which.
+      heads: of queries, on one device.
+      rule: scale and soft cap of the scores.
+      interpret: see `attend`.
+    """
+    ways, size = columns.shape
+    block = _edge(size)
+    padded = np.pad(columns, [(0, 0), (0, -size % block)], constant_values=_NO_COLUMN)
+    mask = _OrderedMask(pattern, padded.reshape(-1))
+    return _kernel(mask, heads, block, rule=rule, interpret=interpret, ways=ways)
+
+
+def attend_part(
+    run: kernel.SplashAttentionKernel,
+    query: Float[Array, "n s Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "n s"],
+    *,
+    axis: str,
+    rule: Scores,
+) -> Float[Array, "n s Q d"]:
+    """Attention of the columns that this device holds to all, under `jax.shard_map`.
+
+    Args:
+      run: this device's part of `divided`.
+      query: rotated queries of the columns held.
+      kv: rotated keys, and values, of the same columns; those of the others are gathered.
+      segments: of the columns held; 0 is padding.
+      axis: mesh axis along which rows are divided.
+      rule: scale and soft cap of the scores.
+    """
+    size = query.shape[1]
+    added = -size % _edge(size)
+
+    def widened(x: Shaped[Array, "n s ..."]) -> Shaped[Array, "n w ..."]:
+        return jnp.pad(x, [(0, 0), (0, added), *[(0, 0)] * (x.ndim - 2)])
+
+    def gathered(x: Shaped[Array, "n s ..."]) -> Shaped[Array, "n S ..."]:
+        return jax.lax.all_gather(widened(x), axis, axis=1, tiled=True)
+
+    ids = kernel.SegmentIds(widened(segments), gathered(segments))
+    everything = KeyValue(gathered(kv.key), gathered(kv.value))
+    return _run(run, widened(query), everything, ids, rule)[:, :size]
+
+
+def _kernel(
+    mask: masks.Mask, heads: int, block: int, *, rule: Scores, interpret: bool, ways: int = 1
+) -> kernel.SplashAttentionKernel:
+    return kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=_block_sizes(block),
         attn_logits_soft_cap=rule.softcap,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=ways,
         interpret=interpret,
     )
 
-    def prepared(x: Float[Array, "N S h d"]) -> Float[Array, "N h W e"]:
+
+def _run(
+    run: kernel.SplashAttentionKernel,
+    query: Float[Array, "n s Q d"],
+    kv: KeyValue,
+    ids: kernel.SegmentIds,
+    rule: Scores,
+) -> Float[Array, "n s Q d"]:
+    """The kernel on every row, in its own order of axes, heads as wide as it wants them."""
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if rule.scale is None else rule.scale
+
+    def prepared(x: Float[Array, "n t h d"]) -> Float[Array, "n h t e"]:
         width = -head_dim % (_WIDTH if head_dim < LANES else LANES)
-        x = jnp.pad(aligned.widened(x), [(0, 0), (0, 0), (0, 0), (0, width)])
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, width)])
         return jnp.swapaxes(x, 1, 2)
 
     rows = prepared(query * jnp.asarray(scale, query.dtype)), prepared(kv.key), prepared(kv.value)
-    out: Any = jax.vmap(run)(*rows, kernel.SegmentIds(ids, ids))
-    return aligned.narrowed(jnp.swapaxes(out, 1, 2))[..., :head_dim]
+    out: Any = jax.vmap(run)(*rows, ids)
+    return jnp.swapaxes(out, 1, 2)[..., :head_dim]
+
+
+def _edge(size: int) -> int:
+    """Of the blocks of rows with nothing but their end to fill up."""
+    fitting = (b for b in _BLOCKS if size + -size % b <= size * (1 + _MOST_ADDED))
+    return next(fitting, LANES)
 
 
 def _block_sizes(block: int) -> kernel.BlockSizes:
@@ -89,6 +175,27 @@ class _PatternMask(masks.Mask):
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         columns = np.arange(self.size, dtype=np.int32)
         return self.pattern.visible(columns[index[0], None], columns[None, index[1]])
+
+
+@dataclass(frozen=True, eq=False)
+class _OrderedMask(masks.Mask):
+    """A `Pattern` over columns in any order; of `_NO_COLUMN` each sees itself alone.
+
+    Which keeps the softmax of what only fills a block up defined.
+    """
+
+    pattern: Pattern
+    columns: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.columns), len(self.columns)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        places = np.arange(len(self.columns))
+        query, key = self.columns[index[0], None], self.columns[None, index[1]]
+        seen = self.pattern.visible(query, key) & (query >= 0) & (key >= 0)
+        return seen | (places[index[0], None] == places[None, index[1]])
 
 
 @dataclass(frozen=True)

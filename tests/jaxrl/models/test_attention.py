@@ -377,6 +377,7 @@ DIVIDED = {
     "plain": {},
     "windows and cap": {"windows": (3, None), "attention_softcap": 1.5},
     "one key head": {"kv_heads": 1},
+    "splash": {"attention": "splash", "windows": (3, None), "attention_softcap": 1.5},
 }
 
 
@@ -392,6 +393,7 @@ def on_mesh(mesh, tree):
         ("ring", "one key head", EIGHT),
         ("all_gather", "windows and cap", EIGHT),
         ("all_gather", "plain", {"data": 2, "context": 4}),
+        ("all_gather", "splash", EIGHT),
     ],
 )
 def test_sequences_divided_among_devices(exchange, name, sizes):
@@ -400,8 +402,9 @@ def test_sequences_divided_among_devices(exchange, name, sizes):
     prompts, completions = tokens_and_prompts()
     rows = jax.random.randint(jax.random.key(4), (2, 21), 0, 11)
     packed = jnp.asarray([[1] * 8 + [2] * 10 + [0] * 3, [0] * 2 + [1] * 19], jnp.int32)
-    expected = completion_gradients(graphdef, params, prompts, completions)
-    whole = sequence_gradients(graphdef, params, rows, packed)
+    plain, _ = random_decoder(dataclasses.replace(config, attention="xla"))
+    expected = completion_gradients(plain, params, prompts, completions)
+    whole = sequence_gradients(plain, params, rows, packed)
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         params, prompts, completions, rows, packed = on_mesh(
