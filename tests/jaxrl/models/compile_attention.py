@@ -1,15 +1,18 @@
 """Compiles a decoder's train step for another machine, and prints what came of it as JSON.
 
-Two layers as wide as Llama 3 8B's, divided by batch and heads over four devices; with the kernel
-of the machine and with XLA's attention. A process of its own: the compiler library wants its
-settings before JAX is imported. Usage: compile_attention.py TOPOLOGY, or "h100".
+Two layers, divided over four devices: by batch and heads with the kernel of the machine or with
+XLA's attention, by batch and along the sequence, or by batch and experts. A process of its own: the
+compiler library wants its settings before JAX is imported. Usage: compile_attention.py TARGET
+PROGRAM..., where TARGET is a TPU topology or "h100" and PROGRAM a key of `PROGRAMS`.
 """
 
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -30,12 +33,27 @@ from jaxrl.models import Decoder, logical_axes
 from jaxrl.models.named import named
 from jaxrl.types import Prompts
 
+# What kernels and exchanges there are does not change, and it compiles five times as fast.
+jax.config.update("jax_exec_time_optimization_effort", -1.0)
+
 ROWS, PROMPT, GROUPS, STEPS = 8, 512, 4, 512
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-         "vocab": "tensor"}  # fmt: skip
+         "vocab": "tensor", "expert": "expert"}  # fmt: skip
+HEADS, CONTEXT = {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}
+# Sizes at which kernels and exchanges are the same and the rest compiles faster.
+NARROW = {"embed": 1024, "heads": 8, "kv_heads": 4, "mlp": 1024, "vocab_size": 8192}
+EXPERTS = NARROW | {"experts": 8, "experts_per_token": 2, "mlp": 512}
+PROGRAMS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "auto": (HEADS, {}),
+    "xla": (HEADS, {"attention": "xla"}),
+    "windowed": (HEADS, {"windows": (128, None)}),
+    "ring": (CONTEXT, NARROW | {"context": "ring"}),
+    "all_gather": (CONTEXT, NARROW | {"context": "all_gather"}),
+    "experts": ({"fsdp": 2, "expert": 2}, EXPERTS),
+}
 
 
-def mesh_of(target: str) -> Mesh:
+def mesh_of(target: str, sizes: dict[str, int]) -> Mesh:
     if target == "h100":
         text = Path(sharding.__file__).parent / "catalog" / "h100_target.txt"
         described = topologies.get_topology_desc(
@@ -43,19 +61,20 @@ def mesh_of(target: str) -> Mesh:
         )
     else:
         described = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    devices = np.asarray(described.devices[:4]).reshape(2, 2)
-    return Mesh(devices, ("fsdp", "tensor"))
+    return Mesh(np.asarray(described.devices[:4]).reshape(*sizes.values()), tuple(sizes))
 
 
-def compiled(mesh: Mesh, attention: str, **changes) -> dict:
+def compiled(mesh: Mesh, changes: dict[str, Any]) -> dict[str, Any]:
     model = dataclasses.replace(
-        named("llama3-8b", max_len=PROMPT + STEPS), layers=2, attention=attention, remat="full",
-        logit_chunk=128, **changes,
+        named("llama3-8b", max_len=PROMPT + STEPS), layers=2, remat="full", logit_chunk=128,
+        **changes,
     )  # fmt: skip
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0))))
+    batch = tuple(axis for axis in ("fsdp", "expert") if axis in mesh.shape)
     plan = sharding.Plan.from_rules(
-        logical_axes(params), mesh=dict(mesh.shape), rules=RULES, batch=("fsdp",)
-    )
+        logical_axes(params), mesh=dict(mesh.shape), batch=batch,
+        rules={name: axis for name, axis in RULES.items() if axis in mesh.shape},
+    )  # fmt: skip
     bound = plan.bind(list(mesh.devices.flat))
 
     def shapes(tree, found):
@@ -65,7 +84,7 @@ def compiled(mesh: Mesh, attention: str, **changes) -> dict:
         return jax.tree.unflatten(structure, laid)
 
     def data(*sizes, dtype=jnp.int32):
-        spec = NamedSharding(bound.mesh, PartitionSpec("fsdp"))
+        spec = NamedSharding(bound.mesh, PartitionSpec(batch))
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=spec)
 
     def step(params, prompts, tokens, mask):
@@ -87,15 +106,20 @@ def compiled(mesh: Mesh, attention: str, **changes) -> dict:
             data(*tokens.shape, dtype=jnp.bool_),
         ).compile()  # fmt: skip
     text = program.as_text()
+    # Those that the program asks for itself, and not the partitioner's.
+    asked = re.findall(r'= \S+ (?:all-|collective-|reduce-)\S+\(.*op_name="[^"]*/(\w+)"', text)
     return {
-        "splash": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
         "cudnn": text.count("__cudnn$fmha"),
+        "exchanges": sorted(set(asked) & {"ppermute", "all_gather", "all_to_all"}),
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 
 
 if __name__ == "__main__":
-    _mesh = mesh_of(sys.argv[1])
-    _found = {name: compiled(_mesh, name) for name in ("auto", "xla")}
-    _found["windowed"] = compiled(_mesh, "auto", windows=(128, None))
+    _target, *_names = sys.argv[1:]
+    _found = {}
+    for _name in _names:
+        _sizes, _changes = PROGRAMS[_name]
+        _found[_name] = compiled(mesh_of(_target, _sizes), _changes)
     print(json.dumps(_found))
