@@ -30,7 +30,26 @@ _MOST_NAMES = 8
 
 
 class CheckpointMismatch(ValueError):
-    """The files do not hold the tensors that `config.json` asks for; names them."""
+    """The files do not hold the tensors that `config.json` asks for.
+
+    The message names the first few of each kind.
+
+    Attributes:
+      missing: names of all tensors that are not there.
+      unknown: of those that nothing asks for.
+      wrong: of those of another shape, with what they are and what they should be.
+    """
+
+    def __init__(self, missing: list[str], unknown: list[str], wrong: list[str]) -> None:
+        self.missing, self.unknown, self.wrong = tuple(missing), tuple(unknown), tuple(wrong)
+        complaints = [
+            f"{what}: {_listed(names)}"
+            for what, names in (("missing", missing), ("unknown", unknown), ("wrong", wrong))
+            if names
+        ]
+        super().__init__(
+            "the tensors must be those that config.json describes; " + "; ".join(complaints)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +208,8 @@ def check_tensors(
         for name, shape in shapes.items()
         if name in files.names and files.shape(name) != shape
     ]
-    complaints = [
-        f"{what}: {_listed(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("wrong", differing))
-        if names
-    ]
-    if complaints:
-        raise CheckpointMismatch(
-            "the tensors must be those that config.json describes; " + "; ".join(complaints)
-        )
+    if missing or extra or differing:
+        raise CheckpointMismatch(missing, extra, differing)
 
 
 def _listed(names: list[str]) -> str:

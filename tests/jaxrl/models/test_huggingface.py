@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -29,7 +30,8 @@ from jaxrl.models.huggingface import (
     save_pretrained,
     with_adapter,
 )
-from jaxrl.models.huggingface.load import read_document
+from jaxrl.models.huggingface import load as load_module
+from jaxrl.models.huggingface.load import read_document, read_part
 from jaxrl.models.huggingface.names import Parameter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -69,8 +71,18 @@ def without(config: DecoderConfig) -> dict[str, DecoderConfig]:
     }  # fmt: skip
     changes = {name: {name: value} for name, value in off.items()}
     changes["windows"]["window_rope_theta"] = None
+    wider = tuple(None if w is None else w + 1 for w in config.windows)
+    changes["window_size"], changes["window_layers"] = (
+        {"windows": wider}, {"windows": config.windows[::-1]}
+    )  # fmt: skip
     changes["theta"] = {"rope_theta": 1e4}
     changes["eps"] = {"norm_eps": 0.1}
+    if config.rope_scaling.kind == "yarn":
+        plain = dataclasses.replace(config.rope_scaling, temperature=1.0)
+        changes["rope_temperature"] = {"rope_scaling": plain}
+    if config.rope_scaling.kind == "llama3":
+        narrower = dataclasses.replace(config.rope_scaling, low_freq_factor=3.0)
+        changes["rope_band"] = {"rope_scaling": narrower}
     if config.experts:
         changes["routing"] = {"normalise_routing": not config.normalise_routing}
         changes["fewer_experts"] = {"experts_per_token": config.experts_per_token - 1}
@@ -115,7 +127,7 @@ def test_the_golden_models_have_every_feature():
         seen |= set(without(golden(name)[0].config))
     everything = set(without(dataclasses.replace(golden("gemma2")[0].config, qk_norm=True)))
     everything |= {"rope_scaling", "attention_bias", "output_bias", "window_rope_theta", "routing",
-                   "fewer_experts", "tied"}  # fmt: skip
+                   "fewer_experts", "tied", "rope_temperature", "rope_band"}  # fmt: skip
     assert seen == everything
     kinds = {golden(name)[0].config.rope_scaling.kind for name in CASES}
     assert kinds == {"none", "linear", "llama3", "yarn"}
@@ -255,6 +267,39 @@ def test_loading_into_a_sharding_reads_each_part_once():
         np.testing.assert_array_equal(flat[path].get_value(), variable.get_value(), str(path))
 
 
+def test_no_more_is_read_than_is_kept_and_no_second_copy_is_held(monkeypatch, tmp_path):
+    config = DecoderConfig(
+        vocab_size=64, layers=6, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=256, max_len=8
+    )
+    params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
+    save_pretrained(tmp_path, config, params, dtype=jnp.float32, max_file_bytes=500_000)
+    del params
+    mesh, read = jax.make_mesh((8,), ("ways",)), []
+
+    def shardings(state):
+        def place(variable):
+            wide = [n % 8 == 0 and n > 8 for n in variable.get_value().shape]
+            spec = [None] * len(wide)
+            spec[wide.index(True)] = "ways"
+            return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
+
+        return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def counted(*args):
+        part = read_part(*args)
+        read.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(load_module, "read_part", counted)
+    whole = 4 * config.num_params
+    tracemalloc.start()  # NumPy tells it of its arrays; those on devices it does not see
+    load_pretrained(tmp_path, compute_dtype="float32", shardings=shardings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(read) == whole
+    assert peak < whole / 2
+
+
 SHAPES = {
     "out_in": (2, 6, 4, 3),
     "in_out": (2, 4, 3, 6),
@@ -302,8 +347,14 @@ def test_many_missing_tensors_are_counted(tmp_path):
     with copied("llama2", tmp_path) as (folder, tensors):
         for key in [k for k in tensors if "mlp" in k]:
             del tensors[key]
-    with pytest.raises(CheckpointMismatch, match="and 1 more"):
+    with pytest.raises(CheckpointMismatch, match="and 1 more") as caught:
         load_pretrained(folder)
+    assert set(caught.value.missing) == {
+        f"model.layers.{i}.mlp.{name}_proj.weight"
+        for i in range(3)
+        for name in ("gate", "up", "down")
+    }
+    assert caught.value.unknown == caught.value.wrong == ()
 
 
 def test_a_tied_head_that_is_written_a_second_time_is_no_error(tmp_path):
