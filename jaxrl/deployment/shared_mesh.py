@@ -25,6 +25,7 @@ from sharding import Cluster, Constraints, DoesNotFit
 
 AXES = ("data", "fsdp", "tensor")
 _OTHERS = {"context": 1, "expert": 1, "stage": 1}
+_ZERO = 3  # an FSDP axis divides parameters, and not the optimiser's state alone
 _EVERY = 10_000  # meshes: all
 _TIED = 1.02  # predicted times that differ by less than this are not told apart
 
@@ -94,7 +95,7 @@ def shared_mesh(
         )
     refused: DoesNotFit | None = None
     for degrees in _in_order(times, update):
-        pinned = dict(zip(AXES, degrees, strict=True)) | _OTHERS
+        pinned = dict(zip(AXES, degrees, strict=True)) | _OTHERS | {"zero": _ZERO}
         try:
             part = planned(learn, cluster, pinned=pinned)
         except DoesNotFit as error:
@@ -151,7 +152,7 @@ def _costs(program: Program, cluster: Cluster) -> dict[tuple[int, ...], _Cost]:
     plan = sharding.plan(
         program.step, program.args, cluster=cluster, state=program.state, data=program.data,
         donate=program.donate, top=_EVERY, tie_tolerance=0.0,
-        constraints=Constraints(pinned=_OTHERS, zero=(3,), memory_fraction=USABLE),
+        constraints=Constraints(pinned=_OTHERS, zero=(_ZERO,), memory_fraction=USABLE),
     )  # fmt: skip
     found: dict[tuple[int, ...], _Cost] = {}
     host = plan.breakdown.get("host", 0.0) if program.on_device else 0.0
