@@ -127,7 +127,8 @@ def test_the_golden_models_have_every_feature():
         seen |= set(without(golden(name)[0].config))
     everything = set(without(dataclasses.replace(golden("gemma2")[0].config, qk_norm=True)))
     everything |= {"rope_scaling", "attention_bias", "output_bias", "window_rope_theta", "routing",
-                   "fewer_experts", "tied", "rope_temperature", "rope_band"}  # fmt: skip
+                   "fewer_experts", "tied", "rope_temperature", "rope_band",
+                   "window_layers"}  # fmt: skip
     assert seen == everything
     kinds = {golden(name)[0].config.rope_scaling.kind for name in CASES}
     assert kinds == {"none", "linear", "llama3", "yarn"}
