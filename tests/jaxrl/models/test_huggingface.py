@@ -270,10 +270,10 @@ def test_loading_into_a_sharding_reads_each_part_once():
 
 def test_no_more_is_read_than_is_kept_and_no_second_copy_is_held(monkeypatch, tmp_path):
     config = DecoderConfig(
-        vocab_size=64, layers=6, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=256, max_len=8
+        vocab_size=64, layers=8, embed=128, heads=4, kv_heads=2, head_dim=32, mlp=1024, max_len=8
     )
     params = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
-    save_pretrained(tmp_path, config, params, dtype=jnp.float32, max_file_bytes=500_000)
+    save_pretrained(tmp_path, config, params, dtype=jnp.float32, max_file_bytes=4_000_000)
     del params
     mesh, read = jax.make_mesh((8,), ("ways",)), []
 
