@@ -293,12 +293,14 @@ def test_no_more_is_read_than_is_kept_and_no_second_copy_is_held(monkeypatch, tm
 
     monkeypatch.setattr(load_module, "read_part", counted)
     whole = 4 * config.num_params
-    tracemalloc.start()  # NumPy tells it of its arrays; those on devices it does not see
+    # NumPy tells it of its arrays. A CPU may keep the very part that was read as a device's own:
+    # that is the first copy of a parameter.
+    tracemalloc.start()
     load_pretrained(tmp_path, compute_dtype="float32", shardings=shardings)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(read) == whole
-    assert peak < whole / 2
+    assert peak < 1.5 * whole
 
 
 SHAPES = {
