@@ -3,7 +3,8 @@
 `plan` finds one for a function and a cluster, `simulate` costs one that somebody else made, and
 `train_step` makes a step whose inside a plan may change; `layers` writes layers so that it may
 reach them. `transformer` describes a decoder without code, which `plan` and `simulate` take, too.
-`profile` measures the machine that is here.
+`profile` measures the machine that is here. `fused` tells the planner what a
+kernel computes.
 """
 
 from sharding.compiled.compile_check import Report as Report
@@ -19,6 +20,8 @@ from sharding.paths import leaf_path as leaf_path
 from sharding.plan import BoundPlan as BoundPlan
 from sharding.plan import Plan as Plan
 from sharding.planner import plan as plan
+from sharding.programs.fused import fused as fused
+from sharding.programs.fused import planned_for as planned_for
 from sharding.programs.transformer import transformer as transformer
 from sharding.search.space import Constraints as Constraints
 from sharding.search.space import DoesNotFit as DoesNotFit

@@ -19,6 +19,7 @@ from sharding.execution.step_trace import trace_step
 from sharding.explain import Alternative
 from sharding.machines.topology import Cluster
 from sharding.plan import Plan
+from sharding.programs.fused import planning
 from sharding.programs.program import Program
 from sharding.search.candidate import TIE_TOLERANCE
 from sharding.search.pipeline import cut_layers
@@ -106,7 +107,8 @@ def plan(
                 "a description has no arguments: leave out args, fixed, state, data and donate"
             )
         return _described(step, where, constraints, calibration, top, tie_tolerance)
-    traced = trace_step(step, args, state=state, data=data)
+    with planning(where.platform):
+        traced = trace_step(step, args, state=state, data=data)
     allowed, notes = within_reach(step, traced, constraints)
     notes = [*where.warnings, *without_rule(traced), *notes]
     if where.is_mixed:

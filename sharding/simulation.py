@@ -17,6 +17,7 @@ from sharding.execution.step_trace import trace_step
 from sharding.explain import Prediction
 from sharding.machines.topology import AXES, Cluster
 from sharding.plan import Plan
+from sharding.programs.fused import planning
 from sharding.programs.program import Program
 from sharding.search.solver import Candidate, evaluate
 from sharding.tracing.arguments import abstract
@@ -68,7 +69,8 @@ def simulate(
     where = find_cluster(cluster)
     if isinstance(step, Program):
         return _described(step, args, mesh, shardings, where, remat, microbatches, calibration)
-    traced = trace_step(step, args, state=state, data=data)
+    with planning(where.platform):
+        traced = trace_step(step, args, state=state, data=data)
     specs = _given_specs(traced, args, shardings)
     uses = _uses(traced, mesh, specs)
     degrees: dict[str, Any] = dict.fromkeys(AXES, 1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AbstractMesh
 
+import sharding
+
 BATCH_AXES = ("data", "fsdp", "expert")
 HEAD_AXES = ("tensor",)
 SEQUENCE_AXES = ("context",)
@@ -83,9 +85,13 @@ def unknown_axes() -> tuple[str, ...]:
 def platform() -> str:
     """What the traced program is for: "tpu", "gpu" or "cpu".
 
-    The kind of device of the mesh in the context, which may be another machine's; the default
-    backend where there is no mesh or it is of nothing in particular.
+    While the planner traces, what it plans for. Else the kind of device of the mesh in the
+    context, which may be another machine's; the default backend where there is no mesh or it is of
+    nothing in particular.
     """
+    planned = sharding.planned_for()
+    if planned is not None:
+        return planned
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     named = jax.default_backend() if device is None else device.platform
     return "gpu" if named in ("cuda", "rocm") else named

@@ -1,8 +1,8 @@
 """Compiles a planned step for the machine that it was planned for, without that machine.
 
-The step is lowered here, for a mesh without devices, and compiled in a process of its own: the
-TPU compiler is one to a process and may end it. `python -m sharding.compiled.compile_check FOLDER`
-is that process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
+The step is lowered here, for a mesh without devices or of described ones, and compiled in a
+process of its own: the TPU compiler is one to a process and may end it. `python -m
+sharding.compiled.compile_check FOLDER` is that process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
 """
 
 import contextlib
@@ -41,6 +41,9 @@ _PLACES = re.compile(
 _HOST = (2, 2, 1)
 # Chips whose two cores the compiler takes for two devices unless it is told otherwise.
 _MEGACORE = ("v4",)
+# Calls of cuDNN's attention: forward, backward, and both with a mask.
+_CUDNN = tuple(f"__cudnn$fmha{bias}Softmax{back}" for bias in ("", "ScaleBias")
+               for back in ("", "Backward"))  # fmt: skip
 # What JAX calls them, and cores that work as one device: a step may ask the mesh that it is traced
 # under what it is for.
 _KINDS = {"v4": ("TPU v4", 2), "v5e": ("TPU v5 lite", 1), "v5p": ("TPU v5", 2),
@@ -155,7 +158,7 @@ def check(
     """
     platform = "cpu" if cluster.chip.name == "cpu" else _PLATFORMS[cluster.chip.kind]
     sizes = dict(execution.mesh.shape)
-    execution = replace(execution, mesh=abstract_mesh(sizes, cluster))
+    execution = replace(execution, mesh=_lowered_for(sizes, cluster, platform))
     lowered, text, donated = _lower(step, tuple(args), execution, platform, donate, roles)
     request = {
         "platform": platform,
@@ -250,12 +253,34 @@ def _lower(
     def flat(*leaves: Any) -> tuple[Any, ...]:
         return tuple(jax.tree.leaves(run(*jax.tree.unflatten(structure, leaves))))
 
-    jitted = jax.jit(flat, in_shardings=tuple(into), out_shardings=tuple(back))
+    # An argument that is not read lies on the devices all the same; dropped, it would come back
+    # without a sharding, and count whole.
+    jitted = jax.jit(flat, in_shardings=tuple(into), out_shardings=tuple(back), keep_unused=True)
     with jax.sharding.use_abstract_mesh(execution.mesh.abstract_mesh):
-        exported = jax.export.export(jitted, platforms=[platform])(*leaves)
+        exported = jax.export.export(
+            jitted, platforms=[platform],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(n) for n in _CUDNN],
+        )(*leaves)  # fmt: skip
     ends = np.cumsum([0, *(len(jax.tree.leaves(a)) for a in shapes)]).tolist()
     donated = [i for arg in donate for i in range(ends[arg], ends[arg + 1])]
     return bytes(exported.serialize()), _PLACES.sub("", exported.mlir_module()), donated
+
+
+def _lowered_for(sizes: Mapping[str, int], cluster: Cluster, platform: str) -> Mesh | AbstractMesh:
+    """The mesh that a step is lowered for: without devices, where that can be.
+
+    cuDNN's calls want devices when they are lowered. Those that the CUDA plugin describes do;
+    without the plugin the step is lowered with the compiler's own attention.
+    """
+    if platform == "cuda":
+        try:
+            found = topologies.get_topology_desc(platform=platform, **_topology(cluster, platform))
+        except RuntimeError:  # the plugin is not installed, which compiling says better
+            return abstract_mesh(sizes, cluster)
+        shape = tuple(sizes.values()) or (1,)
+        devices = np.asarray(found.devices[: product(shape)]).reshape(shape)
+        return Mesh(devices, tuple(sizes) or ("single",))
+    return abstract_mesh(sizes, cluster)
 
 
 def _environment(platform: str, devices: int) -> dict[str, str]:
@@ -341,8 +366,7 @@ def _compile(folder: Path) -> dict[str, Any]:
 def abstract_mesh(sizes: Mapping[str, int], cluster: Cluster | None = None) -> AbstractMesh:
     """A mesh without devices, which says of what kind they would be where a cluster is given.
 
-    Of GPUs it says CPU: cuDNN's calls cannot be lowered without devices, and the compiler's own
-    attention takes more memory and never less.
+    Of GPUs it says CPU: cuDNN's calls cannot be lowered without devices; see `_lowered_for`.
     """
     device = None
     if cluster is not None:

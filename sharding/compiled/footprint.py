@@ -18,6 +18,7 @@ from sharding.compiled.liveness import Peak, fusion_of, peak
 from sharding.compiled.partition import partition, partitioner_of
 from sharding.execution.execute import Execution, leaf_specs, rewritten
 from sharding.machines.topology import Cluster
+from sharding.programs.fused import planning
 from sharding.tracing.dims import product
 
 
@@ -56,9 +57,10 @@ def footprint(
       **roles: `state` and `data` of `sharding.plan`.
     """
     shapes = jax.eval_shape(lambda *a: a, *args)
-    run = rewritten(step, shapes, execution, **roles)
-    traced = computation(run, shapes)
-    results = jax.eval_shape(run, *shapes)
+    with planning(cluster.platform):
+        run = rewritten(step, shapes, execution, **roles)
+        traced = computation(run, shapes)
+        results = jax.eval_shape(run, *shapes)
     mesh = dict(execution.mesh.shape)
     if execution.offload == "optimizer":
         for i in donated_leaves(args, (1,)):

@@ -21,9 +21,10 @@ from typing import Any
 
 from sharding.compiled.computation import Array, Computation, Instruction, Move, Spec
 from sharding.machines.topology import Cluster
+from sharding.programs.fused import FUSED
 from sharding.tracing.dims import DimensionGraph
 from sharding.tracing.rules import Applied, opaque, rule_for, rule_kind
-from sharding.tracing.walk import scan_counts
+from sharding.tracing.walk import applied_kernel, scan_counts
 
 # Operations whose weights are not gathered: rows of them are looked up or added to.
 _SCATTERS = frozenset(["scatter", "scatter-add", "scatter_add"])
@@ -245,6 +246,9 @@ class _Flow:
         for array, axes in operands:
             if array.spec is not None and array.is_weight and not is_lookup:
                 self._claim(graph, axes, array.spec, held, taken)
+        if instruction.name == FUSED.name:  # nobody exchanges anything within a kernel
+            inside = {atom for axis in applied.contracted for atom in graph.atoms(axis)}
+            held = {atom: names for atom, names in held.items() if atom not in inside}
         free = all(a.spec is None or not a.shape for a, _ in operands)
         for array, axes in operands:
             needed = self._spec(graph, axes, held)
@@ -565,5 +569,7 @@ def _apply(instruction: Instruction) -> tuple[DimensionGraph, list[tuple[int, ..
     """The operation's rule on a graph of its own."""
     graph = DimensionGraph()
     ins = [graph.array(array.shape) for array in instruction.ins]
+    if instruction.name == FUSED.name:
+        return graph, ins, applied_kernel(graph, instruction.eqn, ins)
     rule = rule_for(instruction.name) or opaque
     return graph, ins, rule(graph, instruction.eqn, ins)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.machines.torus import AXES, Torus, assign, factorings
+from sharding.programs.fused import Platform
 
 # What a file holds that describes a cluster.
 _FIELDS = {"name", "chip", "shape", "slices", "nodes", "bandwidth", "measured"}
@@ -145,6 +146,13 @@ class Cluster:
     def is_torus(self) -> bool:
         """Whether chips are wired as a torus."""
         return self.chip.kind == "torus"
+
+    @property
+    def platform(self) -> Platform:
+        """What JAX calls its kind of device."""
+        if self.chip.name == "cpu":
+            return "cpu"
+        return "tpu" if self.is_torus else "gpu"
 
     @property
     def node_size(self) -> int:

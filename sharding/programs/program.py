@@ -29,8 +29,8 @@ import numpy as np
 
 Role = Literal["param", "state", "data", "activation", "output"]
 Kind = Literal[
-    "dot", "grouped_dot", "attention", "elementwise", "reduce", "gather", "scatter", "sort",
-    "route", "opaque",
+    "dot", "grouped_dot", "attention", "kernel", "elementwise", "reduce", "gather", "scatter",
+    "sort", "route", "opaque",
 ]  # fmt: skip
 Parallelism = Literal["data", "context", "tensor", "expert"]
 
@@ -77,9 +77,10 @@ class Op:
       precision: rate of the matrix unit at which it runs ("bf16", "fp8", "fp4", "fp32"); ""
         means bf16.
       kind: "dot" (any contraction; runs on the matrix unit), "grouped_dot" (rows sorted by
-        expert times the weights of their expert), "attention" (fused, never materialises the
-        scores; operands q, k, v), "elementwise", "reduce", "gather", "scatter", "sort", "route"
-        (rows to the holders of their experts, or back), "opaque" (no rule: runs replicated).
+        expert times the weights of their expert), "attention" (products and what is between them
+        in one kernel, which never materialises the scores), "kernel" (one without products),
+        "elementwise", "reduce", "gather", "scatter", "sort", "route" (rows to the holders of
+        their experts, or back), "opaque" (no rule: runs replicated).
       inputs: names of tensors read.
       outputs: names of tensors written.
       contracted: dimensions summed over.

@@ -185,6 +185,8 @@ class _Builder:
                 residuals=(*self._read_backward(record.ins[:2], (), stretch), *outs),
             )
         inputs = tuple(dict.fromkeys(self.tensor(v) for v in record.ins if v.axes))
+        if kind == "attention":
+            return self._attention(record, inputs, outs, stretch)
         contracted = self.dims(record.applied.contracted) if kind == "gather" else ()
         residuals = self._read_backward(record.ins, record.outs, stretch)
         return Op(
@@ -194,6 +196,27 @@ class _Builder:
             contracted=contracted,
             work=1.0,
             residuals=residuals,
+        )
+
+    def _attention(
+        self, record: Record, inputs: tuple[str, ...], outs: tuple[str, ...], stretch: Stretch
+    ) -> Op:
+        """A kernel with products: work for every point of arguments and results together."""
+        space = dict.fromkeys(d for n in (*inputs, *outs) for d in self.tensors[n].dims)
+        for last in self.tensors[outs[0]].dims[-1:]:  # the width of a head, which is padded
+            del space[last]
+            space[last] = None
+        size = product(self.sizes[d] for d in space)
+        return Op(
+            kind="attention",
+            inputs=inputs,
+            outputs=outs,
+            contracted=self.dims(record.applied.contracted),
+            work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
+            space=tuple(space),
+            fraction=record.applied.computed,
+            name="attention",
+            residuals=self._read_backward((*record.ins, *record.outs), (), stretch),
         )
 
     def _read_backward(

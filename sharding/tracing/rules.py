@@ -29,6 +29,7 @@ class Applied:
         cumulative sum): to divide them would need more than the collectives that are counted.
       cut: dimensions of which a part is taken: where they are divided, the part has to move.
       flops: of the whole, undivided operation.
+      computed: share of these that a kernel computes (`sharding.fused`).
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Applied:
     mixed: Axes = ()
     cut: Axes = ()
     flops: float = 0.0
+    computed: float = 1.0
 
 
 Rule = Callable[[DimensionGraph, Any, Sequence[Axes]], Applied]

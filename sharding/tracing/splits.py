@@ -7,7 +7,7 @@ the optimum is Megatron's (arXiv:1909.08053): heads, the hidden width, the vocab
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,13 +58,11 @@ class Products:
 
     def __init__(self, graph: DimensionGraph, stretches: Sequence[Stretch]) -> None:
         self.graph = graph
-        self.cuts: list[Record] = [
-            record for stretch in stretches for record in stretch.records if record.applied.cut
-        ]
+        done = list(_operations(stretches))
+        self.cuts: list[Record] = [record for record, _ in done if record.applied.cut]
         self.records: list[tuple[Record, float]] = [
-            (record, record.applied.flops * stretch.repeat)
-            for stretch in stretches
-            for record in stretch.records
+            (record, record.applied.flops * repeat)
+            for record, repeat in done
             if record.applied.kind in ("dot", "grouped_dot")
         ]
 
@@ -79,6 +77,14 @@ class Products:
     def size(self, value: Value) -> int:
         """Elements of an array."""
         return product(self.graph.size(axis) for axis in value.axes)
+
+
+def _operations(stretches: Iterable[Stretch], repeat: int = 1) -> Iterator[tuple[Record, int]]:
+    """Operations and how often each runs, those of kernels among them."""
+    for stretch in stretches:
+        for record in stretch.records:
+            yield record, repeat * stretch.repeat
+            yield from _operations(record.inner, repeat * stretch.repeat)
 
 
 def find_splits(

@@ -339,7 +339,7 @@ def _product_flops(walk: Walk) -> float:
         record.applied.flops * stretch.repeat
         for stretch in walk.stretches
         for record in stretch.records
-        if record.applied.kind in ("dot", "grouped_dot")
+        if record.applied.kind in ("dot", "grouped_dot", "attention")
     )
 
 

@@ -4,13 +4,15 @@ Calls, checkpoints and custom derivatives are entered; a `scan` over stacked par
 block that repeats, any other loop an extra dimension of everything that varies in it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jax.extend import core
 
-from sharding.tracing.dims import DimensionGraph
+from sharding.programs.fused import FUSED
+from sharding.tracing.dims import DimensionGraph, product
 from sharding.tracing.rules import Applied, Axes, opaque, rule_for
 
 Role = Literal["param", "optimizer", "state", "data", "activation"]
@@ -108,13 +110,14 @@ Notes = tuple[Note, ...]
 
 @dataclass(frozen=True)
 class Record:
-    """One operation of the walk."""
+    """One operation of the walk; of a kernel (`sharding.fused`), `inner` is what it computes."""
 
     primitive: str
     applied: Applied
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
     loop: Axes = ()
+    inner: "tuple[Stretch, ...]" = ()
 
 
 @dataclass
@@ -202,6 +205,8 @@ class Walk:
             return self._while(eqn, ins)
         if name == "cond":
             return self._cond(eqn, ins)
+        if name == FUSED.name:
+            return self._kernel(eqn, ins)
         rule = rule_for(name)
         if rule is None:
             self.unknown[name] = self.unknown.get(name, 0) + 1
@@ -244,6 +249,57 @@ class Walk:
         if isinstance(body, core.ClosedJaxpr):
             return self.run(body.jaxpr, body.consts, ins)
         return self.run(body, (), ins)
+
+    def _kernel(self, eqn: Any, ins: list[Value]) -> list[Value]:
+        """What a kernel computes is walked, and comes to one operation."""
+        body, around = eqn.params["jaxpr"], self.stretches
+        self.stretches = [Stretch(repeat=1)]
+        results = self.run(body.jaxpr, body.consts, ins)
+        inner, self.stretches = tuple(self.stretches), around
+        applied = self._as_one(ins, results, inner, eqn.params["computed"])
+        outs = [
+            Value(axes, _dtype(var.aval), loop=self._loop)
+            for var, axes in zip(eqn.outvars, applied.outs, strict=True)
+        ]
+        record = Record(FUSED.name, applied, tuple(ins), tuple(outs), self._loop, inner)
+        self.stretches[-1].records.append(record)
+        return outs
+
+    def _as_one(
+        self,
+        ins: Sequence[Value],
+        outs: Sequence[Value],
+        inner: Sequence[Stretch],
+        computed: float,
+    ) -> Applied:
+        """What of a kernel's operations is seen from outside.
+
+        It sums over a dimension of its arguments that its results do not have.
+        """
+        around = len(self._loop)
+        done = [(s.repeat, r) for s in inner for r in s.records]
+        products = [(n, r) for n, r in done if r.applied.kind in ("dot", "grouped_dot")]
+        given, left = (
+            {atom for v in values for axis in v.axes for atom in self.graph.atoms(axis)}
+            for values in (ins, outs)
+        )
+        summed = {
+            axis: None
+            for _, record in done
+            for axis in record.applied.contracted
+            if (atoms := set(self.graph.atoms(axis))) <= given and not atoms & left
+        }
+        return Applied(
+            kind="attention" if products else "kernel",
+            outs=tuple(value.axes for value in outs),
+            contracted=tuple(summed),
+            mixed=tuple(axis for _, record in done for axis in record.applied.mixed),
+            computed=computed,
+            flops=math.fsum(
+                n * r.applied.flops * product(self.graph.size(axis) for axis in r.loop[around:])
+                for n, r in products
+            ),
+        )
 
     def _scan(self, eqn: Any, ins: list[Value]) -> list[Value]:
         params = eqn.params
@@ -318,6 +374,14 @@ class Walk:
     def _unite(self, a: Axes, b: Axes) -> None:
         for x, y in zip(a, b, strict=True):
             self.graph.union(x, y)
+
+
+def applied_kernel(graph: DimensionGraph, eqn: Any, ins: Sequence[Axes]) -> Applied:
+    """The rule of a kernel (`sharding.fused`): that of what it computes."""
+    values = [Value(axes, _dtype(var.aval)) for axes, var in zip(ins, eqn.invars, strict=True)]
+    walk = Walk(graph)
+    walk._kernel(eqn, values)
+    return walk.stretches[-1].records[-1].applied
 
 
 def _dtype(aval: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+import sharding
 from jaxrl.models.attention import context, cudnn, plain, splash
 from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores, Window
@@ -120,7 +121,8 @@ class Attention:
         if wanted == "auto":
             wanted = _OF_PLATFORM.get(platform(), "xla")
             alone = Layout.current() is None and not unknown_axes()
-            if wanted != "xla" and alone and jax.device_count() > 1:
+            here = sharding.planned_for() is None
+            if wanted != "xla" and here and alone and jax.device_count() > 1:
                 return _instead_of(wanted, _NO_MESH)
         if wanted != "xla" and unknown_axes():
             return _instead_of(
@@ -149,6 +151,8 @@ class Attention:
         kinds = tuple(dict.fromkeys(self.windows)) or (None,)
         if len(kinds) == 1:
             return run(kinds[0])
+        if sharding.planned_for() is not None:  # of branches it counts all; a layer takes one
+            return run(max(kinds, key=lambda w: UNLIMITED if w is None else w))
         numbers = jnp.asarray([UNLIMITED if w is None else w for w in kinds], jnp.int32)
         place = jnp.argmax(numbers == window)
         return jax.lax.switch(place, [functools.partial(run, w) for w in kinds])

@@ -8,17 +8,23 @@ prompt are repeated for the time of a layer; the scores, which grow with the squ
 never are in memory.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+import sharding
+from jaxrl.models.attention import planned
 from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores
 from jaxrl.models.cache import KeyValue
 
-_MULTIPLE = 8  # of columns
+_MULTIPLE = 8  # of columns, and of a head's width
+_WIDEST = 256  # head
+_TILE = 128  # rows and columns of scores that a thread block holds
+_HIDDEN = -1e9
 
 
 def obstacle(
@@ -27,6 +33,8 @@ def obstacle(
     """Why cuDNN cannot compute this attention and its gradient; "" if it can."""
     if rule.softcap is not None:
         return "cuDNN has no soft cap"
+    if sharding.planned_for() is not None:  # cuDNN is not here to be asked
+        return _limits(query)
 
     def loss(query, kv):
         segments = jnp.ones(query.shape[:2], jnp.int32)
@@ -37,6 +45,15 @@ def obstacle(
         jax.eval_shape(jax.grad(loss, argnums=(0, 1)), query, kv)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return f"cuDNN refuses: {error}"
+    return ""
+
+
+def _limits(query: Float[Array, "N S Q d"]) -> str:
+    """What cuDNN 9 takes on Hopper and later, by the checks of JAX's call; "" if this is it."""
+    if query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"cuDNN takes float16 and bfloat16, not {query.dtype}"
+    if query.shape[-1] > _WIDEST or query.shape[-1] % _MULTIPLE:
+        return f"cuDNN takes heads up to {_WIDEST} in multiples of {_MULTIPLE}: {query.shape[-1]}"
     return ""
 
 
@@ -62,22 +79,61 @@ def attend(
         row; without, what is real of a row stands together, and no mask is made.
       implementation: "xla" runs the same call without cuDNN.
     """
-    options = {"scale": rule.scale, "implementation": implementation}
+    if sharding.planned_for() is None:
+        run = partial(jax.nn.dot_product_attention, implementation=implementation)
+    else:
+        run = _read_by_planner
     if packed:
         size = query.shape[1]
         query, kv, segments = jax.tree.map(_even, (query, kv, segments))
         columns = jnp.arange(query.shape[1])
         visible = pattern.visible(columns[:, None], columns[None])
         same = (segments[:, :, None] == segments[:, None]) & visible[None]
-        return jax.nn.dot_product_attention(query, *kv, mask=same[:, None], **options)[:, :size]
+        return run(query, *kv, mask=same[:, None], scale=rule.scale)[:, :size]
     rows = _Sequences.of(pattern, segments)
     lengths = rows.lengths
-    out = jax.nn.dot_product_attention(
+    out = run(
         rows.apart(query), rows.apart(kv.key), rows.apart(kv.value), is_causal=True,
-        query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-        local_window_size=None if pattern.window is None else (pattern.window - 1, 0), **options,
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths, scale=rule.scale,
+        local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
     )  # fmt: skip
     return rows.joined(out)
+
+
+def _read_by_planner(
+    query: Float[Array, "M W Q d"],
+    key: Float[Array, "M W K d"],
+    value: Float[Array, "M W K d"],
+    *,
+    scale: float | None,
+    mask: Bool[Array, "M 1 W W"] | None = None,
+    query_seq_lengths: Int32[Array, " M"] | None = None,
+    local_window_size: tuple[int, int] | None = None,
+    **_: Any,
+) -> Float[Array, "M W Q d"]:
+    """The call of `jax.nn.dot_product_attention` as the planner reads it."""
+    size = query.shape[1]
+    window = None if local_window_size is None else local_window_size[0] + 1
+    pattern = Pattern(prompt=size, window=window)
+
+    def in_length(lengths: Int32[Array, " M"]) -> Bool[Array, "M W W"]:
+        columns = jnp.arange(size)
+        seen = pattern.visible(columns[:, None], columns[None])[None]
+        return seen & (columns[None, None] < lengths[:, None, None])
+
+    def in_mask(bias: Float[Array, "M 1 W W"]) -> Bool[Array, "M W W"]:
+        return bias[:, 0] == 0
+
+    of_mask = mask is not None
+    kernel = planned.Kernel(
+        visible=in_mask if of_mask else in_length, softcap=None,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        heads_first=False, statistics=1, kernels_backward=1,
+        computed=1.0 if of_mask else planned.computed_share(pattern, size, _TILE),
+    )  # fmt: skip
+    # JAX hands a mask to cuDNN as what is added to the scores, in the type of the queries.
+    masking = jnp.where(mask, 0, _HIDDEN).astype(query.dtype) if of_mask else query_seq_lengths
+    return planned.attend(kernel, query, key, value, masking)
 
 
 def _even(x: Any) -> Any:

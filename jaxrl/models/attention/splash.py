@@ -5,7 +5,9 @@ The whole row of a prompt and its completions is one call, whose mask is known b
 in `jax.experimental.pallas.ops.tpu.splash_attention`; see arXiv:2205.14135 for the algorithm.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+import sharding
+from jaxrl.models.attention import planned
 from jaxrl.models.attention.pattern import Pattern
 from jaxrl.models.attention.plain import Scores
 from jaxrl.models.cache import KeyValue
@@ -48,10 +52,27 @@ def attend(
     aligned = _Aligned.of(pattern, query.shape[1])
     ids = aligned.widened(segments)
     mask = _PatternMask(aligned.pattern, aligned.size)
-    run = _kernel(mask, query.shape[2], aligned.block, rule=rule, interpret=interpret)
+    if sharding.planned_for() is None:
+        run = _kernel(mask, query.shape[2], aligned.block, rule=rule, interpret=interpret)
+        each = jax.vmap(run)
+    else:
+        each = partial(planned.attend, _read_by_planner(aligned, rule))
     wide = KeyValue(aligned.widened(kv.key), aligned.widened(kv.value))
-    out = _run(run, aligned.widened(query), wide, kernel.SegmentIds(ids, ids), rule)
+    out = _run(each, aligned.widened(query), wide, kernel.SegmentIds(ids, ids), rule)
     return aligned.narrowed(out)
+
+
+def _read_by_planner(aligned: "_Aligned", rule: Scores) -> planned.Kernel:
+    def visible(ids: kernel.SegmentIds) -> Bool[Array, "N W W"]:
+        columns = jnp.arange(aligned.size)
+        same = ids.q[:, :, None] == ids.kv[:, None]
+        return same & aligned.pattern.visible(columns[:, None], columns[None])[None]
+
+    return planned.Kernel(
+        visible=visible, softcap=rule.softcap, scale=1.0, heads_first=True, statistics=LANES,
+        kernels_backward=2,
+        computed=planned.computed_share(aligned.pattern, aligned.size, aligned.block),
+    )  # fmt: skip
 
 
 def divided(
@@ -111,7 +132,7 @@ def attend_part(
 
     ids = kernel.SegmentIds(widened(segments), gathered(segments))
     everything = KeyValue(gathered(kv.key), gathered(kv.value))
-    return _run(run, widened(query), everything, ids, rule)[:, :size]
+    return _run(jax.vmap(run), widened(query), everything, ids, rule)[:, :size]
 
 
 def _kernel(
@@ -128,7 +149,7 @@ def _kernel(
 
 
 def _run(
-    run: kernel.SplashAttentionKernel,
+    run: Callable[..., Any],
     query: Float[Array, "n s Q d"],
     kv: KeyValue,
     ids: kernel.SegmentIds,
@@ -144,7 +165,7 @@ def _run(
         return jnp.swapaxes(x, 1, 2)
 
     rows = prepared(query * jnp.asarray(scale, query.dtype)), prepared(kv.key), prepared(kv.value)
-    out: Any = jax.vmap(run)(*rows, ids)
+    out = run(*rows, ids)
     return jnp.swapaxes(out, 1, 2)[..., :head_dim]
 
 
