@@ -2,7 +2,8 @@
 
 The step is lowered here, for a mesh without devices or of described ones, and compiled in a
 process of its own: the TPU compiler is one to a process and may end it. `python -m
-sharding.compiled.compile_check FOLDER` is that process. Needs the `aot` extra for TPUs, and for GPUs the CUDA plugin of JAX.
+sharding.compiled.compile_check FOLDER` is that process. Needs the `aot` extra for TPUs, and for
+GPUs the CUDA plugin of JAX.
 """
 
 import contextlib
