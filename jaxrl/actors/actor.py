@@ -33,8 +33,9 @@ class ActorConfig:
     """How an actor waits.
 
     Attributes:
-      poll_s: seconds between two looks for new weights; more where a look takes long, as at an
-        object store: looking takes at most a tenth of the time.
+      poll_s: seconds between two looks for new weights; more where looks take long and find
+        nothing, as at an object store: an actor that is busy spends at most a tenth of its time on
+        them. One that waits for weights looks at once, and then every `poll_s`.
       patience_s: the longest wait for the version that an item needs.
     """
 
@@ -45,7 +46,7 @@ class ActorConfig:
         """Seconds until the next look for new weights.
 
         Args:
-          look_s: that the last one took.
+          look_s: that the last one took, if it was for nothing and nobody waits; else 0.
           after_s: the pause before it, where it failed; None: it did not.
 
         >>> config = ActorConfig(poll_s=0.05)
@@ -94,7 +95,8 @@ class Actor:
         self._collector, self._scorer, self._prompts = collector, scorer, prompts
         self._reference, self._subscriber = reference, subscriber
         self._config, self._close = config or ActorConfig(), close
-        self._stop, self._news = threading.Event(), threading.Event()
+        self._stop, self._news, self._look = (threading.Event() for _ in range(3))
+        self._awaited = False  # the actor has nothing to do until there are newer weights
         self._fetcher = threading.Thread(target=self._fetch, name=f"{name}-sync", daemon=True)
         self._failure: Exception | None = None
         self._scoring = threading.Lock()
@@ -119,6 +121,7 @@ class Actor:
         """Ends a wait for weights, from any thread: `write` then raises `Interrupted`."""
         self._stop.set()
         self._news.set()
+        self._look.set()
 
     @property
     def version(self) -> int:
@@ -175,6 +178,7 @@ class Actor:
                 self._subscriber.flip()
             now = time.monotonic()
             if self.version >= max(wanted, 0):
+                self._awaited = False
                 return
             if self._failure is not None:
                 raise self._failure
@@ -186,17 +190,25 @@ class Actor:
                     f"{self.version} after {now - begun:.0f} s: does the learner publish to the "
                     "store that this actor reads? (patience_s sets how long it waits)"
                 )
+            if not self._awaited:
+                self._awaited = True
+                self._look.set()
             self._news.wait(self._config.poll_s)
 
     def _fetch(self) -> None:
         """In the background: keeps the next weights ready beside those that serve."""
         try:
             pause_s = self._config.poll_s
-            while not self._stop.wait(pause_s):
+            while True:
+                self._look.wait(pause_s)
+                self._look.clear()
+                if self._stop.is_set():
+                    return
                 began = time.perf_counter()
-                if self._subscriber.prepare():
+                found = self._subscriber.prepare()
+                look_s = 0.0 if found or self._awaited else time.perf_counter() - began
+                if found:
                     self._news.set()
-                look_s = time.perf_counter() - began
                 troubled = self._subscriber.problem is not None
                 pause_s = self._config.pause_s(look_s, after_s=pause_s if troubled else None)
         except Exception as error:  # what may pass by itself the subscriber tries again itself

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from jaxrl.actors.wire import item_from_json, result_to_wire
 from jaxrl.actors.work import AbstractActor, Build, Score, WorkItem
@@ -71,7 +71,10 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
 
     The learner has at most two in hand here, and asks for the second when the first is written.
     """
-    with ThreadPoolExecutor(2, thread_name_prefix="score") as scoring:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writing,
+        ThreadPoolExecutor(2, thread_name_prefix="score") as scoring,
+    ):
         answers: list[Future[None]] = []
         while True:
             while not connection.wait(_LOOK_S):
@@ -81,8 +84,11 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
             if "bye" in header:
                 return
             item = item_from_json(header["item"])
-            with _reported(connection, item):
-                score = actor.write(item)
+            written = writing.submit(_write, connection, actor, item)
+            if _bids_farewell(connection, written):
+                actor.interrupt()  # it may wait for weights that nobody will publish any more
+                return
+            score = written.result()
             try:
                 connection.send({"item": item.id, "written": True}, b"")
             except ConnectionBroken:
@@ -90,6 +96,31 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
                     return
                 raise
             answers.append(scoring.submit(_answer, connection, item, score))
+
+
+def _write(connection: Connection, actor: AbstractActor, item: WorkItem) -> Score:
+    with _reported(connection, item):
+        return actor.write(item)
+
+
+def _bids_farewell(connection: Connection, written: Future[Score]) -> bool:
+    """Whether the learner ends before an item is written.
+
+    Raises:
+      ConnectionBroken: it is lost, which is told when the item is written: it may come back.
+      Exception: what the actor raised meanwhile.
+    """
+    while not written.done():
+        wait([written], _LOOK_S)
+        if written.done():
+            break
+        try:
+            if connection.wait(0.0):  # it asks for nothing else before it has this item
+                return "bye" in connection.receive()[0]
+        except ConnectionBroken:
+            written.result()
+            raise
+    return False
 
 
 def _answer(connection: Connection, item: WorkItem, score: Score) -> None:

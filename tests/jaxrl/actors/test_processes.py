@@ -5,13 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxrl.actors import Factory, NoActorsLeft, PoolConfig, Processes
+from jaxrl.actors import Factory, Interrupted, NoActorsLeft, PoolConfig, Processes
+from jaxrl.actors.remote import serve
+from jaxrl.actors.wire import item_to_json
 from jaxrl.sync import Refused
 from jaxrl.sync.connection import Connection
 
@@ -178,3 +182,44 @@ def test_what_must_be_given_is_asked_for():
         Factory(target="module.function")
     with pytest.raises(ValueError, match="at least 16 bytes"):
         Processes(0, secret="short")
+
+
+class Waiting:
+    """An actor that waits for weights until somebody interrupts it."""
+
+    def __init__(self):
+        self.writing, self.interrupted = threading.Event(), threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def interrupt(self):
+        self.interrupted.set()
+
+    def write(self, item):
+        self.writing.set()
+        assert self.interrupted.wait(100)
+        raise Interrupted("told to stop")
+
+
+def test_an_actor_that_waits_for_weights_hears_that_its_learner_has_ended(make_item):
+    """Nobody will publish them: it must not wait for as long as its patience lasts."""
+    actor, secret = Waiting(), "0" * 32
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        served = beside.submit(
+            serve, lambda name: actor, name="far", learner=address, secret=secret, patience_s=100.0
+        )
+        with Connection(listener.accept()[0], secret, "server") as learner:
+            assert learner.receive()[0]["hello"] == "far"
+            learner.send({"item": item_to_json(make_item(1))}, b"")
+            assert actor.writing.wait(100)
+            learner.send({"bye": True}, b"")
+        served.result(100)
+    assert actor.interrupted.is_set()
