@@ -159,7 +159,7 @@ def test_actors_get_a_folder_that_means_the_same_everywhere(tmp_path, monkeypatc
 def test_an_actor_closes_its_connections_to_the_store(monkeypatch):
     monkeypatch.setenv("JAXRL_SECRET", "s" * 32)
     closed = []
-    monkeypatch.setattr(TcpStore, "close", closed.append)
+    monkeypatch.setattr(TcpStore, "close", lambda store: closed.append(store))
     with (
         StoreServer(MemoryStore(), secret="s" * 32) as server,
         launch.build("a", weights=server.address),
