@@ -188,7 +188,7 @@ def test_adapters_are_trained_by_several_processes(tmp_path, pretrained_folder, 
         for name in set(wanted["rloo", step]) - {"time_s", "stage"}:
             value = wanted["rloo", step][name]
             assert found["rloo", step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-    assert wanted["rloo", 2]["kl"] > 1e-4  # the first step has moved the adapters
+    assert abs(wanted["rloo", 2]["kl"]) > 1e-4  # the first step has moved the adapters
     assert found["rloo", 3]["sampler_gap"] < 1e-3  # they write with the weights that they train
 
     base = load_pretrained(pretrained_folder, compute_dtype="float32")
