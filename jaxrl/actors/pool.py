@@ -35,7 +35,7 @@ class _Life:
         """Notes a failure before anybody else may have a turn."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # an actor may fail in any way; it is raised again
             self.failures.append(error)
             raise
 

@@ -135,7 +135,7 @@ def _reported(connection: Connection, item: WorkItem) -> Iterator[None]:
     """Whatever goes wrong, the pool learns it before this process ends."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it was; it is raised again
         failed = {"item": item.id, "failed": f"{type(error).__name__}: {error}"}
         with contextlib.suppress(ConnectionBroken):
             connection.send(failed, b"")
