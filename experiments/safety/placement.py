@@ -26,10 +26,11 @@ def mesh_of(text: str) -> dict[str, int]:
     """Axes and sizes of a mesh; {} is one device without a mesh.
 
     What "auto" and "planned" stand for is written out by `planned_mesh.with_mesh` where a run
-    begins; an "auto" that still stands is one device.
+    begins; an "auto" that still stands in a single process is one device.
 
     Raises:
-      ValueError: an unknown axis, a size that is none, or more or fewer devices than there are.
+      ValueError: "planned", or "auto" in several processes, still stands; an unknown axis, a size
+        that is none, or more or fewer devices than there are.
 
     >>> mesh_of("fsdp=4,tensor=2")
     {'fsdp': 4, 'tensor': 2}

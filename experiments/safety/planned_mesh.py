@@ -31,12 +31,12 @@ def with_mesh(config: SafetyConfig, note: Callable[[str], None]) -> SafetyConfig
       sharding.DoesNotFit: on no mesh the run is predicted to fit into the devices' memory.
       ValueError: "planned", and no mesh divides batches and model, or the planner does not know
         these devices.
+      jaxrl.processes.LeaderStopped: in the other processes, where the first raised one of these.
     """
-    there = jax.device_count()
-    alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
     if config.mesh not in ("auto", "planned"):
         return config
-    if there == 1 or (config.mesh == "auto" and alone):
+    alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    if jax.device_count() == 1 or (config.mesh == "auto" and alone):
         return replace(config, mesh="data=1")
     text, said = processes.from_leader(lambda: _planned(config))
     note(said)

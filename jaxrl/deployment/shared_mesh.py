@@ -93,13 +93,13 @@ def shared_mesh(
             f"no mesh of {cluster.device_count} devices divides every batch of the run and the "
             "model; choose batches that are multiples of the devices, or name a mesh"
         )
-    refused: DoesNotFit | None = None
+    refused: list[DoesNotFit] = []
     for degrees in _in_order(times, update):
         pinned = dict(zip(AXES, degrees, strict=True)) | _OTHERS | {"zero": _ZERO}
         try:
             part = planned(learn, cluster, pinned=pinned)
         except DoesNotFit as error:
-            refused = refused or error
+            refused.append(error)
             continue
         needed = max(part.memory_bytes, part.resident_bytes + writing[degrees].memory_bytes)
         limit = USABLE * cluster.memory_bytes
@@ -109,13 +109,14 @@ def shared_mesh(
                 update_s=part.step_s, generation_s=tokens * writing[degrees].step_s,
                 memory_bytes=needed, considered=len(times),
             )  # fmt: skip
-        refused = refused or DoesNotFit(
-            f"{learn.name} and generation on {cluster.name} need {needed / 1e9:.1f} GB a device of "
-            f"{limit / 1e9:.1f} GB usable",
-            needed, limit,
+        refused.append(
+            DoesNotFit(
+                f"{learn.name} and generation on {cluster.name} need {needed / 1e9:.1f} GB a "
+                f"device of {limit / 1e9:.1f} GB usable",
+                needed, limit,
+            )
         )  # fmt: skip
-    assert refused is not None
-    raise refused
+    raise min(refused, key=lambda error: error.shortfall_bytes)
 
 
 def learning(workload: Workload) -> Program:

@@ -107,11 +107,13 @@ def _read_by_planner(
     *,
     scale: float | None,
     mask: Bool[Array, "M 1 W W"] | None = None,
+    is_causal: bool = False,
     query_seq_lengths: Int32[Array, " M"] | None = None,
+    key_value_seq_lengths: Int32[Array, " M"] | None = None,
     local_window_size: tuple[int, int] | None = None,
-    **_: Any,
 ) -> Float[Array, "M W Q d"]:
-    """The call of `jax.nn.dot_product_attention` as the planner reads it."""
+    """The call of `jax.nn.dot_product_attention` as the planner reads it; arguments are its."""
+    assert mask is not None or (is_causal and key_value_seq_lengths is query_seq_lengths)
     size = query.shape[1]
     window = None if local_window_size is None else local_window_size[0] + 1
     pattern = Pattern(prompt=size, window=window)

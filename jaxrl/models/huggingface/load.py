@@ -51,6 +51,10 @@ class CheckpointMismatch(ValueError):
             "the tensors must be those that config.json describes; " + "; ".join(complaints)
         )
 
+    def __reduce__(self) -> tuple[type["CheckpointMismatch"], tuple[list[str], ...]]:
+        # As other processes have to build it: from what it holds, not from its message.
+        return type(self), (list(self.missing), list(self.unknown), list(self.wrong))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pickle
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -358,6 +359,8 @@ def test_many_missing_tensors_are_counted(tmp_path):
         for name in ("gate", "up", "down")
     }
     assert caught.value.unknown == caught.value.wrong == ()
+    elsewhere = pickle.loads(pickle.dumps(caught.value))
+    assert (elsewhere.missing, str(elsewhere)) == (caught.value.missing, str(caught.value))
 
 
 def test_a_tied_head_that_is_written_a_second_time_is_no_error(tmp_path):
