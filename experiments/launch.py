@@ -238,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     flags = parser()
     args = flags.parse_args(argv)
-    if args.actors == "remote" or args.weights:
+    # Actors talk to the first process alone; which that is may not be known yet.
+    if not args.process_id and (args.actors == "remote" or args.weights):
         try:
             secret_from_environment()
         except ValueError as error:

@@ -193,10 +193,11 @@ def _fitting(
         try:
             found = solve_with(dataclasses.replace(allowed, memory_fraction=share))
         except DoesNotFit as error:
-            if error.place == "host":
+            # Of mixed chips the first error names the stage that lacks memory, and its limit.
+            if error.place == "host" or (where.is_mixed and first is None):
                 raise
             # The search was allowed more than there is, or less.
-            too_large = [n for n in (smallest, error.needed_bytes) if n > limit]
+            too_large = [n for n in (smallest, error.needed_bytes) if limit < n < float("inf")]
             needed = min(too_large, default=error.needed_bytes)
             raise does_not_fit(program, where, needed, limit, allowed, error.nearest) from None
         first = first or found

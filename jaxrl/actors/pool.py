@@ -250,7 +250,8 @@ class Pool(abc.ABC):
         """Lets an actor answer items until the pool is closed.
 
         Raises:
-          Exception: what the actor raised first; what it held is handed out again.
+          Exception: why the actor's life ended: the first failure that is no mere interruption of
+            it. What it held is handed out again.
         """
         life = _Life(actor)
         first, *others = (
@@ -267,7 +268,8 @@ class Pool(abc.ABC):
             with self._lock:
                 del self._alive[first.number]
         if life.failures:
-            raise life.failures[0]
+            reasons = (x for x in life.failures if not isinstance(x, Interrupted))
+            raise next(reasons, life.failures[0])
 
     def _serve(self, name: str, seat: Seat, life: "_Life") -> None:
         """Takes an actor's turns at one seat, to the end of its life or the pool's."""

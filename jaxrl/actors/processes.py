@@ -77,7 +77,8 @@ class Processes(Pool):
           environment: variables to set for the actor of a name, such as `JAX_PLATFORMS` or
             `CUDA_VISIBLE_DEVICES`, beside those of this process.
           connect_s: the longest that a started actor may need to come up.
-          max_connections: that are open at once; further ones wait to be accepted.
+          max_connections: strangers being let in and actors that joined from outside, at once;
+            further ones wait to be accepted. Started actors count only until they are known.
           config: how actors are treated; defaults where None.
 
         Raises:
@@ -91,6 +92,8 @@ class Processes(Pool):
         """What actors must know; pass it in their environment as JAXRL_SECRET."""
         checked_secret(self.secret)
         self._build, self._environment, self._connect_s = build, environment, connect_s
+        if max_connections < 1:
+            raise ValueError(f"max_connections must be at least 1, got {max_connections}")
         host, port = split_address(address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)

@@ -87,12 +87,14 @@ def _converse(connection: Connection, actor: AbstractActor) -> None:
             written = writing.submit(_write, connection, actor, item)
             if _bids_farewell(connection, written):
                 actor.interrupt()  # it may wait for weights that nobody will publish any more
+                _still_open(answers)
                 return
             score = written.result()
             try:
                 connection.send({"item": item.id, "written": True}, b"")
             except ConnectionBroken:
                 if _said_goodbye(connection):
+                    _still_open(answers)
                     return
                 raise
             answers.append(scoring.submit(_answer, connection, item, score))

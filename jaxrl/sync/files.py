@@ -126,7 +126,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 def _sweep(folder: Path) -> None:
     """Removes what writers that were killed have left; who still writes changes its file."""
-    with os.scandir(folder) as entries:
+    # A folder that may be written need not be one that may be listed.
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not _UNFINISHED.fullmatch(entry.name):
                 continue

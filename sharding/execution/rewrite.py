@@ -377,9 +377,9 @@ class FoundScan:
     """A scan over stacked parameters.
 
     Attributes:
-      eqn: the equation; None where it is not at the top of the step, or of what it calls.
+      eqn: the equation; None where it is within something that a plan does not enter.
       note: what the walk knows of it.
-      within: the operations around it that a plan does not see through, outermost first.
+      within: names of the loops and other operations around it, outermost first; () at the top.
     """
 
     eqn: Any

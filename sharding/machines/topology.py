@@ -364,6 +364,8 @@ class Cluster:
             nodes = tuple(node for entry in entries for node in _nodes(entry))
             bandwidth = _matrix(fields.get("bandwidth", []), len(nodes))
             found = cls.of_nodes(nodes, name=name, bandwidth=bandwidth)
+        if not isinstance(measured, Mapping):
+            raise ValueError(f"measured holds constants by name, got {measured!r}")
         return replace(found, measured=dict(measured))
 
     def to_json(self) -> str:
@@ -519,6 +521,10 @@ def _matrix(rows: Any, nodes: int) -> tuple[tuple[float, ...], ...]:
     found = tuple(_speeds("bandwidth", row) for row in rows)
     if found and len(found) != nodes:
         raise ValueError(f"bandwidth has {len(found)} rows for {nodes} nodes")
+    if any(len(row) != nodes for row in found):
+        raise ValueError(
+            f"bandwidth has rows of {[len(row) for row in found]} numbers for {nodes} nodes"
+        )
     return found
 
 

@@ -98,8 +98,12 @@ class Constraints:
                 "otherwise"
             )
         pin, most = self.pinned.get("remat", "none"), self.remat_at_most
+        if pin not in REMAT:
+            raise ValueError(f"remat {pin!r} is pinned; the policies are {', '.join(REMAT)}")
         if most and list(REMAT).index(pin) > list(REMAT).index(most):
             raise ValueError(f"remat {pin!r} is pinned and recomputes more than at most {most!r}")
+        if self.remat and not any(map(self.allows_remat, self.remat)):
+            raise ValueError(f"remat allows {self.remat}, and all recompute more than {most!r}")
 
     @property
     def offloads(self) -> tuple[str, ...]:

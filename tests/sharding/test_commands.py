@@ -7,6 +7,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
+from sharding import __main__ as commands
 from sharding.__main__ import main
 from sharding.costs.constants import Calibration, load
 from sharding.measured.calibrate import PRIORS
@@ -182,3 +183,5 @@ def test_choices_that_are_bounded_and_switched_off(capsys):
     plans = [found, *found["alternatives"]]
     assert {plan["remat"] for plan in plans} == {"none"}
     assert all(plan["mesh"].get("tensor", 1) <= 8 for plan in plans)
+    assert commands._pin("sequence_parallel=false") == ("sequence_parallel", False)
+    assert commands._pin("sequence_parallel=true") == ("sequence_parallel", True)

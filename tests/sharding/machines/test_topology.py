@@ -103,6 +103,8 @@ def test_a_file_of_nodes(tmp_path):
         ('{"nodes": [{"chip": "t4", "beads": 10}]}', r"a chip has no fields \['beads'\]"),
         ('{"nodes": [{"chip": "t4"}], "bandwidth": []}', None),
         ('{"nodes": [{"chip": "t4"}], "bandwidth": [[1, 2], [3, 4]]}', "2 rows for 1 nodes"),
+        ('{"nodes": [{"chip": "t4"}, {"chip": "t4"}], "bandwidth": [[1, 2], [3]]}', "for 2 nodes"),
+        ('{"nodes": [{"chip": "t4"}], "measured": 3}', "measured holds constants by name"),
         ('{"nodes": ["h100"]}', r'nodes is a list of objects as {"chip": NAME, "count": CHIPS}'),
         ('{"nodes": []}', "a cluster needs at least one node"),
         ('{"nodes": [{"chip": ["t4"]}]}', "one of .*h100"),

@@ -212,6 +212,7 @@ def test_tensor_groups_stay_on_one_host_where_that_is_asked_for(name):
     program = small(heads=32, d_model=4096, d_ff=16384, global_batch=64)
     space = candidates(program, cluster, Constraints(tensor_across_hosts=False))
     assert space.tensor.max() == cluster.host_size
+    assert set(space.first.tolist()) == ({"host"} if cluster.is_torus else {"tensor"})
     if not cluster.is_torus:
         return
     # Every block of a host's chips holds whole groups.
