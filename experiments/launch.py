@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser()
     args = flags.parse_args(argv)
     # Actors talk to the first process alone; which that is may not be known yet.
-    if not args.process_id and (args.actors == "remote" or args.weights):
+    if args.process_id <= 0 and (args.actors == "remote" or args.weights):
         try:
             secret_from_environment()
         except ValueError as error:

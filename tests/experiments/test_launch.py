@@ -142,7 +142,7 @@ def test_actors_run_wherever_the_page_says(tmp_path, place):
 
 def test_a_secret_that_is_missing_is_asked_for(monkeypatch, capsys):
     monkeypatch.delenv("JAXRL_SECRET", raising=False)
-    for argv in (["--actors", "remote"], ["--weights", "127.0.0.1:0"]):
+    for argv in (["--actors", "remote"], ["--weights", "127.0.0.1:0", "--process-id", "0"]):
         with pytest.raises(SystemExit) as ended:
             launch.main(argv)
         assert ended.value.code == 2
