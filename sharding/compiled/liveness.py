@@ -24,6 +24,7 @@ _VIEWS = frozenset(
      "optimization_barrier", "copy", "copy_p", "name", "pvary"]
 )  # fmt: skip
 _IN_PLACE = frozenset(["dynamic_update_slice"])
+_ADDS = frozenset(["add", "add_any"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Fusion:
       restacks: stacks lie as the body of their loop wants them, in copies: results that a product
         sums over the last axis of, and arguments that are gathered along another axis than the
         first.
+      prefetches: the next weight of a loop's body is gathered while a product reads the one before.
     """
 
     epilogues: bool
@@ -60,12 +62,15 @@ class Fusion:
     late: bool
     combined: bool
     restacks: bool
+    prefetches: bool
 
 
 _TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout=True,
-              retile=False, late=False, combined=False, restacks=False)  # fmt: skip
+              retile=False, late=False, combined=False, restacks=False,
+              prefetches=False)  # fmt: skip
 _GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
-              retile=False, late=True, combined=True, restacks=True)  # fmt: skip
+              retile=False, late=True, combined=True, restacks=True,
+              prefetches=True)  # fmt: skip
 # Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
 # buffer assignments (XLA_FLAGS=--xla_dump_to of a compilation by experiments.planner_memory).
 _CHIPS: Mapping[str, Fusion] = {
@@ -185,6 +190,16 @@ def _lazy(body: Computation) -> list[Instruction]:
     return [body.instructions[i] for i in sorted(position, key=lambda i: (position[i], i))]
 
 
+def _seen_through(body: Computation) -> dict[int, int]:
+    """Of arrays that show an input in another shape or type: its identity, by theirs."""
+    found = {id(array): id(array) for array in body.inputs}
+    for instruction in body.instructions:
+        shows = instruction.name in _VIEWS or instruction.name == "convert_element_type"
+        if shows and id(instruction.ins[0]) in found:
+            found[id(instruction.outs[0])] = found[id(instruction.ins[0])]
+    return found
+
+
 def _inlined(instructions: Iterable[Instruction]) -> list[Instruction]:
     """Instructions, with what runs under `shard_map` in its place.
 
@@ -205,6 +220,38 @@ def _inlined(instructions: Iterable[Instruction]) -> list[Instruction]:
     return found
 
 
+def _scattered_into_sums(body: Computation) -> list[Instruction]:
+    """The instructions; what is scattered into nothing and then added is scattered into the rest.
+
+    XLA turns `x + scatter(0, i, u)` into `scatter(x, i, u)`, which needs no zeros.
+    """
+    maker = {id(array): i for i in body.instructions for array in i.outs}
+    readers: dict[int, int] = {}
+    for array in (*body.outputs, *(a for i in body.instructions for a in i.ins)):
+        readers[id(array)] = readers.get(id(array), 0) + 1
+
+    def of_nothing(array: Array) -> Instruction | None:
+        made = maker.get(id(array))
+        if made is None or made.name != "scatter-add" or made.moves or readers[id(array)] > 1:
+            return None
+        filled = maker.get(id(made.ins[0]))
+        return made if filled and filled.name == "broadcast_in_dim" else None
+
+    gone: set[int] = set()
+    found: list[Instruction] = []
+    for instruction in body.instructions:
+        scatters = [of_nothing(a) for a in instruction.ins] if instruction.name in _ADDS else []
+        added = next(((k, made) for k, made in enumerate(scatters) if made), None)
+        if added is None or instruction.moves:
+            found.append(instruction)
+            continue
+        place, made = added
+        gone.add(id(made))
+        rest = instruction.ins[1 - place]
+        found.append(replace(made, ins=[rest, *made.ins[1:]], outs=instruction.outs))
+    return [instruction for instruction in found if id(instruction) not in gone]
+
+
 class _Body:
     """The buffers of a computation whose inputs and outputs are held by whoever runs it."""
 
@@ -219,6 +266,7 @@ class _Body:
         inside: bool = False,
     ) -> None:
         body = replace(body, instructions=_inlined(body.instructions))
+        body = replace(body, instructions=_scattered_into_sums(body))
         self.body, self.mesh, self.outside, self.fusion = body, mesh, outside, fusion
         self.inside = inside
         order = _lazy if inside else _late
@@ -339,6 +387,8 @@ class _Body:
                 size = array.bytes(self.mesh)
                 self.buffers[id(array)] = _Buffer(size, min(readers), min(readers), what)
                 self.roots[id(array)] = frozenset([id(array)])
+        gathered: int | None = None  # where the last weight was
+        turned: dict[int, _Buffer] = {}
         for i, instruction in enumerate(self.instructions):
             read: set[int] = set()
             for array in instruction.ins:
@@ -350,7 +400,12 @@ class _Body:
                 key = -len(self.buffers) - 1
                 what = f"{move.kind} {move.array.dtype}{move.array.shape}"
                 size = move.array.bytes(self.mesh, move.target)
-                self.buffers[key] = _Buffer(size, i, self._last_use(move.array, i), what)
+                start = i
+                if self.inside and self.fusion.prefetches and move.array.is_weight:
+                    start, gathered = i if gathered is None else gathered, i
+                self.buffers[key] = _Buffer(size, start, self._last_use(move.array, i), what)
+                if rule_kind(instruction.name) == "dot":
+                    read.add(key)  # until what the product is computed into is written
                 if instruction.name == "sharding_constraint":  # its readers read what was moved
                     self.buffers[key].end = i
                     read = {key}
@@ -359,7 +414,9 @@ class _Body:
                 for key in read:
                     self.buffers[key].end = max(self.buffers[key].end, i)
             for array in instruction.outs:
-                if id(array) in self.stored and id(array) not in self.outside:
+                if self._overwrites(instruction, i):
+                    self.roots[id(array)] = self.roots[id(instruction.ins[0])]
+                elif id(array) in self.stored and id(array) not in self.outside:
                     what = f"{instruction.name} {array.dtype}{array.shape}"
                     self.buffers[id(array)] = _Buffer(array.bytes(self.mesh), i, i, what)
                     self.roots[id(array)] = frozenset([id(array)])
@@ -373,10 +430,28 @@ class _Body:
                 self.extra[i] = self._inside(instruction)
                 for size, what in self._copies(instruction):
                     self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
+                for stack in self._turned(instruction):
+                    what = f"turned {stack.dtype}{stack.shape}"
+                    size = stack.bytes(self.mesh)
+                    # All loops read the same copy.
+                    turned.setdefault(id(stack), _Buffer(size, i, i, what)).end = i
+        for buffer in turned.values():
+            self.buffers[-len(self.buffers) - 1] = buffer
         end = len(self.instructions)
         for array in self.body.outputs:
             for key in self.roots.get(id(array), frozenset()):
                 self.buffers[key].end = end
+
+    def _overwrites(self, instruction: Instruction, i: int) -> bool:
+        """Whether a scatter writes into its operand, which nothing else reads later."""
+        if rule_kind(instruction.name) != "scatter" or instruction.name in _IN_PLACE:
+            return False
+        operand = instruction.ins[0]
+        return (
+            id(operand) in self.buffers and max(self.readers[id(operand)]) == i
+            and self.buffers[id(operand)].end <= i and not instruction.moves
+            and not any(id(out) in self.outside for out in instruction.outs)
+        )  # fmt: skip
 
     def _unreduced(self, move: Move, instruction: Instruction, i: int) -> None:
         """What goes into a sum: until it is scattered, or until a loop reduces its gradients."""
@@ -399,7 +474,7 @@ class _Body:
         if loop.name != "scan":
             return []
         if self.fusion.restacks:
-            return self._restacked(loop) + self._turned(loop)
+            return self._restacked(loop)
         held = [a for a in loop.ins if not self.roots.get(id(a)) and id(a) in self.outside]
         if self.fusion.retile:
             return [(a.bytes(self.mesh), f"tiled again {a.dtype}{a.shape}") for a in held
@@ -425,21 +500,24 @@ class _Body:
         return [(a.bytes(self.mesh), f"stacked as it is read {a.dtype}{a.shape}")
                 for mine, a in places if id(mine) in summed and id(a) in self.results]  # fmt: skip
 
-    def _turned(self, loop: Instruction) -> list[tuple[float, str]]:
+    def _turned(self, loop: Instruction) -> list[Array]:
         """Stacked arguments whose slices are gathered along another axis than their first.
 
         What is gathered has to be contiguous, so that a copy of the stack is turned first; what is
         computed before the loop is written turned.
         """
+        if loop.name != "scan" or not self.fusion.restacks:
+            return []
         (body,) = loop.bodies
-        gathered = {id(m.array): m for i in body.instructions for m in i.moves
-                    if m.kind == "all-gather"}  # fmt: skip
+        shown = _seen_through(body)
+        gathered = {shown.get(id(m.array), id(m.array)): m for i in body.instructions
+                    for m in i.moves if m.kind == "all-gather"}  # fmt: skip
         found = []
         for mine, stack in zip(body.inputs, loop.ins, strict=True):
             move = gathered.get(id(mine))
             is_argument = id(stack) in self.outside and not self.roots.get(id(stack))
-            if move and is_argument and mine.spec and mine.spec[0] == move.target[0]:
-                found.append((stack.bytes(self.mesh), f"turned {stack.dtype}{stack.shape}"))
+            if move and is_argument and move.array.spec and move.array.spec[0] == move.target[0]:
+                found.append(stack)
         return found
 
     def _last_use(self, array: Array, now: int) -> int:

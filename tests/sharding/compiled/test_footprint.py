@@ -269,6 +269,79 @@ def test_gpus_copy_stacks_that_their_loop_reads_otherwise():
     assert last == pytest.approx(first + 5 * layer / 2, rel=0.05)
 
 
+def test_stacks_that_are_reshaped_and_converted_are_turned_once_for_all_loops():
+    """`W` is [5, 8, 8, 64]: a layer's [8, 8] rows become 64 before they are gathered."""
+
+    def step(ws, x):
+        def body(x, w):
+            return jnp.tanh(x @ w.reshape(64, 64).astype(jnp.bfloat16)), None
+
+        y, _ = jax.lax.scan(body, x, ws)
+        return jax.lax.scan(body, jnp.sin(y), ws)[0]
+
+    def peak_of(spec, step):
+        args = _shape(5, 8, 8, 64), _shape(32, 64, dtype=jnp.bfloat16)
+        made, _ = _moves(step, args, [spec, P("data", None)], [P("data", None)], (0,))
+        return peak(made, MESH, H100, detail=True)
+
+    found = peak_of(P(None, None, None, "data"), step)
+    sizes = [size for size, what in found.alive if what.startswith("turned")]
+    assert sizes == [5 * 64 * 64 * 4 / 2]  # float32, as it lies
+    rows = peak_of(P(None, "data"), step)
+    assert not any(what.startswith("turned") for _, what in rows.alive)
+    assert found.temporary - rows.temporary == pytest.approx(sizes[0], rel=0.05)
+
+
+def test_gpus_gather_the_next_weight_while_a_product_reads_the_last():
+    def step(ws, x):
+        def body(x, layer):
+            for w in layer:
+                x = x @ w
+            return x, None
+
+        return jax.lax.scan(body, x, ws)[0]
+
+    def gathered(chip, number):
+        args = [_shape(3, 64, 64)] * number, _shape(4, 64)
+        made = computation(step, args)
+        weights = [P(None, "data")] * number
+        partition(made, MESH, [*weights, P("data")], [P("data")], range(number))
+        return [size for size, what in peak(made, MESH, chip, detail=True).alive
+                if what.startswith("all-gather")]  # fmt: skip
+
+    whole = 64 * 64 * 4
+    assert gathered(H100, 1) == [whole]
+    assert gathered(H100, 2) == gathered(H100, 4) == [whole, whole]
+    assert gathered(V5E, 4) == [whole]
+
+
+def test_what_is_picked_from_an_array_adds_its_gradient_in_place():
+    """The gradient of a cross-entropy is the softmax, to which -1 is added at the labels."""
+
+    def loss(x, w, labels):
+        logits = x @ w
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=1) - picked).sum()
+
+    args = _shape(256, 16), _shape(16, 512), _shape(256, dtype=jnp.int32)
+    made, _ = _moves(jax.grad(loss, (0, 1)), args, [P(), P(), P()], [P(), P()])
+    logits = 256 * 512 * 4
+    for chip in (H100, V5E):
+        large = [size for size, _ in peak(made, MESH, chip, detail=True).alive if size >= logits]
+        assert len(large) == 2  # the logits, and their softmax; never a third of zeros
+
+
+def test_what_a_fused_product_reads_stays_until_it_is_written():
+    def step(x, w):
+        return jax.nn.softmax(x @ w, axis=-1)
+
+    args = _shape(64, 32), _shape(32, 256)
+    made, _ = _moves(step, args, [P("data"), P("data")], [P("data")])
+    v6e = fusion_of(Cluster.from_name("v6e:2x4"))
+    held = peak(made, MESH, v6e, detail=True)
+    assert (32 * 256 * 4, "all-gather float32(32, 256)") in held.alive
+
+
 def test_tpus_write_products_with_what_is_done_to_them():
     def step(x, w):
         y = (x @ w).astype(jnp.float32) * 2
