@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, partial_eval
 
 Platform = Literal["tpu", "gpu", "cpu"]
 # A context of JAX's own, so that no cache of traces gives out a planned one for a real one.
@@ -39,7 +39,9 @@ def planning(platform: Platform) -> AbstractContextManager[None]:
     return _PLANNED_FOR(platform)
 
 
-def fused(function: Callable[..., Any], *, computed: float = 1.0) -> Callable[..., Any]:
+def fused(
+    function: Callable[..., Any], *, computed: float = 1.0, backward: float | None = None
+) -> Callable[..., Any]:
     """Marks what one kernel computes.
 
     The result may run, differentiated it is an error: its derivative is a kernel too, which
@@ -49,9 +51,12 @@ def fused(function: Callable[..., Any], *, computed: float = 1.0) -> Callable[..
       function: of arrays, in plain JAX.
       computed: share of the body's products that the kernel computes; less than 1 if it passes
         over blocks that are masked.
+      backward: what the kernels of its derivative multiply, as a multiple of what it multiplies
+        itself; None is `sharding.programs.program.Op.backward_passes`' rule: 2.5 for a body with
+        products, as of attention's gradient in one kernel.
 
     Raises:
-      ValueError: `computed` outside (0, 1].
+      ValueError: `computed` outside (0, 1], or a negative `backward`.
 
     >>> import jax.numpy as jnp
     >>> fused(lambda x: jnp.exp(x) + 1)(jnp.zeros(2)).tolist()
@@ -59,22 +64,26 @@ def fused(function: Callable[..., Any], *, computed: float = 1.0) -> Callable[..
     """
     if not 0 < computed <= 1:
         raise ValueError(f"a kernel computes a share of its body in (0, 1]: {computed=}")
+    if backward is not None and backward < 0:
+        raise ValueError(f"a derivative costs no less than nothing: {backward=}")
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         leaves = jax.tree.leaves(args)
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        closed = _needed(closed)
         if closed.consts:  # what the function closes over is an argument of the kernel
             closed, leaves = _with_consts_as_arguments(closed, leaves)
         name = getattr(function, "__name__", "kernel")
-        outs = FUSED.bind(*leaves, jaxpr=closed, name=name, computed=computed)
+        outs = FUSED.bind(*leaves, jaxpr=closed, name=name, computed=computed, backward=backward)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return run
 
 
 FUSED = core.Primitive("fused")
-"""Parameters: `jaxpr`, closed and without constants; `name`; `computed`, as of `fused`."""
+"""Parameters: `jaxpr`, closed and without constants; `name`; `computed` and `backward`, as of
+`fused`."""
 FUSED.multiple_results = True
 
 
@@ -102,6 +111,13 @@ def _batched(
 
 mlir.register_lowering(FUSED, mlir.lower_fun(_inlined, multiple_results=True))
 batching.primitive_batchers[FUSED] = _batched
+
+
+def _needed(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Without what no result needs: a function that returns one of two gradients makes one."""
+    used = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+    return core.ClosedJaxpr(jaxpr, closed.consts)
 
 
 def _with_consts_as_arguments(

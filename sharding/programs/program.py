@@ -131,8 +131,10 @@ class Op:
     def backward_passes(self) -> float:
         """Cost of its backward pass, in forward passes.
 
-        Fused attention recomputes the scores: five products against two (arXiv:2205.14135). What
-        reads and writes an array forward reads two and writes one backward, unless it is linear.
+        Fused attention recomputes the scores: five products against two where one kernel makes all
+        gradients (arXiv:2307.08691, algorithm 2), which the constants were fitted with; kernels
+        that are traced say what theirs multiply (`sharding.fused`). What reads and writes an array
+        forward reads two and writes one backward, unless it is linear.
         """
         if self.backward is not None:
             return self.backward

@@ -216,6 +216,7 @@ class _Builder:
             space=tuple(space),
             fraction=record.applied.computed,
             name="attention",
+            backward=record.applied.backward,
             residuals=self._read_backward((*record.ins, *record.outs), (), stretch),
         )
 

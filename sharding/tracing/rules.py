@@ -30,6 +30,7 @@ class Applied:
       cut: dimensions of which a part is taken: where they are divided, the part has to move.
       flops: of the whole, undivided operation.
       computed: share of these that a kernel computes (`sharding.fused`).
+      backward: cost of the kernel's derivative in runs of the kernel; None: by its kind.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Applied:
     cut: Axes = ()
     flops: float = 0.0
     computed: float = 1.0
+    backward: float | None = None
 
 
 Rule = Callable[[DimensionGraph, Any, Sequence[Axes]], Applied]

@@ -256,7 +256,7 @@ class Walk:
         self.stretches = [Stretch(repeat=1)]
         results = self.run(body.jaxpr, body.consts, ins)
         inner, self.stretches = tuple(self.stretches), around
-        applied = self._as_one(ins, results, inner, eqn.params["computed"])
+        applied = self._as_one(ins, results, inner, eqn.params)
         outs = [
             Value(axes, _dtype(var.aval), loop=self._loop)
             for var, axes in zip(eqn.outvars, applied.outs, strict=True)
@@ -270,9 +270,9 @@ class Walk:
         ins: Sequence[Value],
         outs: Sequence[Value],
         inner: Sequence[Stretch],
-        computed: float,
+        params: Mapping[str, Any],
     ) -> Applied:
-        """What of a kernel's operations is seen from outside.
+        """What of a kernel's operations is seen from outside; `params` are those of `FUSED`.
 
         It sums over a dimension of its arguments that its results do not have.
         """
@@ -294,7 +294,8 @@ class Walk:
             outs=tuple(value.axes for value in outs),
             contracted=tuple(summed),
             mixed=tuple(axis for _, record in done for axis in record.applied.mixed),
-            computed=computed,
+            computed=params["computed"],
+            backward=params["backward"],
             flops=math.fsum(
                 n * r.applied.flops * product(self.graph.size(axis) for axis in r.loop[around:])
                 for n, r in products

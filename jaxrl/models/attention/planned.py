@@ -21,6 +21,9 @@ import sharding
 from jaxrl.models.attention.pattern import Pattern
 
 _MASKED = -1e30
+# Products of queries and keys: forward scores and sums of values; backward three gradients, and in
+# every kernel scores and the gradient of the weights.
+_FORWARD, _GRADIENTS, _AGAIN = 2, 3, 2
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -47,6 +50,23 @@ class Kernel:
     statistics: int
     kernels_backward: int
     computed: float
+
+    @property
+    def backward(self) -> float:
+        """Products of the kernels backward, as a multiple of the two of the forward one.
+
+        One kernel makes five: scores, dP = dO Vᵀ, dV = Pᵀ dO, dQ = dS K and dK = dSᵀ Q
+        (FlashAttention-2, arXiv:2307.08691, algorithm 2). Two make the first two in each, 7 in
+        all: 3 in `_flash_attention_dq_kernel` and 4 in `_flash_attention_dkv_kernel` of
+        `jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel`, which has
+        five in one where its `use_fused_bwd_kernel` is on.
+
+        >>> splash = Kernel(visible=bool, softcap=None, scale=1.0, heads_first=True,
+        ...                 statistics=128, kernels_backward=2, computed=1.0)
+        >>> splash.backward
+        3.5
+        """
+        return (_GRADIENTS + _AGAIN * self.kernels_backward) / _FORWARD
 
 
 def computed_share(pattern: Pattern, size: int, block: int) -> float:
@@ -91,7 +111,8 @@ def _attend(kernel: Kernel, query: Any, key: Any, value: Any, masking: Any) -> A
     def attention(query, key, value, masking):
         return _forward(kernel, query, key, value, masking)[0]
 
-    return sharding.fused(attention, computed=kernel.computed)(query, key, value, masking)
+    run = sharding.fused(attention, computed=kernel.computed, backward=kernel.backward)
+    return run(query, key, value, masking)
 
 
 def _kept(kernel: Kernel, query: Any, key: Any, value: Any, masking: Any) -> Any:
@@ -99,7 +120,7 @@ def _kept(kernel: Kernel, query: Any, key: Any, value: Any, masking: Any) -> Any
         out, log_total = _forward(kernel, query, key, value, masking)
         return out, jnp.broadcast_to(log_total[..., None], (*log_total.shape, kernel.statistics))
 
-    run = sharding.fused(attention, computed=kernel.computed)
+    run = sharding.fused(attention, computed=kernel.computed, backward=kernel.backward)
     out, log_total = run(query, key, value, masking)
     return out, (query, key, value, masking, out, log_total[..., 0])
 

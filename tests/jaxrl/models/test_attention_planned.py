@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 import sharding
 from jaxrl.models import Decoder, DecoderConfig
-from jaxrl.models.attention import Attention, Pattern, Scores, cudnn, plain, splash
-from jaxrl.models.attention.planned import computed_share
+from jaxrl.models.attention import Attention, Pattern, Scores, cudnn, plain, planned, splash
+from jaxrl.models.attention.planned import Kernel, computed_share
 from jaxrl.models.cache import KeyValue
 from jaxrl.models.layout import platform
 from jaxrl.types import Prompts
+from sharding import Cluster
+from sharding.costs.constants import shipped
 from sharding.programs.fused import planning
 from sharding.tracing.trace import trace
 
@@ -186,3 +189,97 @@ def test_the_switch_asks_what_is_planned_for():
         assert fused(jax.make_jaxpr(attend)())
         assert sharding.planned_for() == "tpu"
     assert not fused(jax.make_jaxpr(attend)())
+
+
+def products(jaxpr):
+    """Matrix products of a jaxpr and of what it calls."""
+    return sum(
+        (eqn.primitive.name == "dot_general") + sum(map(products, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def kernels(jaxpr, primitive):
+    """Products of each call of a kernel, in order."""
+    found = []
+    for eqn in jaxpr.eqns:
+        inner = jaxprs_in_params(eqn.params)
+        if eqn.primitive.name == primitive:
+            found.append(sum(map(products, inner)))
+        else:
+            found += [n for body in inner for n in kernels(body, primitive)]
+    return found
+
+
+@pytest.mark.parametrize(("one_kernel", "backward"), [(False, [4, 3]), (True, [5])])
+def test_products_backward_are_those_of_the_splash_kernels(one_kernel, backward):
+    blocks = splash._block_sizes(128)
+    assert not blocks.use_fused_bwd_kernel  # what `splash` runs is what it tells the planner
+    if one_kernel:
+        blocks = dataclasses.replace(
+            blocks, use_fused_bwd_kernel=True, block_q_dq=None, block_kv_dq=None
+        )
+    run = splash.kernel.make_splash_mha(
+        splash.masks.MultiHeadMask([splash.masks.CausalMask((256, 256))] * 2),
+        block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=True,
+    )  # fmt: skip
+    operand = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16)
+
+    def loss(query, key, value):
+        return jnp.sum(run(query, key, value).astype(jnp.float32))
+
+    made = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(operand, operand, operand)
+    forward, *others = kernels(made.jaxpr, "pallas_call")
+    assert (forward, others) == (2, backward)
+    kernel = Kernel(
+        visible=bool, softcap=None, scale=1.0, heads_first=True, statistics=128,
+        kernels_backward=len(backward), computed=1.0,
+    )  # fmt: skip
+    assert kernel.backward == sum(backward) / forward
+
+
+@pytest.mark.parametrize(
+    ("machine", "forward", "backward"), [("tpu", 2, [3, 4]), ("gpu", 2, [5]), ("cpu", 0, [])]
+)
+def test_the_planner_reads_as_many_products_as_the_kernels_make(machine, forward, backward):
+    query, kv = operands(size=128, dtype=jnp.bfloat16)
+    segments = jnp.ones((2, 128), jnp.int32)
+
+    def loss(query, kv):
+        out = Attention()(query, kv, segments, Pattern(prompt=128), packed=False)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with planning(machine):
+        made = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(query, kv)
+    wanted = [forward, *backward] if forward else []
+    assert kernels(made.jaxpr, "fused") == wanted
+
+
+def test_a_long_step_is_planned_with_the_work_of_its_kernels():
+    def seconds(kernels_backward):
+        kernel = Kernel(
+            visible=lambda _: jnp.ones((1, 4096, 4096), bool), softcap=None, scale=0.1,
+            heads_first=True, statistics=128, kernels_backward=kernels_backward, computed=1.0,
+        )  # fmt: skip
+
+        def loss(weight, rows):
+            heads = jnp.swapaxes(jnp.reshape(rows @ weight, (8, 4096, 8, 128)), 1, 2)
+            return jnp.sum(planned.attend(kernel, heads, heads, heads, None).astype(jnp.float32))
+
+        args = (
+            jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),
+            jax.ShapeDtypeStruct((8, 4096, 1024), jnp.bfloat16),
+        )
+        program = trace(loss, args).program
+        (op,) = (op for b in program.blocks for op in b.ops if op.kind == "attention")
+        # Two products, each a multiply-add for every pair of columns, head and its width.
+        assert program.flops(op) == pytest.approx(2 * 2 * 8 * 8 * 128 * 4096**2)
+        plan = sharding.plan(loss, args, cluster="v5p:1x1x1", state=(0,), data=(1,))
+        return op.backward_passes, plan.step_time_s, program.flops(op)
+
+    (two, slow, work), (one, fast, _) = seconds(2), seconds(1)
+    assert (two, one) == (3.5, 2.5)
+    # One more run of the forward kernel, which products limit and not memory.
+    rate = Cluster.from_name("v5p:1x1x1").chip.peak_flops["bf16"]
+    rate *= shipped().constants("v5p").attention
+    assert slow - fast == pytest.approx(work / rate, rel=0.05)

@@ -186,6 +186,21 @@ def test_a_share_outside_its_range_is_refused():
         sharding.fused(jnp.tanh, computed=0.0)
 
 
+def test_a_derivative_that_costs_less_than_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"backward=-1.0"):
+        sharding.fused(jnp.tanh, backward=-1.0)
+
+
+def test_what_no_result_needs_is_no_part_of_a_kernel():
+    def second_of_two(x, y):
+        return (x @ y, x + 1)[1]
+
+    made = jax.make_jaxpr(sharding.fused(second_of_two))(jnp.ones((2, 2)), jnp.ones((2, 2)))
+    (eqn,) = made.eqns
+    assert [e.primitive.name for e in eqn.params["jaxpr"].eqns] == ["add"]
+    assert len(eqn.invars) == 2
+
+
 def test_what_is_traced_for_the_planner_is_never_run():
     @jax.jit
     def step(x):
