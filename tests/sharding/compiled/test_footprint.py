@@ -332,13 +332,17 @@ def test_what_is_picked_from_an_array_adds_its_gradient_in_place():
 
 
 def test_what_a_fused_product_reads_stays_until_it_is_written():
-    def step(x, w):
-        return jax.nn.softmax(x @ w, axis=-1)
+    """On v6e scores, their maximum and exponentials are one loop, which reads the keys."""
 
-    args = _shape(64, 32), _shape(32, 256)
-    made, _ = _moves(step, args, [P("data"), P("data")], [P("data")])
-    v6e = fusion_of(Cluster.from_name("v6e:2x4"))
-    held = peak(made, MESH, v6e, detail=True)
+    def step(x, keys, values):
+        scores = x @ keys
+        weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
+        return (weights @ values) / weights.sum(axis=1, keepdims=True)
+
+    args = _shape(512, 32), _shape(32, 256), _shape(256, 8)
+    made, _ = _moves(step, args, [P("data"), P("data"), P()], [P("data")], (1, 2))
+    held = peak(made, MESH, fusion_of(Cluster.from_name("v6e:2x4")), detail=True)
+    assert (512 * 256 * 4 / 2, "exp float32(512, 256)") in held.alive
     assert (32 * 256 * 4, "all-gather float32(32, 256)") in held.alive
 
 
