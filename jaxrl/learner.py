@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy as policy_lib
 from jaxrl.models import Decoder, ScalarModel
+from jaxrl.models.compiling import training_options
 from jaxrl.recipes import Recipe
 from jaxrl.types import LearnerState, PolicyOutput, Prompts, Rollouts
 from sharding import Plan
@@ -240,7 +241,8 @@ class Learner:
             with self.context():
                 return replace(self, frozen=frozen).step(state, rollouts, demonstrations)
 
-        return jax.jit(step, donate_argnums=0)
+        options = training_options(jax.default_backend())
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _observed(rollouts: Rollouts, output: PolicyOutput, version: Int32[Array, ""]) -> Metrics:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy
+from jaxrl.models.compiling import training_options
 from jaxrl.types import PackedRows, Prompts, SupervisedState
 from sharding import Plan
 
@@ -85,4 +86,5 @@ class Supervised:
             with self._bound.context():
                 return step(*args)
 
-        return jax.jit(under_mesh, donate_argnums=0, static_argnums=2)
+        options = training_options(jax.default_backend())
+        return jax.jit(under_mesh, donate_argnums=0, static_argnums=2, compiler_options=options)

@@ -17,6 +17,7 @@ from jaxrl.deployment.machines import half_and_half
 from jaxrl.deployment.parts import Part
 from jaxrl.deployment.search import NothingFits, Planner, divide, full_decode, resident_bytes
 from jaxrl.deployment.workload import Workload
+from jaxrl.models.compiling import training_options
 from jaxrl.sync import Link
 from sharding import Cluster
 from sharding.compiled.compile_check import Report
@@ -24,10 +25,6 @@ from sharding.compiled.compile_check import Report
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # divisions that are compiled, should the first not fit
 _WORTH_SAYING = 0.05  # share of the weights
-# Products that XLA:TPU takes apart to move shards meanwhile ("windowed einsum") are loops; between
-# them and the attention kernel it looks for layouts for tens of minutes. They are left whole in
-# what is compiled: collectives count the same, their time is not the compiler's to say.
-_WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +72,9 @@ class Row:
 
     @property
     def options(self) -> Mapping[str, str] | None:
-        """Of the compiler; None: its own defaults."""
+        """Of the compiler, as the learner has them; None: its own defaults."""
         trains = self.part.program.name == "update"
-        return _WHOLE_PRODUCTS if trains and self.machine.is_torus else None
+        return training_options(self.machine.platform) if trains else None
 
     def to_json(self) -> dict[str, Any]:
         prediction = self.part.plan.prediction
