@@ -127,7 +127,7 @@ def plan(
             data=None if data is None else tuple(data),
             donate=returned(args, traced) if donate is None else tuple(donate),
         )  # fmt: skip
-        return chosen, with_footprint(made)
+        return chosen, with_footprint(made, traced)
 
     began = time.perf_counter()
     fitting = _fitting(traced.program, where, allowed, solve_with, make)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from sharding.compiled.compile_check import abstract_mesh
-from sharding.compiled.footprint import footprint
+from sharding.compiled.footprint import Footprint, compiler_of, footprint
 from sharding.costs.constants import Calibration
 from sharding.costs.strategies import Strategy
 from sharding.execution.execute import TrainStep
@@ -21,6 +21,7 @@ from sharding.programs.fused import planning
 from sharding.programs.program import Program
 from sharding.search.solver import Candidate, evaluate
 from sharding.tracing.arguments import abstract
+from sharding.tracing.kept import Kept
 from sharding.tracing.trace import Leaf, Trace
 from sharding.tracing.walk import WHILE
 
@@ -198,15 +199,36 @@ def _renamed(spec: PartitionSpec, named: Mapping[str, tuple[str, ...]]) -> Parti
     return PartitionSpec(*entries)
 
 
-def with_footprint(plan: Plan) -> Plan:
-    """A plan whose memory and collectives are those of the program that it will run."""
-    assert plan.step is not None
-    assert plan.args is not None
-    assert plan.where is not None
+_FOOTPRINTS: Kept[Footprint] = Kept()
+
+
+def with_footprint(plan: Plan, traced: Trace | None = None) -> Plan:
+    """A plan whose memory and collectives are those of the program that it will run.
+
+    Args:
+      plan: of a step.
+      traced: the step; with it, what was found of a plan is kept for all that run alike.
+    """
+    step, args, where = plan.step, plan.args, plan.where
+    assert step is not None
+    assert args is not None
+    assert where is not None
     assert plan.prediction is not None
-    found = footprint(
-        plan.step, plan.args, plan.execution(abstract_mesh(plan.mesh)), plan.where,
-        donate=plan.donate, state=plan.state, data=plan.data)  # fmt: skip
+    execution = plan.execution(abstract_mesh(plan.mesh))
+
+    def follow() -> Footprint:
+        return footprint(
+            step, args, execution, where, donate=plan.donate, state=plan.state, data=plan.data
+        )
+
+    if traced is None:
+        found = follow()
+    else:
+        leaves, structure = jax.tree.flatten(args)
+        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+        key = (structure, shapes, execution.key, compiler_of(where), plan.donate, plan.state,
+               plan.data)  # fmt: skip
+        found = _FOOTPRINTS.get(step, key, traced.closed.jaxpr, follow)
     held = found.peak
     prediction = dataclasses.replace(
         plan.prediction,

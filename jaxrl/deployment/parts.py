@@ -1,7 +1,8 @@
 """Programs on machines: planned, and what they take."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import sharding
 from jaxrl.deployment.programs import Program
@@ -29,6 +30,33 @@ class Part:
     step_s: float
     memory_bytes: float
     resident_bytes: float
+
+
+class Plans:
+    """Plans of programs on machines, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Part | ValueError] = {}
+
+    def planned(
+        self,
+        program: Program,
+        cluster: Cluster,
+        *,
+        pinned: Mapping[str, int] | None = None,
+        memory: float = USABLE,
+    ) -> Part:
+        """As `planned`, of a program whose step was planned so before: that plan, or that error."""
+        key = program.step, cluster.name, tuple(sorted((pinned or {}).items())), memory
+        if key not in self._made:
+            try:
+                self._made[key] = planned(program, cluster, pinned=pinned, memory=memory)
+            except ValueError as error:
+                self._made[key] = error
+        made = self._made[key]
+        if isinstance(made, ValueError):
+            raise made
+        return replace(made, program=program)  # which knows how often it is called
 
 
 def planned(

@@ -1,7 +1,7 @@
 """Every compiled program of a run, with the shapes of its arguments and who runs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -98,9 +98,23 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     """Generation and scoring of `prompts` prompts at one actor.
 
     The reference policy lies at the actors too: its log-probabilities travel with the rollouts,
-    so that the learner holds one model (TBA, arXiv:2503.18929, section 4). Whatever reads whole
-    completions does so for `_SCORED` prompts at a time.
+    so that the learner holds one model (TBA, arXiv:2503.18929, section 4).
     """
+    scored, calls = scoring_calls(prompts)
+    return [
+        *generation_programs(workload, prompts),
+        *(replace(program, calls=calls) for program in scoring_programs(workload, scored)),
+    ]
+
+
+def scoring_calls(prompts: int) -> tuple[int, int]:
+    """How many prompts' completions are scored at once, and how often for `prompts` of them."""
+    scored = min(prompts, _SCORED)
+    return scored, -(-prompts // scored)
+
+
+def generation_programs(workload: Workload, prompts: int) -> list[Program]:
+    """Prefill and decoding of `prompts` prompts."""
     config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
     graphdef, params = split_shapes(partial(Decoder, config), dtype=jnp.bfloat16)
     batch = _prompts(workload, prompts)
@@ -120,32 +134,39 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
         hidden, cache = model.decode(layers, cache, tokens, step)
         return model.logits(hidden), cache
 
-    def reference(params, prompts, tokens, mask):
-        return policy_lib.evaluate(
-            nnx.merge(graphdef, params), prompts, tokens, mask, temperature=1.0, with_entropy=False
-        ).log_probs
-
-    scored = min(prompts, _SCORED)
-    calls = -(-prompts // scored)
-    tokens, mask = _shape((scored, g, t), jnp.int32), _shape((scored, g, t), jnp.bool_)
     one, step = _shape((prompts, g), jnp.int32), _shape((), jnp.int32)
-    programs = [
+    return [
         Program(name="prefill", side="actor", step=prefill, args=(params, batch),
                 state=(0,), data=(1,)),
         Program(name="decode", side="actor", step=decode, args=(ends, layers, cache, one, step),
                 calls=t, donate=(2,), parameters=GENERATION, on_device=True,
                 state=(0, 1), data=(2, 3)),
+    ]  # fmt: skip
+
+
+def scoring_programs(workload: Workload, scored: int) -> list[Program]:
+    """What reads the whole completions of `scored` prompts at once."""
+    config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
+    graphdef, params = split_shapes(partial(Decoder, config), dtype=jnp.bfloat16)
+
+    def reference(params, prompts, tokens, mask):
+        return policy_lib.evaluate(
+            nnx.merge(graphdef, params), prompts, tokens, mask, temperature=1.0, with_entropy=False
+        ).log_probs
+
+    tokens, mask = _shape((scored, g, t), jnp.int32), _shape((scored, g, t), jnp.bool_)
+    programs = [
         Program(name="reference", side="actor", step=reference,
-                args=(params, _prompts(workload, scored), tokens, mask), calls=calls,
-                parameters="reference", state=(0,), data=(1, 2, 3)),
+                args=(params, _prompts(workload, scored), tokens, mask), parameters="reference",
+                state=(0,), data=(1, 2, 3)),
     ]  # fmt: skip
     for name, trunk in (("reward", workload.reward_model), ("cost", workload.cost_model)):
         if trunk is not None:
-            programs.append(_score(workload, name, trunk, scored * g, calls))
+            programs.append(_score(workload, name, trunk, scored * g))
     return programs
 
 
-def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls: int) -> Program:
+def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int) -> Program:
     graphdef, params = split_shapes(
         partial(ScalarModel, workload.executed(trunk), (name,)), dtype=jnp.bfloat16
     )
@@ -155,8 +176,7 @@ def _score(workload: Workload, name: str, trunk: DecoderConfig, rows: int, calls
 
     ids = _shape((rows, workload.prompt_len + workload.completion_len), jnp.int32)
     return Program(
-        name=name, side="actor", step=_named(name, score), args=(params, ids, ids), calls=calls,
-        parameters=name,
+        name=name, side="actor", step=_named(name, score), args=(params, ids, ids), parameters=name,
         state=(0,), data=(1, 2),
     )  # fmt: skip
 

@@ -7,15 +7,22 @@ programs, of which each is planned once on each machine.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 
 from jaxrl.deployment.division import Codec, Division, division
 from jaxrl.deployment.machines import Cut, actor_sizes, cuts
-from jaxrl.deployment.parts import USABLE, Part, planned
-from jaxrl.deployment.programs import GENERATION, Program, actor_programs, learner_programs
+from jaxrl.deployment.parts import USABLE, Part, Plans, planned
+from jaxrl.deployment.programs import (
+    GENERATION,
+    Program,
+    generation_programs,
+    learner_programs,
+    scoring_calls,
+    scoring_programs,
+)
 from jaxrl.deployment.workload import Workload
 from jaxrl.models import DecoderConfig
 from jaxrl.sync import Link
@@ -60,7 +67,8 @@ class Planner:
         self.batches = tuple(batches) or (workload.prompts_per_step,)
         self._learners: dict[tuple[str, int], Part | ValueError] = {}
         self._actors: dict[tuple[str, int], tuple[Part, ...] | ValueError] = {}
-        self._scorers: dict[tuple[Any, ...], Part | ValueError] = {}
+        self._plans = Plans()
+        self._written: dict[tuple[Any, ...], list[Program]] = {}
 
     def divide(
         self, candidates: Iterable[Cut], *, max_staleness: int = 8
@@ -137,11 +145,13 @@ class Planner:
         key = cluster.name, batch
         if key not in self._learners:
             workload = dataclasses.replace(self.workload, prompts_per_step=batch)
-            (program,) = learner_programs(workload)
+            (program,) = self._programs(learner_programs, workload)
             # Two versions in bf16 lie there while one is coded, beside the next updates.
             published = 4 * workload.policy.num_params / cluster.device_count
             memory = USABLE - published / cluster.memory_bytes
-            self._learners[key] = _or_error(lambda: planned(program, cluster, memory=memory))
+            self._learners[key] = _or_error(
+                lambda: self._plans.planned(program, cluster, memory=memory)
+            )
         return _or_raise(self._learners[key])
 
     def actor(self, cluster: Cluster, prompts: int) -> tuple[Part, ...]:
@@ -161,7 +171,7 @@ class Planner:
     def _plan_actor(
         self, cluster: Cluster, prompts: int, scorers: Mapping[str, int]
     ) -> tuple[Part, ...]:
-        programs = {p.name: p for p in actor_programs(self.workload, prompts)}
+        programs = {p.name: p for p in self._actor_programs(prompts)}
         # What lives together shares most of the memory in proportion to its size; the rest, and
         # the caches' part while nothing is generated, is for whichever runs.
         sizes = {p.parameters: _state_bytes(p) for p in programs.values()}
@@ -178,10 +188,10 @@ class Planner:
                 # The policy lies where decoding wants it.
                 pinned = {"tensor": _model_parallel(decode.plan)}
                 memory = own["policy"] + own[GENERATION] - USABLE * _COMMON
-                parts.append(planned(program, cluster, pinned=pinned, memory=memory))
+                parts.append(self._plans.planned(program, cluster, pinned=pinned, memory=memory))
             else:
                 memory = round(own[program.parameters] + free, 2)
-                parts.append(self._scorer(program, cluster, memory, scorers))
+                parts.append(self._plans.planned(program, cluster, pinned=scorers, memory=memory))
         needed = actor_bytes(parts)
         limit = cluster.memory_bytes * USABLE
         if needed > limit:
@@ -193,17 +203,23 @@ class Planner:
             )
         return tuple(parts)
 
-    def _scorer(
-        self, program: Program, cluster: Cluster, memory: float, pinned: Mapping[str, int]
-    ) -> Part:
-        rows = jax.tree.leaves(program.args[1])[0].shape[0]
-        key = cluster.name, program.name, rows, memory, tuple(pinned)
-        if key not in self._scorers:
-            self._scorers[key] = _or_error(
-                lambda: planned(program, cluster, memory=memory, pinned=pinned)
-            )
-        part = _or_raise(self._scorers[key])
-        return dataclasses.replace(part, program=program)  # which knows how often it is called
+    def _programs(
+        self, write: Callable[..., list[Program]], workload: Workload, *sizes: int
+    ) -> list[Program]:
+        """Programs, each written once: what is traced of a function is known by its identity."""
+        key = write, workload, *sizes
+        if key not in self._written:
+            self._written[key] = write(workload, *sizes)
+        return self._written[key]
+
+    def _actor_programs(self, prompts: int) -> list[Program]:
+        """`actor_programs`, of which those that score are the same for many numbers of prompts."""
+        scored, calls = scoring_calls(prompts)
+        scoring = self._programs(scoring_programs, self.workload, scored)
+        return [
+            *self._programs(generation_programs, self.workload, prompts),
+            *(dataclasses.replace(program, calls=calls) for program in scoring),
+        ]
 
     def _decode(self, program: Program, cluster: Cluster, prompts: int, memory: float) -> Part:
         """Decoding as it is fastest, of all ways that fit.
@@ -245,10 +261,11 @@ class Planner:
         layers = self.workload.policy.layers
         few = 2 * _period(self.workload.policy)
         if layers <= 2 * few:
-            return planned(program, cluster, pinned=pinned, memory=memory)
-        longer = planned(self._shortened(2 * few, prompts), cluster, pinned=pinned, memory=memory)
+            return self._plans.planned(program, cluster, pinned=pinned, memory=memory)
+        longer, shorter = (self._shortened(n, prompts) for n in (2 * few, few))
+        longer = self._plans.planned(longer, cluster, pinned=pinned, memory=memory)
         mesh = {name: longer.plan.mesh.get(name, 1) for name in _AXES}
-        shorter = planned(self._shortened(few, prompts), cluster, pinned=mesh, memory=memory)
+        shorter = self._plans.planned(shorter, cluster, pinned=mesh, memory=memory)
 
         def drawn(name: str) -> float:
             first, second = getattr(shorter, name), getattr(longer, name)
@@ -260,7 +277,8 @@ class Planner:
     def _shortened(self, layers: int, prompts: int) -> Program:
         policy = self.workload.policy
         short = dataclasses.replace(policy, layers=layers, windows=policy.windows[:layers])
-        programs = actor_programs(dataclasses.replace(self.workload, policy=short), prompts)
+        workload = dataclasses.replace(self.workload, policy=short)
+        programs = self._programs(generation_programs, workload, prompts)
         return next(p for p in programs if p.name == "decode")
 
 

@@ -6,7 +6,7 @@ shardings, its rematerialisation and its update, partitioned, and followed instr
 instruction.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ def footprint(
         partitioner=partitioner)  # fmt: skip
     held = peak(traced, mesh, fusion_of(cluster), donated_leaves(args, donate), detail=detail)
     return Footprint(peak=held, collectives=_traffic(traced, mesh, partitioner.reduces))
+
+
+def compiler_of(cluster: Cluster) -> Hashable:
+    """What a footprint depends on of a cluster: what its compiler does."""
+    return cluster.platform, partitioner_of(cluster), fusion_of(cluster)
 
 
 def donated_leaves(args: Sequence[Any], donate: Sequence[int]) -> list[int]:

@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -87,6 +87,15 @@ class Execution:
     offload: str = "none"
     sequence_parallel: bool = False
     gathers_weights: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """The same of executions that make the same program."""
+
+        def entries(field: Any) -> Hashable:
+            return tuple(sorted(field.items())) if isinstance(field, Mapping) else field
+
+        return tuple(entries(getattr(self, field.name)) for field in fields(self))
 
     def shardings(
         self, tree: Any, specs: Mapping[str, PartitionSpec], *, host: bool = True

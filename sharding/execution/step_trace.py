@@ -11,6 +11,7 @@ from sharding.paths import leaf_path
 from sharding.programs.program import dtype_bytes
 from sharding.tracing.arguments import abstract, check_positions
 from sharding.tracing.dims import product
+from sharding.tracing.kept import Kept
 from sharding.tracing.trace import Leaf, Trace, trace
 
 
@@ -30,13 +31,13 @@ def trace_step(
     args = abstract(args)
     check_positions(len(args), state, data, is_train_step=isinstance(step, TrainStep))
     if not isinstance(step, TrainStep):
-        return trace(step, args, state=state, data=data)
+        return _traced(step, args, state=_tuple(state), data=_tuple(data))
     if len(args) < 3:
         raise ValueError(
             f"a train step takes (parameters, optimiser state, *data), got {len(args)} arguments"
         )
     params, opt_state, *rest = args
-    traced = trace(step.loss, (params, *rest), training=True, **loss_roles(data))
+    traced = _traced(step.loss, (params, *rest), training=True, **loss_roles(data))
     if not traced.is_loss:
         raise ValueError("the loss of a train step has to return one floating number")
     own = [leaf for leaf in traced.inputs if _argument(leaf.path) == 0]
@@ -60,6 +61,22 @@ def trace_step(
         in_tree=in_tree,
         out_tree=out_tree,
     )
+
+
+_TRACES: Kept[Trace] = Kept()
+
+
+def _traced(step: Callable[..., Any], args: tuple[Any, ...], **roles: Any) -> Trace:
+    """`trace`, once for all plans of a function."""
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+    key = structure, shapes, tuple(sorted(roles.items()))
+    jaxpr = jax.make_jaxpr(step)(*args).jaxpr
+    return _TRACES.get(step, key, jaxpr, lambda: trace(step, args, **roles))
+
+
+def _tuple(positions: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if positions is None else tuple(positions)
 
 
 def _argument(path: str) -> int:

@@ -118,8 +118,8 @@ def test_stages_that_do_not_fit_do_not_hide_what_does(models, monkeypatch):
             )
         return solve(*arguments, constraints=constraints, **options)
 
-    def too_large_in_stages(made):
-        made = measured(made)
+    def too_large_in_stages(made, traced):
+        made = measured(made, traced)
         if not made.pipeline:
             return made
         too_much = dataclasses.replace(made.prediction, memory_bytes=1e15)
@@ -139,8 +139,8 @@ def test_the_gap_is_to_all_plans_where_some_were_passed_over(problem, monkeypatc
     step, args = problem
     measured, solve_all, seen = planner.with_footprint, planner.solve, []
 
-    def first_too_large(made):
-        made = measured(made)
+    def first_too_large(made, traced):
+        made = measured(made, traced)
         seen.append(made)
         size = 1e15 if len(seen) == 1 else made.memory_bytes
         prediction = dataclasses.replace(made.prediction, memory_bytes=size)
@@ -297,10 +297,10 @@ def test_the_search_s_time_is_that_of_all_rounds(problem, monkeypatch):
         clock[0] += 3.0
         return search(*positions, **options)
 
-    def look_closer(plan):
+    def look_closer(plan, traced):
         clock[0] += 0.5
         rounds.append(plan)
-        looked = closer(plan)
+        looked = closer(plan, traced)
         if len(rounds) > 1:
             return looked
         # More than there is: another round is needed.

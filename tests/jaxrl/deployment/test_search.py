@@ -45,7 +45,6 @@ def sharing(planner: Planner, **options) -> Planner:
     """A planner that has the plans of another; they know of neither links nor batches."""
     new = Planner(planner.workload, **options)
     new._learners, new._actors = planner._learners, planner._actors
-    new._scorers = planner._scorers
     return new
 
 

@@ -176,8 +176,8 @@ def test_a_footprint_beyond_the_chips_of_a_mixed_cluster_is_not_passed_over(mode
     measured = planner.with_footprint
 
     def plan(memory_bytes):
-        def of_size(made):
-            made = measured(made)
+        def of_size(made, traced):
+            made = measured(made, traced)
             prediction = dataclasses.replace(made.prediction, memory_bytes=memory_bytes)
             return dataclasses.replace(made, prediction=prediction)
 
