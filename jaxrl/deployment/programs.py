@@ -116,7 +116,7 @@ def scoring_calls(prompts: int) -> tuple[int, int]:
 def generation_programs(workload: Workload, prompts: int) -> list[Program]:
     """Prefill and decoding of `prompts` prompts."""
     config, g, t = workload.executed(workload.policy), workload.group_size, workload.completion_len
-    graphdef, params = split_shapes(partial(Decoder, config), dtype=jnp.bfloat16)
+    graphdef, params = split_shapes(partial(Decoder, config), dtype=workload.generation_dtype)
     batch = _prompts(workload, prompts)
 
     def prefill(params, prompts):

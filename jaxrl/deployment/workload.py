@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import root_scalar
 
@@ -32,7 +33,7 @@ class Workload:
       optimizer: of policy and critic.
       density: share of the bf16 weights that an update changes, for the cost of publishing them.
       as_configured: models are executed as their configurations say, and not as a large run would
-        (see `executed`).
+        (see `executed`), and the learner's devices generate with its own parameters.
 
     Raises:
       ValueError: a size or share out of its range.
@@ -95,6 +96,16 @@ class Workload:
         return root_scalar(
             lambda p: -np.expm1(longest * np.log1p(-p)) / p - mean, bracket=(1e-12, 1 - 1e-12)
         ).root
+
+    @property
+    def generation_dtype(self) -> jnp.dtype:
+        """Of the parameters that completions are written with.
+
+        Actors receive bf16. A run as it is configured writes with the learner's own parameters,
+        which are float32; weights of layers and caches are in the model's compute type either way
+        (`Decoder.layer_weights`).
+        """
+        return jnp.dtype(jnp.float32 if self.as_configured else jnp.bfloat16)
 
     @property
     def critic_trunk(self) -> DecoderConfig | None:

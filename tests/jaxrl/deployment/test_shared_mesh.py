@@ -1,5 +1,7 @@
 """One mesh for learning and generation: against every mesh planned alone, and what it refuses."""
 
+import functools
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 import sharding
 from jaxrl import policy, recipes
@@ -15,6 +18,8 @@ from jaxrl.deployment.programs import update_parts
 from jaxrl.deployment.shared_mesh import learning
 from jaxrl.models import Decoder, DecoderConfig, LoraConfig, LoraParam
 from jaxrl.models.named import named
+from jaxrl.rollouts import Sampling
+from jaxrl.rollouts.generate import generate_from_state
 from jaxrl.types import Prompts
 from sharding import Cluster, Constraints
 
@@ -105,3 +110,48 @@ def test_adapters_learn_beside_the_weights_of_their_reference():
     assert found["grad_norm"] > 1e-3
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_decoding_is_costed_in_the_types_that_the_collector_generates_in(compute_dtype, tied):
+    small = DecoderConfig(
+        vocab_size=40, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, mlp=24, max_len=12,
+        compute_dtype=compute_dtype, tie_embeddings=tied,
+    )  # fmt: skip
+    workload = replace(WORKLOAD, policy=small, prompts_per_step=2, prompt_len=8, completion_len=4)
+    decode = {p.name: p for p in actor_programs(workload, 2)}["decode"]
+    ends, layers, cache, *_ = decode.args
+    costed = Counter((x.shape, x.dtype) for x in jax.tree.leaves((ends, layers, cache)))
+
+    # What the loop over tokens reads, of the collector's own call with the learner's parameters.
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Decoder(small, rngs=nnx.Rngs(0))))
+    _, held, shapes = update_parts(workload)
+    write = functools.partial(
+        generate_from_state, graphdef=graphdef, group_size=workload.group_size,
+        sampling=Sampling(max_new_tokens=4, eos_id=1, pad_id=0),
+    )  # fmt: skip
+    made = jax.make_jaxpr(write)(held["policy"], shapes.prompts, jax.random.key(0))
+    (loop,) = loops(made.jaxpr)
+    read = Counter((v.aval.shape, v.aval.dtype) for v in loop.invars)
+    missing = costed - read
+    assert not missing, missing
+    assert {dtype for shape, dtype in costed if shape == (40, 16)} == {np.dtype("float32")}
+    caches = {x.dtype for x in jax.tree.leaves(cache.own)}
+    assert caches == {jnp.dtype(compute_dtype)}
+
+
+def loops(jaxpr):
+    """The loops of a jaxpr that carry a batch on, its calls entered."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            yield eqn
+        else:
+            for inner in jaxprs_in_params(eqn.params):
+                yield from loops(inner)
+
+
+def test_actors_of_a_large_run_hold_bf16():
+    large = replace(WORKLOAD, as_configured=False)
+    (prefill, *_) = actor_programs(large, 2)
+    assert {x.dtype for x in jax.tree.leaves(prefill.args[0])} == {jnp.dtype("bfloat16")}
