@@ -160,7 +160,7 @@ def trainer_of(
             nnx.eval_shape(lambda: _critic(config, reference, recipe))
         )
     plan = _plan(config, shapes)
-    reference_params, frozen = part.reference, part.frozen
+    reference_params, frozen, replay = part.reference, part.frozen, _replay(config, recipe)
     if plan.mesh:
         reference_params = plan.bind().place({"policy": reference_params})["policy"]
         frozen = None if frozen is None else plan.bind().place({"policy": frozen})["policy"]
@@ -195,8 +195,8 @@ def trainer_of(
         seed=config.seed,
         sampler_tolerance=config.sampler_tolerance,
         demonstrations=task.ptx,
-        replay=_replay(config, recipe),
-        prompts_per_update=config.samples_per_step // recipe.group_size,
+        replay=replay,
+        prompts_per_update=config.samples_per_step // recipe.group_size if replay else None,
         tape=None if config.tape is None else Tape(config.tape / recipe.name),
         span=run.span,
     )

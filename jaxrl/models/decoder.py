@@ -347,12 +347,16 @@ class Decoder(nnx.Module):
         """
         c = self.config
         stacked = lora.merged(self._cast(self.layers.weights()), c.lora)
-        query, key, value = (stacked.pop(name) for name in ("query", "key", "value"))
-        grouped = query.reshape(c.layers, c.embed, c.kv_heads, -1, c.head_dim)
-        stacked["joined"] = jnp.concatenate(
-            [grouped, key[:, :, :, None], value[:, :, :, None]], axis=3
-        )
-        return tuple({k: w[i] for k, w in stacked.items()} for i in range(c.layers))
+
+        def layer(i: int) -> Weights:
+            # Joined here and not in the stack, of which compilers would make two copies at once.
+            weights = {name: w[i] for name, w in stacked.items()}
+            query, key, value = (weights.pop(name) for name in ("query", "key", "value"))
+            grouped = query.reshape(c.embed, c.kv_heads, -1, c.head_dim)
+            joined = jnp.concatenate([grouped, key[:, :, None], value[:, :, None]], axis=2)
+            return weights | {"joined": joined}
+
+        return tuple(map(layer, range(c.layers)))
 
     def decode(
         self,

@@ -75,6 +75,14 @@ class Trainer:
     tape: Tape | None = None
     span: Span = field(default=no_span)
 
+    def __post_init__(self) -> None:
+        if self.replay is None and (self.prompts_per_update or self.replay_group_size):
+            raise ValueError(
+                "prompts_per_update and replay_group_size are of what is drawn from a replay: give "
+                f"one, or set prompts_per_step: {self.prompts_per_update=}, "
+                f"{self.replay_group_size=}"
+            )
+
     def rollout(self, state: LearnerState, step: int) -> Rollouts:
         """Scored rollouts of step `step`; a function of the state, the seed and the step.
 

@@ -50,6 +50,7 @@ class Fusion:
       restacks: stacks lie as the body of their loop wants them, in copies: results that a product
         sums over the last axis of, and arguments that are gathered along another axis than the
         first.
+      converts: stacked arguments whose slices a loop converts are converted whole before it.
       prefetches: the next weight of a loop's body is gathered while a product reads the one before.
     """
 
@@ -63,14 +64,15 @@ class Fusion:
     combined: bool
     restacks: bool
     prefetches: bool
+    converts: bool
 
 
 _TPU = Fusion(epilogues=True, prologues=1, slices=False, softmax=False, relayout=True,
               retile=False, late=False, combined=False, restacks=False,
-              prefetches=False)  # fmt: skip
+              prefetches=False, converts=True)  # fmt: skip
 _GPU = Fusion(epilogues=False, prologues=0, slices=True, softmax=False, relayout=False,
               retile=False, late=True, combined=True, restacks=True,
-              prefetches=True)  # fmt: skip
+              prefetches=True, converts=False)  # fmt: skip
 # Chips whose compiler does otherwise than that of its kind of machine. All of it was seen in
 # buffer assignments (XLA_FLAGS=--xla_dump_to of a compilation by experiments.planner_memory).
 _CHIPS: Mapping[str, Fusion] = {
@@ -430,9 +432,11 @@ class _Body:
                 self.extra[i] = self._inside(instruction)
                 for size, what in self._copies(instruction):
                     self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
-                for stack in self._turned(instruction):
-                    what = f"turned {stack.dtype}{stack.shape}"
-                    size = stack.bytes(self.mesh)
+                for stack, dtype in self._read_otherwise(instruction):
+                    what = (
+                        f"{'turned' if dtype == stack.dtype else dtype} {stack.dtype}{stack.shape}"
+                    )
+                    size = stack.bytes(self.mesh) * dtype_bytes(dtype) / dtype_bytes(stack.dtype)
                     # All loops read the same copy.
                     turned.setdefault(id(stack), _Buffer(size, i, i, what)).end = i
         for buffer in turned.values():
@@ -455,12 +459,10 @@ class _Body:
 
     def _unreduced(self, move: Move, instruction: Instruction, i: int) -> None:
         """What goes into a sum: until it is scattered, or until a loop reduces its gradients."""
-        if not self.fusion.combined:
-            return
         is_gradient = rule_kind(instruction.name) == "dot" and not any(
             array.is_weight for array in instruction.ins
         )
-        if self.inside and is_gradient:
+        if self.fusion.combined and self.inside and is_gradient:
             end = len(self.instructions)
         elif move.kind == "reduce-scatter":
             end = i
@@ -500,13 +502,14 @@ class _Body:
         return [(a.bytes(self.mesh), f"stacked as it is read {a.dtype}{a.shape}")
                 for mine, a in places if id(mine) in summed and id(a) in self.results]  # fmt: skip
 
-    def _turned(self, loop: Instruction) -> list[Array]:
-        """Stacked arguments whose slices are gathered along another axis than their first.
+    def _read_otherwise(self, loop: Instruction) -> list[tuple[Array, str]]:
+        """Stacked arguments that loops read in a copy, and the type of its numbers.
 
-        What is gathered has to be contiguous, so that a copy of the stack is turned first; what is
-        computed before the loop is written turned.
+        What is gathered along another axis than the slice's first has to be contiguous, so that
+        the stack is turned before the loop; what is computed there is written turned. And where
+        slices are only converted to a smaller type, the whole stack is, once.
         """
-        if loop.name != "scan" or not self.fusion.restacks:
+        if loop.name != "scan" or not (self.fusion.restacks or self.fusion.converts):
             return []
         (body,) = loop.bodies
         shown = _seen_through(body)
@@ -514,10 +517,18 @@ class _Body:
                     for m in i.moves if m.kind == "all-gather"}  # fmt: skip
         found = []
         for mine, stack in zip(body.inputs, loop.ins, strict=True):
-            move = gathered.get(id(mine))
-            is_argument = id(stack) in self.outside and not self.roots.get(id(stack))
-            if move and is_argument and move.array.spec and move.array.spec[0] == move.target[0]:
-                found.append(stack)
+            if id(stack) not in self.outside or self.roots.get(id(stack)):
+                continue
+            if self.fusion.restacks:
+                move = gathered.get(id(mine))
+                if move and move.array.spec and move.array.spec[0] == move.target[0]:
+                    found.append((stack, stack.dtype))
+            elif len(mine.shape) < len(stack.shape):
+                readers = [i for i in body.instructions if any(a is mine for a in i.ins)]
+                if {i.name for i in readers} == {"convert_element_type"}:
+                    dtype = min((i.outs[0].dtype for i in readers), key=dtype_bytes)
+                    if dtype_bytes(dtype) < dtype_bytes(stack.dtype):
+                        found.append((stack, dtype))
         return found
 
     def _last_use(self, array: Array, now: int) -> int:

@@ -166,6 +166,10 @@ def test_alternatives_that_take_too_much_say_so(problem):
     plan = sharding.plan(step, args, cluster="v5e:2x4")
     limit = 0.94 * sharding.Cluster.from_name("v5e:2x4").memory_bytes
     assert all(other.fits == (other.memory_bytes <= limit) for other in plan.alternatives)
+    least = min(other.memory_bytes for other in plan.alternatives)
+    tight = sharding.Constraints(memory_fraction=1.01 * plan.memory_bytes / (limit / 0.94))
+    several = sharding.plan(step, args, cluster="v5e:2x4", constraints=tight).alternatives
+    assert {other.fits for other in several} == {True, False}, least
     large = dataclasses.replace(plan.alternatives[0], memory_bytes=2 * limit, fits=False)
     text = dataclasses.replace(plan, alternatives=(large,)).explain()
     assert "by the search's sums, more than is usable" in text

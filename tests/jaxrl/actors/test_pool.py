@@ -167,7 +167,10 @@ def test_no_more_connections_are_taken_in_than_allowed(make_item):
         waiting = []
         thread = threading.Thread(target=lambda: waiting.append(joined(pool, "second")))
         thread.start()  # not let in, nor sent away, before the first has gone
+        thread.join(0.3)
+        assert not waiting
         first.close()
         thread.join(60.0)
+        assert waiting
         assert asked(waiting[0]).id == 0
         waiting[0].close()

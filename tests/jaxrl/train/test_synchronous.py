@@ -305,3 +305,9 @@ def test_a_restored_replay_resumes_to_the_same_numbers():
     again, _, _ = trained(second, state, 2, 4)
     for one, other in zip(whole, on_host(again), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("drawn", [{"prompts_per_update": 3}, {"replay_group_size": 2}])
+def test_what_is_drawn_from_a_replay_needs_one(drawn):
+    with pytest.raises(ValueError, match="are of what is drawn from a replay: give one"):
+        dataclasses.replace(TRAINER, **drawn)
