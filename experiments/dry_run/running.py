@@ -1,9 +1,11 @@
 """The command: one dry run, the suite, or several workloads."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,11 +76,13 @@ def _planned(config: DryRunConfig, console: Console, own: DecoderConfig | None) 
     console.print(workload.summary(), highlight=False)
     compiling = Compiling(answers=config.answers, timeout_s=config.timeout_s)
     try:
-        run = dry_run(
-            workload, cluster, actors, link=config.link(), batches=config.prompts,
-            compiling=compiling if config.compile else None, max_staleness=config.max_staleness,
-            told=lambda line: console.print(f"[dim]{line}[/dim]", highlight=False),
-        )  # fmt: skip
+        with _few_collections():
+            run = dry_run(
+                workload, cluster, actors, link=config.link(), batches=config.prompts,
+                compiling=compiling if config.compile else None,
+                max_staleness=config.max_staleness,
+                told=lambda line: console.print(f"[dim]{line}[/dim]", highlight=False),
+            )  # fmt: skip
     except NothingFits as error:
         lacks = error.shortfall_bytes
         missing = "" if lacks is None else f"it lacks {lacks / 1e9:.2f} GB a device; "
@@ -88,3 +92,18 @@ def _planned(config: DryRunConfig, console: Console, own: DecoderConfig | None) 
     for line in tables.verdict(run):
         console.print(line, highlight=False)
     return run
+
+
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Looks for garbage in cycles seldom.
+
+    Traces are millions of objects that are kept: by CPython's own thresholds, looking through them
+    is a quarter of the planner's time.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)

@@ -195,7 +195,9 @@ def dry_run(
     """
     planner = Planner(workload, link=link, batches=batches)
     told("dividing the chips between learner and actors")
-    best, others = divide(workload, cluster, actors, max_staleness=max_staleness, planner=planner)
+    best, others = divide(
+        workload, cluster, actors, max_staleness=max_staleness, planner=planner, told=told
+    )
     half = None
     if actors is None:
         try:

@@ -38,6 +38,9 @@ class Plans:
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Part | ValueError] = {}
 
+    def __len__(self) -> int:
+        return len(self._made)
+
     def planned(
         self,
         program: Program,

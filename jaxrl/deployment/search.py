@@ -71,19 +71,32 @@ class Planner:
         self._written: dict[tuple[Any, ...], list[Program]] = {}
 
     def divide(
-        self, candidates: Iterable[Cut], *, max_staleness: int = 8
+        self,
+        candidates: Sequence[Cut],
+        *,
+        max_staleness: int = 8,
+        told: Callable[[str], None] = lambda line: None,
     ) -> tuple[Division, list[Division]]:
         """The division that trains most tokens a second, and all others that fit, best first.
 
         Of those that are within a hundredth of the best the one that is least stale, and of these
         the one with the fewest actors: fewer copies of the weights to bring up to date.
 
+        Args:
+          candidates: learner and actors.
+          max_staleness: versions by which a rollout may be old.
+          told: is called with a line before every candidate is planned.
+
         Raises:
           NothingFits: none of them.
         """
         found: list[Division] = []
         refusals: list[tuple[str, ValueError]] = []
-        for cut in candidates:
+        for i, cut in enumerate(candidates, start=1):
+            told(
+                f"division {i} of {len(candidates)}: {cut.learner.name} learns, {cut.actors.name} "
+                f"acts; {len(self._plans)} plans made so far"
+            )
             try:
                 found += self.divisions(cut, max_staleness=max_staleness)
             except ValueError as error:
@@ -292,6 +305,7 @@ def divide(
     *,
     max_staleness: int = 8,
     planner: Planner | None = None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> tuple[Division, list[Division]]:
     """The division that trains most tokens a second, and the others, best first.
 
@@ -301,13 +315,14 @@ def divide(
       actors: the actors' machines, where they are others.
       max_staleness: versions by which a rollout may be old.
       planner: keeps plans for a second call.
+      told: is called with a line before every cut is planned.
 
     Raises:
       NothingFits: no division fits.
     """
     planner = planner or Planner(workload)
     candidates: Sequence[Cut] = cuts(cluster) if actors is None else [Cut(cluster, actors)]
-    return planner.divide(candidates, max_staleness=max_staleness)
+    return planner.divide(candidates, max_staleness=max_staleness, told=told)
 
 
 def resident_bytes(parts: Iterable[Part]) -> dict[str, float]:

@@ -91,6 +91,7 @@ class Instruction:
       bodies: of a loop, or of every branch; else ().
       trips: how often a body runs.
       moves: collectives that it needs before or after, filled in by `partition`.
+      applied: its rule on a graph of its own, which `partition` asks for several times.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Instruction:
     bodies: tuple["Computation", ...] = ()
     trips: int = 1
     moves: list[Move] = field(default_factory=list)
+    applied: Any = None
 
 
 @dataclass(eq=False)

@@ -567,9 +567,12 @@ def _join_sums(body: Computation) -> None:
 
 def _apply(instruction: Instruction) -> tuple[DimensionGraph, list[tuple[int, ...]], Applied]:
     """The operation's rule on a graph of its own."""
-    graph = DimensionGraph()
-    ins = [graph.array(array.shape) for array in instruction.ins]
-    if instruction.name == FUSED.name:
-        return graph, ins, applied_kernel(graph, instruction.eqn, ins)
-    rule = rule_for(instruction.name) or opaque
-    return graph, ins, rule(graph, instruction.eqn, ins)
+    if instruction.applied is None:
+        graph = DimensionGraph()
+        ins = [graph.array(array.shape) for array in instruction.ins]
+        if instruction.name == FUSED.name:
+            applied = applied_kernel(graph, instruction.eqn, ins)
+        else:
+            applied = (rule_for(instruction.name) or opaque)(graph, instruction.eqn, ins)
+        instruction.applied = graph, ins, applied
+    return instruction.applied
