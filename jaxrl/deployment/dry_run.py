@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl.deployment import deltas
+from jaxrl.deployment.decoding import full_decode
 from jaxrl.deployment.division import Division
 from jaxrl.deployment.machines import half_and_half
 from jaxrl.deployment.parts import Part
-from jaxrl.deployment.search import NothingFits, Planner, divide, full_decode, resident_bytes
+from jaxrl.deployment.search import NothingFits, Planner, divide, resident_bytes
 from jaxrl.deployment.workload import Workload
 from jaxrl.models.compiling import training_options
 from jaxrl.sync import Link

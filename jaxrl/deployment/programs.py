@@ -100,11 +100,31 @@ def actor_programs(workload: Workload, prompts: int) -> list[Program]:
     The reference policy lies at the actors too: its log-probabilities travel with the rollouts,
     so that the learner holds one model (TBA, arXiv:2503.18929, section 4).
     """
-    scored, calls = scoring_calls(prompts)
-    return [
-        *generation_programs(workload, prompts),
-        *(replace(program, calls=calls) for program in scoring_programs(workload, scored)),
-    ]
+    return Written().actor_programs(workload, prompts)
+
+
+class Written:
+    """Programs, each written once: JAX knows by its identity which function it has traced."""
+
+    def __init__(self) -> None:
+        self._programs: dict[tuple[Any, ...], list[Program]] = {}
+
+    def get(
+        self, write: Callable[..., list[Program]], workload: Workload, *sizes: int
+    ) -> list[Program]:
+        """What `write` returns for a workload and its sizes."""
+        key = write, workload, *sizes
+        if key not in self._programs:
+            self._programs[key] = write(workload, *sizes)
+        return self._programs[key]
+
+    def actor_programs(self, workload: Workload, prompts: int) -> list[Program]:
+        """`actor_programs`, of which those that score are the same for many numbers of prompts."""
+        scored, calls = scoring_calls(prompts)
+        return [
+            *self.get(generation_programs, workload, prompts),
+            *(replace(p, calls=calls) for p in self.get(scoring_programs, workload, scored)),
+        ]
 
 
 def scoring_calls(prompts: int) -> tuple[int, int]:

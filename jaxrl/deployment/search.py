@@ -4,27 +4,19 @@ Every cut, size of an actor, batch and codec is looked at: what costs time is pl
 programs, of which each is planned once on each machine.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 
+from jaxrl.deployment.decoding import Decoding
 from jaxrl.deployment.division import Codec, Division, division
 from jaxrl.deployment.machines import Cut, actor_sizes, cuts
-from jaxrl.deployment.parts import USABLE, Part, Plans, planned
-from jaxrl.deployment.programs import (
-    GENERATION,
-    Program,
-    generation_programs,
-    learner_programs,
-    scoring_calls,
-    scoring_programs,
-)
+from jaxrl.deployment.parts import USABLE, Part, Plans
+from jaxrl.deployment.programs import GENERATION, Program, Written, learner_programs
 from jaxrl.deployment.workload import Workload
-from jaxrl.models import DecoderConfig
 from jaxrl.sync import Link
 from sharding import Cluster, DoesNotFit, Plan
 
@@ -68,7 +60,8 @@ class Planner:
         self._learners: dict[tuple[str, int], Part | ValueError] = {}
         self._actors: dict[tuple[str, int], tuple[Part, ...] | ValueError] = {}
         self._plans = Plans()
-        self._written: dict[tuple[Any, ...], list[Program]] = {}
+        self._written = Written()
+        self._decoding = Decoding(workload, self._plans, self._written)
 
     def divide(
         self,
@@ -158,7 +151,7 @@ class Planner:
         key = cluster.name, batch
         if key not in self._learners:
             workload = dataclasses.replace(self.workload, prompts_per_step=batch)
-            (program,) = self._programs(learner_programs, workload)
+            (program,) = self._written.get(learner_programs, workload)
             # Two versions in bf16 lie there while one is coded, beside the next updates.
             published = 4 * workload.policy.num_params / cluster.device_count
             memory = USABLE - published / cluster.memory_bytes
@@ -184,7 +177,7 @@ class Planner:
     def _plan_actor(
         self, cluster: Cluster, prompts: int, scorers: Mapping[str, int]
     ) -> tuple[Part, ...]:
-        programs = {p.name: p for p in self._actor_programs(prompts)}
+        programs = {p.name: p for p in self._written.actor_programs(self.workload, prompts)}
         # What lives together shares most of the memory in proportion to its size; the rest, and
         # the caches' part while nothing is generated, is for whichever runs.
         sizes = {p.parameters: _state_bytes(p) for p in programs.values()}
@@ -192,7 +185,7 @@ class Planner:
         whole = sum(sizes.values())
         own = {key: USABLE * (_COMMON + (1 - _COMMON) * n / whole) for key, n in sizes.items()}
         free = USABLE * (1 - _COMMON) * sizes[GENERATION] / whole
-        decode = self._decode(programs["decode"], cluster, prompts, own[GENERATION])
+        decode = self._decoding.planned(cluster, prompts, own[GENERATION])
         parts = []
         for program in programs.values():
             if program.name == "decode":
@@ -215,87 +208,6 @@ class Planner:
                 limit,
             )
         return tuple(parts)
-
-    def _programs(
-        self, write: Callable[..., list[Program]], workload: Workload, *sizes: int
-    ) -> list[Program]:
-        """Programs, each written once: what is traced of a function is known by its identity."""
-        key = write, workload, *sizes
-        if key not in self._written:
-            self._written[key] = write(workload, *sizes)
-        return self._written[key]
-
-    def _actor_programs(self, prompts: int) -> list[Program]:
-        """`actor_programs`, of which those that score are the same for many numbers of prompts."""
-        scored, calls = scoring_calls(prompts)
-        scoring = self._programs(scoring_programs, self.workload, scored)
-        return [
-            *self._programs(generation_programs, self.workload, prompts),
-            *(dataclasses.replace(program, calls=calls) for program in scoring),
-        ]
-
-    def _decode(self, program: Program, cluster: Cluster, prompts: int, memory: float) -> Part:
-        """Decoding as it is fastest, of all ways that fit.
-
-        Heads of keys are the most ways in which caches can be divided beside the batch: beyond
-        them every device would hold whole ones.
-        """
-        limit, most = cluster.memory_bytes * memory, self.workload.policy.kv_heads
-        free = self._all_layers(program, cluster, prompts, memory, {})
-        if free.memory_bytes <= limit and free.plan.mesh.get("tensor", 1) <= most:
-            return free
-        found: list[Part] = []
-        for tensor in (2**i for i in range(most.bit_length())):
-            if tensor <= most and cluster.device_count % tensor == 0:
-                with contextlib.suppress(ValueError):  # nothing that the model has divides so
-                    found.append(
-                        self._all_layers(program, cluster, prompts, memory, {"tensor": tensor})
-                    )
-        fitting = [part for part in found if part.memory_bytes <= limit]
-        if fitting:
-            return min(fitting, key=lambda part: part.step_s)
-        least = min(part.memory_bytes for part in [free, *found])
-        raise DoesNotFit(
-            f"decoding {prompts} prompts on {cluster.name} needs {least / 1e9:.1f} GB a device of "
-            f"{limit / 1e9:.1f} GB that the other models leave, however it is divided",
-            least,
-            limit,
-        )
-
-    def _all_layers(
-        self,
-        program: Program,
-        cluster: Cluster,
-        prompts: int,
-        memory: float,
-        pinned: Mapping[str, int],
-    ) -> Part:
-        """Decoding planned with few layers, which stand apart, and drawn out to all of them."""
-        layers = self.workload.policy.layers
-        few = 2 * _period(self.workload.policy)
-        if layers <= 2 * few:
-            return self._plans.planned(program, cluster, pinned=pinned, memory=memory)
-        longer, shorter = (self._shortened(n, prompts) for n in (2 * few, few))
-        longer = self._plans.planned(longer, cluster, pinned=pinned, memory=memory)
-        mesh = {name: longer.plan.mesh.get(name, 1) for name in _AXES}
-        shorter = self._plans.planned(shorter, cluster, pinned=mesh, memory=memory)
-
-        def drawn(name: str) -> float:
-            first, second = getattr(shorter, name), getattr(longer, name)
-            return second + (second - first) * (layers - 2 * few) / few
-
-        names = ("step_s", "memory_bytes", "resident_bytes")
-        return Part(program=program, plan=longer.plan, **{name: drawn(name) for name in names})
-
-    def _shortened(self, layers: int, prompts: int) -> Program:
-        policy = self.workload.policy
-        short = dataclasses.replace(policy, layers=layers, windows=policy.windows[:layers])
-        workload = dataclasses.replace(self.workload, policy=short)
-        programs = self._programs(generation_programs, workload, prompts)
-        return next(p for p in programs if p.name == "decode")
-
-
-_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 
 def divide(
@@ -347,14 +259,6 @@ def actor_bytes(parts: Sequence[Part]) -> float:
     )
 
 
-def full_decode(part: Part, cluster: Cluster) -> Part:
-    """Decoding with all its layers, divided as it was planned with a few."""
-    if part.plan.args == part.program.args:
-        return part
-    pins = {axis: part.plan.mesh.get(axis, 1) for axis in _AXES}
-    return planned(part.program, cluster, pinned=pins)
-
-
 def _bounds(most: int) -> list[int]:
     """Bounds on staleness that are looked at: powers of two, and the largest."""
     return sorted({min(most, 2**i) for i in range(most.bit_length() + 1)})
@@ -382,19 +286,6 @@ def _state_bytes(program: Program) -> float:
 def _model_parallel(plan: Plan) -> int:
     """Ways in which decoding divides the heads of the weights."""
     return plan.mesh.get("tensor", 1) * plan.mesh.get("expert", 1)
-
-
-def _period(config: DecoderConfig) -> int:
-    """After how many layers the windows repeat."""
-    windows = config.windows
-    return next(
-        (
-            n
-            for n in range(1, len(windows))
-            if all(w == windows[i % n] for i, w in enumerate(windows))
-        ),
-        1,
-    )
 
 
 def _or_error(make):

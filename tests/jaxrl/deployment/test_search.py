@@ -22,6 +22,7 @@ from jaxrl.deployment import (
 from jaxrl.deployment.machines import actor_sizes
 from jaxrl.deployment.search import actor_bytes, resident_bytes
 from jaxrl.models import DecoderConfig
+from jaxrl.models.named import named
 from jaxrl.sync import Link
 from sharding import Cluster, DoesNotFit
 
@@ -95,6 +96,25 @@ def test_decoding_drawn_out_is_decoding_planned_whole(planner):
     whole = next(p for p in whole if p.program.name == "decode")
     assert whole.step_s < drawn.step_s < 2.2 * whole.step_s
     assert whole.memory_bytes < drawn.memory_bytes < 2 * whole.memory_bytes
+
+
+def test_a_machine_over_which_nothing_divides_is_no_lack_of_memory():
+    """Three eighths of a pod: heads would be divided 24 ways, and keys have 8."""
+    workload = dataclasses.replace(WORKLOAD, policy=named("llama3-8b"), reward_model=None)
+    with pytest.raises(ValueError, match="nothing divides decoding of 16 prompts") as got:
+        Planner(workload).actor(Cluster.from_name("v5p:4x4x3"), 16)
+    assert not isinstance(got.value, DoesNotFit)
+
+
+def test_every_cut_is_announced_and_no_plan_is_made_twice(planner):
+    heard = []
+    divide(WORKLOAD, CLUSTER, planner=planner, told=heard.append)
+    assert [line.split(":")[0] for line in heard] == [f"division {i} of 3" for i in (1, 2, 3)]
+    assert all(cut.learner.name in line for cut, line in zip(cuts(CLUSTER), heard, strict=True))
+    made = len(planner._plans)
+    assert made > 10
+    divide(WORKLOAD, CLUSTER, planner=planner)
+    assert len(planner._plans) == made
 
 
 def test_the_best_is_the_best_of_all_that_can_be_written_down(planner):

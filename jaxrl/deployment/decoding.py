@@ -1,0 +1,144 @@
+"""Decoding on a machine: every way to divide it, planned with few layers.
+
+Layers stand apart in a decoding program, so that eighty of them take eighty times as long to trace
+as one. Time and memory grow by the same with every layer: two programs of few layers say what all
+layers take.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxrl.deployment.parts import Part, Plans, planned
+from jaxrl.deployment.programs import Program, Written, generation_programs
+from jaxrl.deployment.workload import Workload
+from jaxrl.models import DecoderConfig
+from sharding import Cluster, DoesNotFit
+
+_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+
+class Decoding:
+    """The decoding program of a workload, planned on machines."""
+
+    def __init__(self, workload: Workload, plans: Plans, written: Written) -> None:
+        """Nothing is planned yet.
+
+        Args:
+          workload: what is run.
+          plans: that are kept, of all programs.
+          written: programs that are kept.
+        """
+        self._workload, self._plans, self._written = workload, plans, written
+
+    def planned(self, cluster: Cluster, prompts: int, memory: float) -> Part:
+        """Decoding as it is fastest, of all ways that fit.
+
+        Heads of keys are the most ways in which caches can be divided beside the batch: beyond
+        them every device would hold whole ones.
+
+        Args:
+          cluster: the machine.
+          prompts: that are decoded at once.
+          memory: share of a device's memory that it may fill.
+
+        Raises:
+          sharding.DoesNotFit: no way fits.
+          ValueError: nothing divides it.
+        """
+        program = self._program(self._workload, prompts)
+        limit, most = cluster.memory_bytes * memory, self._workload.policy.kv_heads
+        found: list[Part] = []
+        free = self._few_layers(program, cluster, prompts, memory, {})
+        if free.plan.mesh.get("tensor", 1) <= most:
+            found.append(self._all_layers(program, cluster, prompts, memory, free))
+            if found[0].memory_bytes <= limit:
+                return found[0]
+        for tensor in (2**i for i in range(most.bit_length())):
+            if tensor <= most and cluster.device_count % tensor == 0:
+                with contextlib.suppress(ValueError):  # nothing that the model has divides so
+                    few = self._few_layers(program, cluster, prompts, memory, {"tensor": tensor})
+                    found.append(self._all_layers(program, cluster, prompts, memory, few))
+        if not found:
+            raise ValueError(
+                f"nothing divides decoding of {prompts} prompts over the {cluster.device_count} "
+                f"devices of {cluster.name}, heads into no more than the {most} of the keys"
+            )
+        fitting = [part for part in found if part.memory_bytes <= limit]
+        if fitting:
+            return min(fitting, key=lambda part: part.step_s)
+        least = min(part.memory_bytes for part in found)
+        raise DoesNotFit(
+            f"decoding {prompts} prompts on {cluster.name} needs {least / 1e9:.1f} GB a device of "
+            f"{limit / 1e9:.1f} GB that the other models leave, however it is divided",
+            least,
+            limit,
+        )
+
+    def _few_layers(
+        self,
+        program: Program,
+        cluster: Cluster,
+        prompts: int,
+        memory: float,
+        pinned: Mapping[str, int],
+    ) -> Part:
+        """Decoding planned with few layers, which stand apart; with all where these are few."""
+        longer, _ = self._layers()
+        if longer < self._workload.policy.layers:
+            program = self._shortened(longer, prompts)
+        return self._plans.planned(program, cluster, pinned=pinned, memory=memory)
+
+    def _all_layers(
+        self, program: Program, cluster: Cluster, prompts: int, memory: float, few: Part
+    ) -> Part:
+        """Decoding as it is planned with few layers, drawn out to all of them."""
+        layers, (longer, shorter) = self._workload.policy.layers, self._layers()
+        if few.program is program:
+            return few
+        mesh = {name: few.plan.mesh.get(name, 1) for name in _AXES}
+        fewer = self._plans.planned(
+            self._shortened(shorter, prompts), cluster, pinned=mesh, memory=memory
+        )
+
+        def drawn(name: str) -> float:
+            first, second = getattr(fewer, name), getattr(few, name)
+            return second + (second - first) * (layers - longer) / (longer - shorter)
+
+        names = ("step_s", "memory_bytes", "resident_bytes")
+        return Part(program=program, plan=few.plan, **{name: drawn(name) for name in names})
+
+    def _layers(self) -> tuple[int, int]:
+        """How many layers decoding is planned with, and again with."""
+        few = 2 * _period(self._workload.policy)
+        return 2 * few, few
+
+    def _shortened(self, layers: int, prompts: int) -> Program:
+        policy = self._workload.policy
+        short = replace(policy, layers=layers, windows=policy.windows[:layers])
+        return self._program(replace(self._workload, policy=short), prompts)
+
+    def _program(self, workload: Workload, prompts: int) -> Program:
+        programs = self._written.get(generation_programs, workload, prompts)
+        return next(p for p in programs if p.name == "decode")
+
+
+def full_decode(part: Part, cluster: Cluster) -> Part:
+    """Decoding with all its layers, divided as it was planned with a few."""
+    if part.plan.args == part.program.args:
+        return part
+    pins = {axis: part.plan.mesh.get(axis, 1) for axis in _AXES}
+    return planned(part.program, cluster, pinned=pins)
+
+
+def _period(config: DecoderConfig) -> int:
+    """After how many layers the windows repeat."""
+    windows = config.windows
+    return next(
+        (
+            n
+            for n in range(1, len(windows))
+            if all(w == windows[i % n] for i, w in enumerate(windows))
+        ),
+        1,
+    )
