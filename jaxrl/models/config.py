@@ -162,7 +162,8 @@ class DecoderConfig:
       attention: "splash" (TPU), "cudnn" (GPU) or "xla"; "auto" takes the kernel of the machine
         that the program is for. See `jaxrl.models.attention.Attention`.
       context: how keys and values travel where the mesh has a context axis: around a "ring", by
-        "all_gather", or as the compiler's "partitioner" likes.
+        "all_gather", or as the compiler's "partitioner" likes; "auto" gathers where a kernel reads
+        what was gathered, and is a ring elsewhere.
       compute_dtype: dtype of the matrix products; parameters are always float32.
       remat: what the backward pass computes again instead of reading it from memory: all but
         the products with weights ("projections"), the whole layer ("full") or nothing ("none").
@@ -203,7 +204,7 @@ class DecoderConfig:
     expert_capacity: float | None = None
     lora: LoraConfig | None = None
     attention: Implementation = "auto"
-    context: ContextExchange = "ring"
+    context: ContextExchange = "auto"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "projections", "full"] = "projections"
     logit_chunk: int | None = None

@@ -23,8 +23,8 @@ _LOG = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "xla", "splash", "cudnn"]
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
-ContextExchange = Literal["ring", "all_gather", "partitioner"]
-CONTEXT_EXCHANGES = ("ring", "all_gather", "partitioner")
+ContextExchange = Literal["auto", "ring", "all_gather", "partitioner"]
+CONTEXT_EXCHANGES = ("auto", "ring", "all_gather", "partitioner")
 
 UNLIMITED = 1 << 30  # the window of a layer without one, where other layers have one
 _OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
@@ -45,13 +45,13 @@ class Attention:
       exchange: how keys and values travel where the mesh has a context axis of several devices:
         around a "ring", by "all_gather", or as the compiler's "partitioner" likes. What is
         gathered on TPUs splash kernels read; a ring computes its scores in XLA, of two devices'
-        columns at a time.
+        columns at a time. "auto" gathers where the kernels read it, and is a ring elsewhere.
       rule: scale and soft cap of the scores.
       windows: of every layer, or ().
     """
 
     implementation: Implementation = "auto"
-    exchange: ContextExchange = "ring"
+    exchange: ContextExchange = "auto"
     rule: Scores = field(default_factory=Scores)
     windows: tuple[int | None, ...] = ()
 
@@ -168,15 +168,28 @@ class Attention:
         batch, heads, kv = _head_axes(layout, query, kv)
         row = PartitionSpec(batch, SEQUENCE_AXES, heads)
         of_layer = replace(pattern, window=window)
-        if self.exchange == "all_gather" and self._gathers_for_splash():
+        for_splash = self._gathers_for_splash()
+        if for_splash and sharding.planned_for() is not None:
+            run = functools.partial(
+                splash.attend_part_planned, pattern=of_layer, axis=SEQUENCE_AXES[0], rule=self.rule
+            )
+            return _with(
+                run, jnp.asarray(index), PartitionSpec(SEQUENCE_AXES), query, kv, segments, row
+            )
+        if for_splash:
             kernels = splash.divided(
                 index.reshape(layout.context_ways, -1), of_layer,
                 query.shape[2] // layout.ways(heads or ()), rule=self.rule,
                 interpret=platform() == "cpu",
             )  # fmt: skip
             run = functools.partial(splash.attend_part, axis=SEQUENCE_AXES[0], rule=self.rule)
-            return _with_kernels(run, kernels, query, kv, segments, row)
-        exchange = cast(Literal["ring", "all_gather"], self.exchange)
+            masks = kernels.manual_sharding_spec(
+                NamedSharding(layout.mesh, PartitionSpec(None, SEQUENCE_AXES))
+            )
+            return _with(run, kernels, masks, query, kv, segments, row)
+        exchange: Literal["ring", "all_gather"] = (
+            "all_gather" if self.exchange == "all_gather" else "ring"
+        )
         division = context.Division(
             axis=SEQUENCE_AXES[0], ways=layout.context_ways, exchange=exchange,
             pattern=of_layer, softcap=self.rule.softcap,
@@ -191,29 +204,30 @@ class Attention:
         return run(query, kv, context.Columns(jnp.asarray(index), segments))
 
     def _gathers_for_splash(self) -> bool:
-        return self.implementation == "splash" or (
+        runs = self.implementation == "splash" or (
             self.implementation == "auto" and platform() == "tpu"
         )
+        return runs and self.exchange in ("auto", "all_gather")
 
 
-def _with_kernels(
+def _with(
     run: Callable[..., Array],
-    kernels: Any,
+    own: Any,
+    lies: Any,
     query: Array,
     kv: KeyValue,
     segments: Array,
     row: PartitionSpec,
 ) -> Float[Array, "N S Q d"]:
-    """Kernels on the columns of each device, which has its own of their masks."""
+    """`run` on the columns of each device, which has its own part of `own` as `lies` says."""
     layout = cast(Layout, Layout.current())
     batch, sequence, _ = row
-    masks = kernels.manual_sharding_spec(NamedSharding(layout.mesh, PartitionSpec(None, sequence)))
     # Specs stand where `KeyValue` has arrays, which its annotations do not say.
     divided = jax.shard_map(
         run, mesh=layout.mesh, out_specs=row, check_vma=False,
-        in_specs=(masks, row, KeyValue(row, row), PartitionSpec(batch, sequence)),  # type: ignore[arg-type]
+        in_specs=(lies, row, KeyValue(row, row), PartitionSpec(batch, sequence)),  # type: ignore[arg-type]
     )  # fmt: skip
-    return divided(kernels, query, kv, segments)
+    return divided(own, query, kv, segments)
 
 
 def _on_each_device(

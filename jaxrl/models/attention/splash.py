@@ -121,6 +121,66 @@ def attend_part(
       axis: mesh axis along which rows are divided.
       rule: scale and soft cap of the scores.
     """
+    return _on_gathered(jax.vmap(run), query, kv, segments, axis=axis, rule=rule)
+
+
+def attend_part_planned(
+    columns: Int32[Array, " s"],
+    query: Float[Array, "n s Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "n s"],
+    *,
+    pattern: Pattern,
+    axis: str,
+    rule: Scores,
+) -> Float[Array, "n s Q d"]:
+    """What the planner reads in place of `attend_part`.
+
+    Args:
+      columns: held by this device.
+      query: rotated queries of these columns.
+      kv: rotated keys, and values, of the same columns.
+      segments: of the same columns; 0 is padding.
+      pattern: which columns see which.
+      axis: mesh axis along which rows are divided.
+      rule: scale and soft cap of the scores.
+    """
+    size, ways = columns.size, jax.lax.axis_size(axis)
+    block = _edge(size)
+    padded = jnp.pad(columns, (0, -size % block), constant_values=_NO_COLUMN)
+    places = jax.lax.axis_index(axis) * padded.size + jnp.arange(padded.size)
+    theirs = jax.lax.all_gather(padded, axis, tiled=True)
+
+    def visible(masking: tuple[Any, Array, Array, Array]) -> Bool[Array, "n w W"]:
+        ids, places, mine, theirs = masking
+        seen = pattern.visible(mine[:, None], theirs[None])
+        seen &= (mine[:, None] >= 0) & (theirs[None] >= 0)
+        itself = places[:, None] == jnp.arange(theirs.size)[None]
+        return (ids.q[:, :, None] == ids.kv[:, None]) & (seen | itself)[None]
+
+    kept = planned.Kernel(
+        visible=visible, softcap=rule.softcap, scale=1.0, heads_first=True, statistics=LANES,
+        kernels_backward=2,
+        # Of all devices together, of which each has about the same.
+        computed=planned.computed_share(pattern, size * ways, block),
+    )  # fmt: skip
+
+    def each(query: Array, key: Array, value: Array, ids: kernel.SegmentIds) -> Array:
+        return planned.attend(kept, query, key, value, (ids, places, padded, theirs))
+
+    return _on_gathered(each, query, kv, segments, axis=axis, rule=rule)
+
+
+def _on_gathered(
+    run: Callable[..., Any],
+    query: Float[Array, "n s Q d"],
+    kv: KeyValue,
+    segments: Int32[Array, "n s"],
+    *,
+    axis: str,
+    rule: Scores,
+) -> Float[Array, "n s Q d"]:
+    """The columns held, filled up to whole blocks, and the keys and values of all devices."""
     size = query.shape[1]
     added = -size % _edge(size)
 
@@ -132,7 +192,7 @@ def attend_part(
 
     ids = kernel.SegmentIds(widened(segments), gathered(segments))
     everything = KeyValue(gathered(kv.key), gathered(kv.value))
-    return _run(jax.vmap(run), widened(query), everything, ids, rule)[:, :size]
+    return _run(run, widened(query), everything, ids, rule)[:, :size]
 
 
 def _kernel(

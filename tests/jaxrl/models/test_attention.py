@@ -19,6 +19,7 @@ from jaxrl.models.attention.choice import UNLIMITED, _say
 from jaxrl.models.attention.context import zigzag
 from jaxrl.models.cache import KeyValue
 from jaxrl.types import Prompts
+from sharding.programs.fused import planning
 
 
 def brute_force(query, kv, segments, pattern, rule):
@@ -412,6 +413,34 @@ def test_sequences_divided_among_devices(exchange, name, sizes):
         )
         found = completion_gradients(graphdef, params, prompts, completions)
         divided = sequence_gradients(graphdef, params, rows, packed)
+    assert_same(found, expected)
+    assert_same(divided, whole)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 8}, EIGHT])
+def test_divided_sequences_as_the_planner_reads_them_on_tpus(sizes):
+    config = dataclasses.replace(TINY, attention_softcap=1.5)
+    graphdef, params = random_decoder(config)
+    prompts, completions = tokens_and_prompts()
+    rows = jax.random.randint(jax.random.key(4), (2, 21), 0, 11)
+    packed = jnp.asarray([[1] * 8 + [2] * 10 + [0] * 3, [0] * 2 + [1] * 19], jnp.int32)
+    plain, _ = random_decoder(dataclasses.replace(config, attention="xla"))
+    expected = completion_gradients(plain, params, prompts, completions)
+    whole = sequence_gradients(plain, params, rows, packed)
+    mesh = mesh_of(sizes)
+
+    def program(machine):
+        with planning(machine):
+            return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).hidden(rows))(params))
+
+    with jax.set_mesh(mesh):
+        given = on_mesh(mesh, (params, prompts, completions, rows, packed))
+        with planning("tpu"):
+            found = completion_gradients(graphdef, *given[:3])
+            divided = sequence_gradients(graphdef, given[0], *given[3:])
+        assert "all_gather" in program("tpu")
+        assert "ppermute" not in program("tpu")
+        assert "ppermute" in program("gpu")
     assert_same(found, expected)
     assert_same(divided, whole)
 
