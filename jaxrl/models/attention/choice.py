@@ -207,7 +207,11 @@ class Attention:
         runs = self.implementation == "splash" or (
             self.implementation == "auto" and platform() == "tpu"
         )
-        return runs and self.exchange in ("auto", "all_gather")
+        if self.exchange == "auto":
+            # Gradients of what was gathered are summed, for which XLA:TPU (libtpu 0.0.42) has no
+            # code along an odd number of devices: "AllReduce fusion with 3 sized replica_groups".
+            return runs and self._context_ways % 2 == 0
+        return runs and self.exchange == "all_gather"
 
 
 def _with(

@@ -445,6 +445,20 @@ def test_divided_sequences_as_the_planner_reads_them_on_tpus(sizes):
     assert_same(divided, whole)
 
 
+@pytest.mark.parametrize(("ways", "gathers"), [(2, True), (3, False), (8, True)])
+def test_an_odd_number_of_tpus_hands_keys_on(ways, gathers):
+    """XLA:TPU does not sum the gradients of what three devices gathered."""
+    graphdef, params = random_decoder(TINY)
+    tokens = jnp.zeros((1, 12), jnp.int32)
+    mesh = jax.make_mesh(
+        (ways,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:ways]
+    )
+    with jax.set_mesh(mesh), planning("tpu"):
+        text = str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).hidden(tokens))(params))
+    assert ("all_gather" in text) == gathers
+    assert ("ppermute" in text) != gathers
+
+
 def test_zigzag_gives_all_devices_the_same_work():
     for ways, size in ((2, 8), (4, 32), (8, 64)):
         held = zigzag(size, ways).reshape(ways, -1)
