@@ -129,10 +129,12 @@ def _on_device(
     rows, local = _swapped(exchange, sent.gathered(tokens)), _swapped(exchange, local)
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=gate.shape[0]).astype(jnp.int32)
-    out = expert_rows(rows[order], gate, up, down, sizes, activation=exchange.activation)
+    # A permutation: said so, its gradient is one too, and keeps no record of who wrote last.
+    sorted_rows = rows.at[order].get(unique_indices=True)
+    out = expert_rows(sorted_rows, gate, up, down, sizes, activation=exchange.activation)
     # What belongs to no expert a backend may leave as it was.
     out = jnp.where((local[order] < gate.shape[0])[:, None], out, 0)
-    back = _swapped(exchange, jnp.zeros_like(out).at[order].set(out))
+    back = _swapped(exchange, jnp.zeros_like(out).at[order].set(out, unique_indices=True))
     result = sent.returned(back, weights, len(tokens))
     # Once, after all else: a device has the sums over its part of the inner width only.
     result = jax.lax.psum(result, exchange.summed) if exchange.summed else result

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sharding
@@ -84,6 +85,27 @@ def test_values_and_gradients_are_those_of_the_loop(name, normalise):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     for which, wanted in expected[1].items():
         np.testing.assert_allclose(found[1][which], wanted, atol=2e-5, rtol=1e-5, err_msg=which)
+
+
+def test_the_gradient_keeps_no_record_of_which_row_was_written_last():
+    """Which JAX notes in an integer for each number, where places may repeat."""
+    with jax.set_mesh(mesh_of({"expert": 8})):
+        traced = jax.make_jaxpr(jax.grad(lambda given: jnp.sum(exchanged(given))))(operands())
+    shapes = {
+        (var.aval.dtype.name, var.aval.shape)
+        for inner in [traced.jaxpr, *_inner(traced.jaxpr)]
+        for eqn in inner.eqns
+        for var in eqn.outvars
+    }
+    assert any(dtype == "float32" and shape[-1:] == (WIDTH,) for dtype, shape in shapes)
+    assert not any("int" in dtype and shape[-1:] == (WIDTH,) for dtype, shape in shapes)
+
+
+def _inner(jaxpr):
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs_in_params(eqn.params):
+            yield inner
+            yield from _inner(inner)
 
 
 def test_nothing_is_dropped_when_all_tokens_want_the_same_experts():
