@@ -8,21 +8,24 @@ for clusters that need not be there and compiled by XLA for those machines. Plan
 figures are kept in results/planner_memory; the first command predicts the kept plans anew and
 compares: bytes of a device with `peak_memory_in_bytes`, bytes of all collectives with those of the
 optimised HLO. Some programs are held out: chosen before they were compiled, and reported as they
-were first predicted. Wanted: median error of memory at most 5 %, worst at most 10 %, none more than
-3 % too low; collectives within 2 %. CPU only. With --compile the programs are planned and
-compiled again (about ten seconds each for H100s, minutes for training on TPUs); that needs
-`flatbuffers`, and jax[tpu] or jax-cuda13-plugin.
+were first predicted. Steps whose layers are cut into stages, and programs with attention kernels
+beside the same with XLA's attention, have tables of their own. Wanted: median error of memory at
+most 5 %, worst at most 10 %, none more than 3 % too low; collectives within 2 %. CPU only. With
+--compile the programs are planned and compiled again (about ten seconds each for H100s, minutes for
+training on TPUs); that needs `flatbuffers`, jax[tpu] or jax-cuda13-plugin, and cuDNN for attention
+kernels of GPUs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import harness
+from experiments import harness, planner_attention
 from experiments.harness import Report, Run, RunOptions, Table, plots
+from experiments.planner_attention import PAIRS
 from experiments.planner_programs import Case, compile_case, kept, predicted
 
 FIGURES = Path(__file__).resolve().parent.parent / "results" / "planner_memory"
@@ -99,6 +102,41 @@ HELD_OUT = (
     _serve("decode mixtral-8x7b v6e", "mixtral-8x7b", "v6e:2x4", 64, 2048),
 )
 
+# Layers cut into stages (GPipe), alone and with the other kinds of parallelism.
+PIPELINES = (
+    _train("llama3.2-1b h100 stages 4 data", "llama3.2-1b", "h100:1x8", 32, 2048,
+           pinned={"stage": 4, "data": 2, "remat": "full"}),
+    _train("llama3.2-1b h100 stages 8", "llama3.2-1b", "h100:1x8", 16, 1024,
+           pinned={"stage": 8, "remat": "none"}),
+    _train("qwen3-1.7b h100 stages 4 tensor", "qwen3-1.7b", "h100:1x8", 32, 1024,
+           pinned={"stage": 4, "tensor": 2, "remat": "dots"}),
+    _train("llama3-8b h100 stages 2 fsdp", "llama3-8b", "h100:2x8", 32, 2048,
+           pinned={"stage": 2, "fsdp": 8, "remat": "full"}),
+    _train("llama3-8b h100 stages 4 fsdp tensor", "llama3-8b", "h100:2x8", 32, 2048,
+           pinned={"stage": 4, "fsdp": 2, "tensor": 2, "remat": "full"}),
+    _train("llama3.2-1b v5p stages 2 data", "llama3.2-1b", "v5p:2x2x1", 16, 2048,
+           pinned={"stage": 2, "data": 2, "remat": "full"}),
+)  # fmt: skip
+
+
+class Section(NamedTuple):
+    """Cases that share a table."""
+
+    title: str
+    cases: tuple[Case, ...]
+
+
+def sections() -> dict[str, Section]:
+    """All cases, by the key of their table in `summary.json`."""
+    return {
+        "seen": Section("programs that the model was mended on", CASES),
+        "held_out": Section("held out", HELD_OUT),
+        "pipelines": Section("layers cut into stages", PIPELINES),
+        "attention": Section(
+            "attention kernels, and XLA's attention", tuple(case for pair in PAIRS for case in pair)
+        ),
+    }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunOptions):
@@ -116,25 +154,23 @@ class Config(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.chosen:
-            names = "; ".join(case.name for case in (*CASES, *HELD_OUT))
+            names = "; ".join(c.name for section in sections().values() for c in section.cases)
             raise ValueError(f"no program is called like {self.programs}; there are: {names}")
 
     @property
-    def chosen(self) -> list[Case]:
-        """The cases that `programs` names."""
+    def chosen(self) -> list[tuple[str, Case]]:
+        """The cases that `programs` names, each with the key of its section."""
         parts = self.programs
-        return [c for c in (*CASES, *HELD_OUT)
+        return [(key, c) for key, section in sections().items() for c in section.cases
                 if not parts or any(part in c.name for part in parts)]  # fmt: skip
 
 
 PRESETS = {"full": Config(), "quick": Config(programs=("decode llama3-8b h100",))}
 
 
-def measure(case: Case, config: Config) -> dict[str, Any]:
-    """A case predicted and compiled; what went wrong is an entry too."""
-    row: dict[str, Any] = {
-        "case": case.name, "cluster": case.cluster, "held_out": case in HELD_OUT,
-    }  # fmt: skip
+def measure(section: str, case: Case, config: Config) -> dict[str, Any]:
+    """A case of a section predicted and compiled; what went wrong is an entry too."""
+    row: dict[str, Any] = {"case": case.name, "cluster": case.cluster, "section": section}
     try:
         held = kept(case, config.figures)
         if config.compile or (config.missing and held is None):
@@ -149,7 +185,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         "error_share": report.memory_error,
         "collective_error_share": report.collective_error,
     }
-    said = held["first"] if row["held_out"] else today
+    said = held["first"] if section == "held_out" else today
     return row | {
         "mesh": dict(plan.mesh),
         "remat": plan.remat,
@@ -158,6 +194,9 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         "compiled_bytes": report.peak_bytes,
         "error_share": said["error_share"],
         "argument_bytes": report.argument_bytes,
+        "flops": report.flops,
+        "accessed_bytes": report.accessed_bytes,
+        "predicted_step_s": held["predicted_step_s"],
         "collective_error_share": said["collective_error_share"],
         "collectives": {k: {"count": t.count, "bytes": t.bytes}
                         for k, t in report.collectives.items()},
@@ -170,8 +209,8 @@ def experiment(run: Run) -> None:
     config: Config = run.config
     rows = []
     with run.progress("programs", len(config.chosen)) as progress:
-        for done, case in enumerate(config.chosen, 1):
-            rows.append(measure(case, config))
+        for done, (section, case) in enumerate(config.chosen, 1):
+            rows.append(measure(section, case, config))
             progress.update(done)
     page = Report("Memory against the production compilers", "bytes of a device")
     page.text(
@@ -179,11 +218,14 @@ def experiment(run: Run) -> None:
         "before they were compiled and are given as they were first predicted."
     )
     texts, numbers = [], {}
-    for key, title in (("seen", "programs that the model was mended on"), ("held_out", "held out")):
-        mine = [row for row in rows if row["held_out"] == (key == "held_out")]
+    for key, section in sections().items():
+        mine = [row for row in rows if row["section"] == key]
         if mine:
             numbers[key] = errors(mine)
-            table, said = _table(mine), f"{title}: {_verdict(numbers[key])}"
+            table, said = _table(mine), f"{section.title}: {_verdict(numbers[key])}"
+            if key == "attention":
+                numbers["kernels"] = planner_attention.compared(mine)
+                table, said = planner_attention.table(mine), planner_attention.verdict(mine)
             page.table(table).text(said)
             texts.append(f"{table.text()}\n{said}\n")
     compiled = [row for row in rows if "error" not in row]

@@ -51,6 +51,11 @@ class Case:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def options(self) -> Mapping[str, str] | None:
+        """Of the compiler; None: its own defaults."""
+        return None
+
+    @property
     def config(self) -> TransformerConfig:
         """The decoder: trained in float32 with products in bfloat16, served in bfloat16."""
         training = self.mode == "train"
@@ -63,23 +68,21 @@ class Case:
             **self.changes,
         )
 
+    def problem(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The step and the shapes of its arguments."""
+        config = self.config
+        if self.mode != "decode":
+            return decoder_problem(config)
+        tokens = jax.ShapeDtypeStruct((self.batch, 1), jnp.int32)
+        position = jax.ShapeDtypeStruct((), jnp.int32)
+        cache = decoder_cache(config, self.length)
+        return decoder_step(config), (decoder_params(config), cache, tokens, position)
 
-def problem(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A case as a step and the shapes of its arguments."""
-    config = case.config
-    if case.mode != "decode":
-        return decoder_problem(config)
-    tokens = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32)
-    position = jax.ShapeDtypeStruct((), jnp.int32)
-    cache = decoder_cache(config, case.length)
-    return decoder_step(config), (decoder_params(config), cache, tokens, position)
-
-
-def planned(case: Case) -> sharding.Plan:
-    """The plan that the search finds today."""
-    step, args = problem(case)
-    constraints = sharding.Constraints(pinned=dict(case.pinned))
-    return sharding.plan(step, args, cluster=case.cluster, constraints=constraints)
+    def planned(self) -> sharding.Plan:
+        """The plan that the search finds today."""
+        step, args = self.problem()
+        constraints = sharding.Constraints(pinned=dict(self.pinned))
+        return sharding.plan(step, args, cluster=self.cluster, constraints=constraints)
 
 
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:
@@ -89,8 +92,8 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
       ValueError: there is no plan.
       RuntimeError: the compiler refused, or is not installed.
     """
-    plan = planned(case)
-    report = plan.check()
+    plan = case.planned()
+    report = plan.check(options=case.options)
     bare = dataclasses.replace(plan, prediction=None, alternatives=(), notes=(), specs={})
     held = {
         "case": dataclasses.asdict(case),
@@ -127,7 +130,7 @@ def kept(case: Case, folder: Path) -> dict[str, Any] | None:
 
 def predicted(case: Case, held: Mapping[str, Any]) -> tuple[sharding.Plan, Report]:
     """A kept plan as it is predicted today, against what the compiler said of it."""
-    step, args = problem(case)
+    step, args = case.problem()
     cluster = find_cluster(case.cluster)
     bare = sharding.Plan.from_json(json.dumps(held["plan"]))
     nothing = Prediction(

@@ -64,6 +64,9 @@ class Report:
       compile_s: seconds of the compilation.
       predicted_bytes: what the plan predicted; None if it predicts nothing.
       predicted_collectives: the same of collectives.
+      flops: of one device, by the compiler's cost analysis: what loops repeat counts once, what
+        a kernel computes only as far as the kernel says it. None where it was not kept.
+      accessed_bytes: of memory, of the same device and by the same count.
     """
 
     peak_bytes: int
@@ -74,6 +77,8 @@ class Report:
     compile_s: float
     predicted_bytes: float | None = None
     predicted_collectives: Mapping[str, Traffic] = field(default_factory=dict)
+    flops: float | None = None
+    accessed_bytes: float | None = None
 
     @property
     def collectives(self) -> dict[str, Traffic]:
@@ -351,6 +356,7 @@ def _compile(folder: Path) -> dict[str, Any]:
     compiled = jitted.lower(*shapes).compile(compiler_options=request.get("options"))
     took = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
+    cost: Mapping[str, float] = compiled.cost_analysis() or {}
     text = compiled.as_text()
     if memory is None or text is None:
         raise RuntimeError(f"this {request['platform']} compiler does not say what it made")
@@ -361,6 +367,8 @@ def _compile(folder: Path) -> dict[str, Any]:
         "aliased_bytes": int(memory.alias_size_in_bytes),
         "groups": [asdict(group) for group in groups(text)],
         "compile_s": took,
+        "flops": cost.get("flops"),
+        "accessed_bytes": cost.get("bytes accessed"),
     }
 
 

@@ -201,20 +201,24 @@ class _Builder:
     def _attention(
         self, record: Record, inputs: tuple[str, ...], outs: tuple[str, ...], stretch: Stretch
     ) -> Op:
-        """A kernel with products: work for every point of arguments and results together."""
+        """A kernel with products: work for every point of arguments and results together.
+
+        Blocks that it passes over are taken off the work: `Op.fraction` is of what a mask shows,
+        and adds the hidden parts of blocks that are computed.
+        """
         space = dict.fromkeys(d for n in (*inputs, *outs) for d in self.tensors[n].dims)
         for last in self.tensors[outs[0]].dims[-1:]:  # the width of a head, which is padded
             del space[last]
             space[last] = None
         size = product(self.sizes[d] for d in space)
+        flops = record.applied.flops * record.applied.computed
         return Op(
             kind="attention",
             inputs=inputs,
             outputs=outs,
             contracted=self.dims(record.applied.contracted),
-            work=record.applied.flops * self._repeats(record.loop) / max(size, 1),
+            work=flops * self._repeats(record.loop) / max(size, 1),
             space=tuple(space),
-            fraction=record.applied.computed,
             name="attention",
             backward=record.applied.backward,
             residuals=self._read_backward((*record.ins, *record.outs), (), stretch),

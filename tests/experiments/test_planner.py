@@ -271,12 +271,15 @@ SAMPLE = (
     "prefill experts h100",
     "decode qwen3-14b tpu7x",
     "decode mixtral-8x7b v5p",
+    "score llama3-8b 8192 h100 cudnn",
+    "score llama3-8b 8192 v5p splash",
 )
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_kept_figures_of_the_compilers_are_still_predicted(name):
-    (case,) = (c for c in (*planner_memory.CASES, *planner_memory.HELD_OUT) if c.name == name)
+    sections = planner_memory.sections().values()
+    (case,) = (c for section in sections for c in section.cases if c.name == name)
     held = planner_programs.kept(case, planner_memory.FIGURES)
     assert held is not None
     _, report = planner_programs.predicted(case, held)
@@ -293,12 +296,53 @@ def test_what_was_held_out_is_reported_as_it_was_first_predicted(tmp_path, monke
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / kept.name).write_text(json.dumps(held))
     case = next(c for c in planner_memory.CASES if c.name == "decode llama3-8b h100")
+    monkeypatch.setattr(planner_memory, "CASES", ())
     monkeypatch.setattr(planner_memory, "HELD_OUT", (case,))
     summary = run(planner_memory, tmp_path / "run", "--figures", str(tmp_path / "figures"))
     assert "seen" not in summary
     assert summary["held_out"]["error_lowest"] == -0.5
     assert summary["held_out"]["collectives_within"] == 0
     assert summary["rows"][0]["predicted_bytes"] == 1e9
+
+
+def test_kernels_are_compared_with_plain_attention(tmp_path, capsys):
+    summary = run(planner_memory, tmp_path / "run", "--programs", "score llama3-8b 8192")
+    assert {"seen", "held_out", "pipelines"}.isdisjoint(summary)
+    assert (summary["attention"]["programs"], summary["attention"]["failed"]) == (4, 0)
+    bytes_of = {row["case"]: (row["compiled_bytes"], row["predicted_bytes"], row["accessed_bytes"])
+                for row in summary["rows"]}  # fmt: skip
+    gpu, tpu = summary["kernels"]
+    for entry in (gpu, tpu):
+        kernel = entry["kernel"]
+        ours, theirs = bytes_of[kernel], bytes_of[f"{kernel.rpartition(' ')[0]} xla"]
+        assert entry["memory"] == theirs[0] / ours[0]
+        assert entry["predicted_memory"] == theirs[1] / ours[1]
+        # A device's one row has scores of 32 heads; the kernels keep none. XLA:TPU's are bfloat16.
+        scores = 32 * 8192**2 * 2
+        assert theirs[0] - ours[0] > scores
+        assert theirs[1] - ours[1] > 2 * scores
+    assert gpu["accessed"] is None
+    assert tpu["accessed"] > 1
+    printed = capsys.readouterr().out
+    assert f"memory, compiled: {gpu['memory']:.2f} to {tpu['memory']:.2f}" in printed
+    missing = run(planner_memory, tmp_path / "none", "--programs", "score llama3-8b 8192",
+                  "--figures", str(tmp_path / "nothing"))  # fmt: skip
+    assert missing["kernels"] == []
+    assert "no pair was compiled" in capsys.readouterr().out
+
+
+def test_pairs_differ_in_their_attention_alone():
+    for kernel, plain in planner_memory.PAIRS:
+        assert (kernel.attention, plain.attention) == ("auto", "xla")
+        assert dataclasses.replace(plain, name=kernel.name, attention="auto") == kernel
+        assert kernel.program.name == {"train": "update", "prefill": "reward"}[kernel.mode]
+
+
+def test_stages_have_a_table_of_their_own(tmp_path):
+    summary = run(planner_memory, tmp_path, "--programs", "llama3-8b h100 stages 2 fsdp")
+    (row,) = summary["rows"]
+    assert (row["section"], row["mesh"]) == ("pipelines", {"stage": 2, "fsdp": 8})
+    assert summary["pipelines"]["error_worst"] == pytest.approx(abs(row["error_share"]))
 
 
 def test_a_compiler_that_is_absent_is_a_row_and_not_the_end(tmp_path, monkeypatch):

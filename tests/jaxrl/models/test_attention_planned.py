@@ -256,24 +256,25 @@ def test_the_planner_reads_as_many_products_as_the_kernels_make(machine, forward
 
 
 def test_a_long_step_is_planned_with_the_work_of_its_kernels():
-    def seconds(kernels_backward):
+    def seconds(kernels_backward, computed=1.0):
         kernel = Kernel(
             visible=lambda _: jnp.ones((1, 4096, 4096), bool), softcap=None, scale=0.1,
-            heads_first=True, statistics=128, kernels_backward=kernels_backward, computed=1.0,
+            heads_first=True, statistics=128, kernels_backward=kernels_backward, computed=computed,
         )  # fmt: skip
 
-        def loss(weight, rows):
-            heads = jnp.swapaxes(jnp.reshape(rows @ weight, (8, 4096, 8, 128)), 1, 2)
-            return jnp.sum(planned.attend(kernel, heads, heads, heads, None).astype(jnp.float32))
+        def loss(weights, rows):
+            heads = [jnp.einsum("nse,ehd->nhsd", rows, weight) for weight in weights]
+            return jnp.sum(planned.attend(kernel, *heads, None).astype(jnp.float32))
 
         args = (
-            jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),
+            [jax.ShapeDtypeStruct((1024, 8, 128), jnp.bfloat16)] * 3,
             jax.ShapeDtypeStruct((8, 4096, 1024), jnp.bfloat16),
         )
         program = trace(loss, args).program
         (op,) = (op for b in program.blocks for op in b.ops if op.kind == "attention")
+        assert op.contracted  # the width of queries and keys: it stands in no result
         # Two products, each a multiply-add for every pair of columns, head and its width.
-        assert program.flops(op) == pytest.approx(2 * 2 * 8 * 8 * 128 * 4096**2)
+        assert program.flops(op) == pytest.approx(2 * 2 * 8 * 8 * 128 * 4096**2 * computed)
         plan = sharding.plan(loss, args, cluster="v5p:1x1x1", state=(0,), data=(1,))
         return op.backward_passes, plan.step_time_s, program.flops(op)
 
@@ -283,3 +284,6 @@ def test_a_long_step_is_planned_with_the_work_of_its_kernels():
     rate = Cluster.from_name("v5p:1x1x1").chip.peak_flops["bf16"]
     rate *= shipped().constants("v5p").attention
     assert slow - fast == pytest.approx(work / rate, rel=0.05)
+    # Forward and 3.5 times as much backward, of which the mask leaves half.
+    _, masked, _ = seconds(2, 0.5)
+    assert slow - masked == pytest.approx(4.5 * work / 2 / rate, rel=0.05)
