@@ -19,6 +19,7 @@ from sharding.compiled.partition import partition, partitioner_of
 from sharding.execution.execute import Execution, leaf_specs, rewritten
 from sharding.machines.topology import Cluster
 from sharding.programs.fused import planning
+from sharding.tracing.arguments import abstract
 from sharding.tracing.dims import product
 
 
@@ -56,7 +57,7 @@ def footprint(
       detail: list what is alive at the peak.
       **roles: `state` and `data` of `sharding.plan`.
     """
-    shapes = jax.eval_shape(lambda *a: a, *args)
+    shapes = abstract(tuple(args))
     with planning(cluster.platform):
         run = rewritten(step, shapes, execution, **roles)
         traced = computation(run, shapes)

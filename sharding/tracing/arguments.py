@@ -33,7 +33,12 @@ def abstract(args: Any) -> tuple[Any, ...]:
                 "planned; close over the rest of it: params, static = "
                 "equinox.partition(model, equinox.is_array), or graph, params = nnx.split(model)"
             )
-    return tuple(jax.eval_shape(lambda *a: a, *args))
+    return tuple(jax.eval_shape(_same, *args))
+
+
+def _same(*args: Any) -> tuple[Any, ...]:
+    """Has a name, so that JAX knows it again and does not trace it anew for the same shapes."""
+    return args
 
 
 def check_positions(

@@ -4,6 +4,7 @@ Between products, whatever works element by element is taken to be fused as XLA 
 such operations reads what comes from outside and writes what is read outside, once.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -151,6 +152,7 @@ class _Builder:
         """The operations of a stretch, runs of fused ones together."""
         for value in stretch.carry:
             self.tensor(value)
+        reads = Counter(id(v) for record in stretch.records for v in record.ins)
         found: list[Op] = []
         run: list[Record] = []
         for record in stretch.records:
@@ -158,10 +160,10 @@ class _Builder:
                 run.append(record)
                 continue
             if run:
-                found += self._fuse(run, stretch, index, read_in)
+                found += self._fuse(run, stretch, index, read_in, reads)
                 run = []
             found.append(self._op(record, stretch))
-        return found + (self._fuse(run, stretch, index, read_in) if run else [])
+        return found + (self._fuse(run, stretch, index, read_in, reads) if run else [])
 
     def _op(self, record: Record, stretch: Stretch) -> Op:
         kind = record.applied.kind
@@ -284,7 +286,12 @@ class _Builder:
         return tuple(inputs), tuple(name for i in summed[0] for name in names[0][i])
 
     def _fuse(
-        self, run: Sequence[Record], stretch: Stretch, index: int, read_in: Mapping[int, set[int]]
+        self,
+        run: Sequence[Record],
+        stretch: Stretch,
+        index: int,
+        read_in: Mapping[int, set[int]],
+        reads: Mapping[int, int],
     ) -> list[Op]:
         """One operation for a run of fused ones, and one for each sum in it.
 
@@ -295,15 +302,12 @@ class _Builder:
             if all(not v.axes or id(v) in self._constant for v in record.ins):
                 self._constant |= {id(v) for v in record.outs}
         made = {id(v) for record in run for v in record.outs} | self._constant
-        inside = {id(record) for record in run}
-        outer = {
-            id(v) for record in stretch.records if id(record) not in inside for v in record.ins
-        }
+        within = Counter(id(v) for record in run for v in record.ins)
         needed = {
             id(v)
             for record in run
             for v in record.outs
-            if id(v) in outer
+            if reads.get(id(v), 0) > within[id(v)]
             or read_in.get(id(v), set()) - {index}
             or id(v) in (self.residuals or ())
         }
