@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from kernels.sparse_delta import expand, locate
 from kernels.sparse_delta.backends import Backend, takes
@@ -63,7 +63,9 @@ def applying(
     """
     placed = jax.tree.leaves(shardings)
     devices, kind = placed[0].num_devices, placed[0].mesh.abstract_mesh.abstract_device
-    mesh = AbstractMesh((devices,), (DEVICE_AXIS,), abstract_device=kind)
+    mesh = AbstractMesh(
+        (devices,), (DEVICE_AXIS,), abstract_device=kind, axis_types=(AxisType.Auto,)
+    )
     alike: dict[tuple[Any, ...], list[str]] = {}
     for leaf in named_leaves(weights, role="weights")[0]:
         shard = placed[leaf.place].shard_shape(leaf.shape)

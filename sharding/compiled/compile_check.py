@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.compiled.hlo import Group, Traffic, collectives, groups
 from sharding.execution.execute import Execution, rewritten
@@ -383,7 +383,11 @@ def abstract_mesh(sizes: Mapping[str, int], cluster: Cluster | None = None) -> A
         platform = "tpu" if cluster.chip.name in _KINDS else "cpu"
         device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
     names = tuple(sizes) or ("single",)
-    return AbstractMesh(tuple(sizes.values()) or (1,), names, abstract_device=device)
+    # From JAX 0.11 on an abstract mesh's axes are explicit unless it says otherwise.
+    automatic = (AxisType.Auto,) * len(names)
+    return AbstractMesh(
+        tuple(sizes.values()) or (1,), names, abstract_device=device, axis_types=automatic
+    )
 
 
 if __name__ == "__main__":

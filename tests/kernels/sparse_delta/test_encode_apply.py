@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import sparse_delta
@@ -371,7 +371,7 @@ def test_resharding(trainer, receiver):
 
 
 def test_tiles_divide_the_shards_of_trainer_and_receivers():
-    mesh = AbstractMesh((8,), ("model",))
+    mesh = AbstractMesh((8,), ("model",), axis_types=(AxisType.Auto,))
     receiver = {"w": NamedSharding(mesh, P(None, "model"))}
     old = placed({"w": weights(np.random.default_rng(0), (64, 192))}, "fsdp")
     new = jax.tree.map(lambda x: x * 2, old)

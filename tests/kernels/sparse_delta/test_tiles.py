@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.sparse_delta import gpu_grid, tiles, tpu_layout
@@ -194,7 +194,7 @@ def test_what_is_read_in_place_is_known(streams, sixteens, down, lanes):
 
 
 def test_shard_shapes_of_an_abstract_mesh_are_enough():
-    mesh = AbstractMesh((4, 8), ("data", "model"))
+    mesh = AbstractMesh((4, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     shape = (4096, 11008)
     shards = tuple(
         NamedSharding(mesh, spec).shard_shape(shape) for spec in (P("data"), P(None, "model"))
