@@ -23,6 +23,8 @@ from jaxtyping import Array, UInt, UInt32
 
 _VALUE, _LOW, _HIGH = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 _MIX, _SECOND = 0x2C1B3C6D, 0x297A2D39
+# Of the inner dimensions whose indices are made once for all outer ones.
+_INNER_ELEMENTS = 1 << 16
 
 
 def element_hashes(
@@ -80,21 +82,31 @@ def _indices(
 ) -> tuple[jax.Array, jax.Array]:
     """Low and high half of every element's index.
 
-    The sum over the dimensions is done on their broadcast halves with a carry, so that only the
-    last dimension costs operations an element.
+    XLA may keep the halves of outer and of inner dimensions in memory, so neither has many
+    elements, nor ends in a small dimension, whose register tiles would be all but empty. Only
+    their sum, with a carry, costs operations an element.
     """
     ones = (1,) * len(shape)
-    low, high = origin[0].reshape(ones), origin[1].reshape(ones)
+    split = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= _INNER_ELEMENTS)
+    split = min(split, max(len(shape) - 1, 0))
+    outer = origin[0].reshape(ones), origin[1].reshape(ones)
+    inner = jnp.zeros(ones, jnp.uint32), jnp.zeros(ones, jnp.uint32)
     for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         if size == 1:
             continue
         along = (*ones[:axis], size, *ones[axis + 1 :])
-        part_low, part_high = _product(lax.iota(jnp.uint32, size).reshape(along), stride)
-        total = low + part_low
-        # Both have rank len(shape); adding broadcasts axis by axis, the last one last.
-        high = high + part_high + (total < part_low).astype(jnp.uint32)
-        low = total
-    return low, high
+        part = _product(lax.iota(jnp.uint32, size).reshape(along), stride)
+        if axis < split:
+            outer = _sum(outer, part)
+        else:
+            inner = _sum(inner, part)
+    return _sum(outer, inner)
+
+
+def _sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """64-bit sum of two arrays of halves, broadcast."""
+    low = a[0] + b[0]
+    return low, a[1] + b[1] + (low < b[0]).astype(jnp.uint32)
 
 
 def _product(steps: Array, stride: int) -> tuple[Array, Array]:

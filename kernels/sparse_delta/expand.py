@@ -27,6 +27,7 @@ from kernels.sparse_delta.backends import Backend, dispatch, operand
 from kernels.sparse_delta.digest import digest_box, strides_of
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import Slots
+from kernels.sparse_delta.slices import Slices, slices
 from kernels.sparse_delta.tiles import TileGrid, box_view
 
 AXIS = "device"
@@ -39,7 +40,7 @@ class Patches(NamedTuple):
     """Tiles of one size that are replaced whole, M of them for each device of a stack.
 
     Attributes:
-      starts: lead, row and column of each in the shard's view.
+      starts: lead, row and column of each in the shard's view; rising, as tiles are numbered.
       used: how many of a device's M count.
       tiles: their bits.
     """
@@ -47,6 +48,10 @@ class Patches(NamedTuple):
     starts: Int32[Array, "DM 3"]
     used: Int32[Array, " D"]
     tiles: UInt[Array, "DM rows cols"]
+
+
+_Range = tuple[Patches, Array, Array]
+"""Patches of one device, of which those between two numbers count."""
 
 
 class Edits(NamedTuple):
@@ -117,9 +122,14 @@ def _class_counts(
     backend: Backend,
 ) -> Array:
     def local(shard: Array, chosen: Array | None, thresholds: Array) -> Array:
-        options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
-        box = _view(shard, grid, backend)
-        counts = dispatch("class_counts", backend, box, thresholds, **options)
+        fmt = element_format(shard.dtype)
+        own = slices(shard.shape, grid, fmt.width_bits, backend)
+
+        def count(part: Array) -> Array:
+            box = _view(part, grid, backend)
+            return dispatch("class_counts", backend, box, thresholds, fmt=fmt, tile=grid.tile)
+
+        counts = own.map(count, shard)
         return counts if chosen is None else counts[chosen]
 
     return _on_each(local, mesh, in_specs=(_EACH, _EACH, _ALL))(old, chosen, thresholds)
@@ -242,22 +252,52 @@ def _view(shard: Array, grid: TileGrid, backend: Backend) -> Array:
 
 def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) -> Array:
     """One shard's new values."""
+    width = element_format(shard.dtype).width_bits
+    own = slices(shard.shape, grid, width, backend)
+    slots = tuple((each._replace(used=each.used[0]), limits) for each, limits in edits.slots)
+    patches = tuple((each, jnp.int32(0), each.used[0]) for each in edits.patches)
+    if own.count == 1:
+        return _changed(shard, slots, patches, grid=grid, backend=backend)
+
+    def step(i: Array, new: Array) -> Array:
+        here = tuple((own.slots(each, i), limits) for each, limits in slots)
+        whole = tuple(_of_slice(each, own, i) for each in edits.patches)
+        part = _changed(own.take(new, i), here, whole, grid=grid, backend=backend)
+        return own.put(new, part, i)
+
+    return lax.fori_loop(0, own.count, step, shard)
+
+
+def _of_slice(patches: Patches, own: Slices, i: Array) -> _Range:
+    """The whole tiles of slice i, by their places in it, and which they are."""
+    starts, begin, end = own.places(patches.starts, patches.used[0], i)
+    return patches._replace(starts=starts), begin, end
+
+
+def _changed(
+    shard: Array,
+    slots: Sequence[tuple[Slots, Array]],
+    patches: Sequence[_Range],
+    *,
+    grid: TileGrid,
+    backend: Backend,
+) -> Array:
+    """New values of a shard or of a slice of it."""
     options = {"fmt": element_format(shard.dtype), "tile": grid.tile}
     box = _view(shard, grid, backend)
-    for slots, thresholds in edits.slots:
-        own = slots._replace(used=slots.used[0])
+    for own, thresholds in slots:
         new = dispatch("expand", backend, box, own, thresholds, **options)
         # Tiles that the kernels do not take as they lie come back as bits.
         box = new if new.dtype == box.dtype else lax.bitcast_convert_type(new, box.dtype)
-    for patches in edits.patches:
-        box = _patched(box, patches)
+    for own, begin, end in patches:
+        box = _patched(box, own, begin, end)
     new = box.reshape(shard.shape)
     if shard.dtype == jnp.bool_:
         return new.astype(jnp.bool_)
     return new if new.dtype == shard.dtype else lax.bitcast_convert_type(new, shard.dtype)
 
 
-def _patched(box: Array, patches: Patches) -> Array:
+def _patched(box: Array, patches: Patches, begin: Array, end: Array) -> Array:
     tiles = patches.tiles
     if tiles.dtype != box.dtype:
         tiles = lax.bitcast_convert_type(tiles, box.dtype)
@@ -265,7 +305,7 @@ def _patched(box: Array, patches: Patches) -> Array:
     def replace(i: Array, box: Array) -> Array:
         return lax.dynamic_update_slice(box, tiles[i][None], tuple(patches.starts[i]))
 
-    return lax.fori_loop(0, patches.used[0], replace, box)
+    return lax.fori_loop(begin, end, replace, box)
 
 
 def _sums(shard: Array, origin: Array, grid: TileGrid) -> Array:

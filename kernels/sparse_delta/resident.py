@@ -273,6 +273,8 @@ class ResidentLeaf:
         )
         if not len(own.at):
             return
+        rising = np.argsort(own.numbers)
+        own, need_old = own[rising], need_old[rising]
         view = self._view()
         starts = np.stack(view.places(own.numbers), axis=1).astype(np.int32)
         _, rows, cols = view.extents
