@@ -87,7 +87,7 @@ def applying(prefill: Part, machine: Cluster, *, density: float) -> list[Part]:
             _part(
                 f"delta apply {leaves}", "actor", plan, version,
                 # The kernels change a copy of the old weights where it lies.
-                memory=(_bytes(one.args) + _bytes(rebuilt)) / devices,
+                memory=(_bytes(one.args) + _bytes(rebuilt)) / devices + one.working_bytes,
                 resident=2 * version, calls=len(one.leaves),
             )
         )  # fmt: skip

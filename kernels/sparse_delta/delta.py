@@ -24,7 +24,8 @@ from jaxtyping import Array, Float32
 from kernels.sparse_delta import reference
 from kernels.sparse_delta.backends import Backend, dispatch, operand, platform_backend
 from kernels.sparse_delta.elements import ElementFormat, element_format
-from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records, Tile
+from kernels.sparse_delta.reference import BLOCK, CLASS_SHIFT, RANK_SHIFT, Records
+from kernels.sparse_delta.slices import slices
 from kernels.sparse_delta.tiles import (
     Box,
     Piece,
@@ -323,64 +324,82 @@ def _compare_local(
     axes: tuple[str, ...] = (),
 ) -> tuple[_Found, ...]:
     """`_compare_group` on one device's shards."""
-    olds = [
-        operand(old, backend).reshape(plan.view)
-        for (old, _), plan in zip(pairs, plans, strict=True)
-    ]
     reached = {}
-    for old, plan in zip(olds, plans, strict=True):
-        reached[plan.fmt] = reached.get(plan.fmt, 0.0) + _reached(old, plan.fmt)
+    for (old, _), plan in zip(pairs, plans, strict=True):
+        counts = _reached(operand(old, backend), plan.grid, plan.fmt, backend)
+        reached[plan.fmt] = reached.get(plan.fmt, 0.0) + counts
     # Replicas count as often as they are; the shares that matter stay the same.
     common = {
         fmt: reference.thresholds_of_counts(jax.lax.psum(counts, axes) if axes else counts)
         for fmt, counts in reached.items()
     }
     found = []
-    for old, (_, new), plan, given in zip(olds, pairs, plans, known, strict=True):
+    for (old, new), plan, given in zip(pairs, plans, known, strict=True):
         own = common[plan.fmt] if given is None else jnp.array(given, jnp.int32)
-        options = {"view": plan.view, "fmt": plan.fmt, "tile": plan.grid.tile}
-        records, cast_leaf = _compare_shard(
-            old, new, own, **options, capacity=capacity, backend=backend, cast=cast
-        )
+        options = {"fmt": plan.fmt, "grid": plan.grid, "capacity": capacity}
+        records, cast_leaf = _compare_shard(old, new, own, **options, backend=backend, cast=cast)
         found.append(_Found(records, own, cast_leaf))
     return tuple(found)
 
 
 # Layers have weights of few shapes: each is traced and lowered once.
-@functools.partial(jax.jit, static_argnames=("view", "fmt", "tile", "capacity", "backend", "cast"))
+@functools.partial(jax.jit, static_argnames=("fmt", "grid", "capacity", "backend", "cast"))
 def _compare_shard(
     old: Array,
     new: Array,
     thresholds: Array,
     *,
-    view: tuple[int, int, int],
     fmt: ElementFormat,
-    tile: Tile,
+    grid: TileGrid,
     capacity: int,
     backend: Backend,
     cast: bool,
 ) -> tuple[Records, Any]:
-    """Records of a shard, whose `old` is an `operand` in its view, and `new` if it was cast."""
-    options = {"fmt": fmt, "tile": tile, "capacity": capacity}
-    if not cast:
-        box = operand(new, backend).reshape(view)
-        return dispatch("compact", backend, old, box, thresholds, **options), ()
-    bits, records = dispatch(
-        "epilogue_compact", backend, new.reshape(view), old, thresholds, **options
-    )
-    return records, jax.lax.bitcast_convert_type(bits.reshape(new.shape), jnp.bfloat16)
+    """Records of a shard, and `new` if it was cast."""
+    options = {"fmt": fmt, "tile": grid.tile, "capacity": capacity}
+    own = slices(old.shape, grid, fmt.width_bits, backend)
+
+    def view(part: Array) -> Array:
+        return operand(part, backend).reshape(box_view(grid, part.shape))
+
+    if cast and own.whole:
+        master = new.reshape(box_view(grid, new.shape))
+        bits, records = dispatch(
+            "epilogue_compact", backend, master, view(old), thresholds, **options
+        )
+        return records, jax.lax.bitcast_convert_type(bits.reshape(new.shape), jnp.bfloat16)
+    # Where the kernels want shards laid out anew, there is no pass of theirs to cast in.
+    new = new.astype(jnp.bfloat16) if cast else new
+
+    def compact(old: Array, new: Array) -> Records:
+        return dispatch("compact", backend, view(old), view(new), thresholds, **options)
+
+    return own.map(compact, old, new), new if cast else ()
 
 
-def _reached(box: Array, fmt: ElementFormat) -> Float32[Array, " 256"]:
-    """How many elements of a box reach each exponent, estimated from a sample of it."""
-    _, rows, cols = box.shape
-    rows_step, cols_step = max(1, rows // _SAMPLE[0]), max(1, cols // _SAMPLE[1])
-    # One after the other: XLA:TPU would take both steps at once, with the whole box in fast memory.
-    lines = jax.lax.optimization_barrier(box[:: max(1, box.shape[0] // 4), ::rows_step])
-    sample = lines[:, :, ::cols_step]
+def _reached(
+    shard: Array, grid: TileGrid, fmt: ElementFormat, backend: Backend
+) -> Float32[Array, " 256"]:
+    """How many elements of a shard reach each exponent, estimated from a sample of it."""
+    own = slices(shard.shape, grid, fmt.width_bits, backend)
+    lead, rows, cols = box_view(grid, shard.shape)
+    steps = max(1, lead // 4), max(1, rows // _SAMPLE[0]), max(1, cols // _SAMPLE[1])
+    samples = []
+    for piece in own:
+        part = piece.take(shard)
+        box = part.reshape(box_view(grid, part.shape))
+        # Those multiples of the steps that lie in the slice.
+        begin = -piece.view_start % steps[piece.along]
+        if begin >= box.shape[piece.along]:
+            continue
+        cuts = [slice(begin if k == piece.along else 0, None, n) for k, n in enumerate(steps)]
+        # One after the other: XLA:TPU would take both steps at once, with all in fast memory.
+        lines = jax.lax.optimization_barrier(box[cuts[0], cuts[1]])
+        samples.append(lines[:, :, cuts[2]].reshape(-1))
+    sample = jnp.concatenate(samples)
     exponent = reference.exponents(reference.bits_of(sample, fmt), fmt).reshape(-1, 1)
     bins = jnp.arange(256, dtype=jnp.int32)[None, :]
-    return jnp.mean(exponent >= bins, axis=0, dtype=jnp.float32) * float(box.size)
+    return jnp.mean(exponent >= bins, axis=0, dtype=jnp.float32) * float(shard.size)
 
 
 class ShardRecords(NamedTuple):

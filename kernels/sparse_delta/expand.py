@@ -26,8 +26,8 @@ from kernels.sparse_delta import reference
 from kernels.sparse_delta.backends import Backend, dispatch, operand
 from kernels.sparse_delta.digest import digest_box, strides_of
 from kernels.sparse_delta.elements import element_format
-from kernels.sparse_delta.reference import Slots
-from kernels.sparse_delta.slices import Slices, slices
+from kernels.sparse_delta.reference import Slots, tile_counts
+from kernels.sparse_delta.slices import Slice, slices
 from kernels.sparse_delta.tiles import TileGrid, box_view
 
 AXIS = "device"
@@ -256,21 +256,25 @@ def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) 
     own = slices(shard.shape, grid, width, backend)
     slots = tuple((each._replace(used=each.used[0]), limits) for each, limits in edits.slots)
     patches = tuple((each, jnp.int32(0), each.used[0]) for each in edits.patches)
-    if own.count == 1:
+    if own.whole:
         return _changed(shard, slots, patches, grid=grid, backend=backend)
 
-    def step(i: Array, new: Array) -> Array:
-        here = tuple((own.slots(each, i), limits) for each, limits in slots)
-        whole = tuple(_of_slice(each, own, i) for each in edits.patches)
-        part = _changed(own.take(new, i), here, whole, grid=grid, backend=backend)
-        return own.put(new, part, i)
+    def step(piece: Slice, new: Array) -> Array:
+        here = tuple((piece.slots(each), limits) for each, limits in slots)
+        tiles = tuple(_of_slice(each, piece, grid, shard.shape) for each in edits.patches)
+        part = _changed(piece.take(new), here, tiles, grid=grid, backend=backend)
+        return piece.put(new, part)
 
-    return lax.fori_loop(0, own.count, step, shard)
+    return own.fold(step, shard)
 
 
-def _of_slice(patches: Patches, own: Slices, i: Array) -> _Range:
-    """The whole tiles of slice i, by their places in it, and which they are."""
-    starts, begin, end = own.places(patches.starts, patches.used[0], i)
+def _of_slice(patches: Patches, piece: Slice, grid: TileGrid, shape: tuple[int, ...]) -> _Range:
+    """The whole tiles of a slice of a shard of some shape, by their places in it."""
+    lead, row, col = (patches.starts[:, axis] for axis in range(3))
+    _, down, across = tile_counts(box_view(grid, shape), grid.tile)
+    numbers = (lead * down + row // grid.tile[0]) * across + col // grid.tile[1]
+    begin, end = piece.those(numbers, patches.used[0])
+    starts = patches.starts.at[:, piece.along].add(-piece.view_start)
     return patches._replace(starts=starts), begin, end
 
 

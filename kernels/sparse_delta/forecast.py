@@ -18,6 +18,7 @@ from kernels.sparse_delta import expand, locate
 from kernels.sparse_delta.backends import Backend, takes
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import SUBBLOCK, Slots, subblocks_of
+from kernels.sparse_delta.slices import slices
 from kernels.sparse_delta.tiles import TileGrid, box_view, choose_grid
 from kernels.sparse_delta.trees import named_leaves
 
@@ -38,12 +39,14 @@ class LeafProgram:
       args: its arguments as shapes: the old weights as a stack of shards, what changes in them,
         where the shards begin.
       shard_bytes: of one version of one leaf, on one device.
+      working_bytes: of a device, beside arguments and results: `Slices.working_bytes`.
     """
 
     leaves: tuple[str, ...]
     run: Callable[..., Any]
     args: tuple[Any, ...]
     shard_bytes: int
+    working_bytes: int
 
 
 def applying(
@@ -91,8 +94,8 @@ def _program(
     def stacked(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((mesh.size * shape[0], *shape[1:]), dtype)
 
-    grid = choose_grid(shape, (shard,))
-    slots = _slots(grid, shard, density, wide=element_format(dtype).width_bits == 32)
+    grid, width = choose_grid(shape, (shard,)), element_format(dtype).width_bits
+    slots = _slots(grid, shard, density, wide=width == 32)
     changes = jax.tree.map(lambda x: stacked(x.shape, x.dtype), slots)
     thresholds = np.zeros(len(locate.LONE), np.int32)
 
@@ -105,6 +108,7 @@ def _program(
         run=apply,
         args=(stacked(shard, dtype), changes, stacked((1, 2), jnp.uint32)),
         shard_bytes=math.prod(shard) * dtype.itemsize,
+        working_bytes=slices(shard, grid, width, backend).working_bytes,
     )
 
 

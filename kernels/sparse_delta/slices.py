@@ -8,7 +8,7 @@ kernels want it is no slices: to take one out would be a copy, too.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +30,72 @@ _SUBLANES, _LANES = 8, 128
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Equal stretches of a shard along one of its dimensions, of whole tiles in their order.
+class Slice:
+    """One stretch of a shard.
 
-    The last one overlaps the one before it where they do not divide the dimension.
+    Attributes:
+      axis: the dimension that is cut.
+      start: its first index.
+      size: how many.
+      first_tile: number in the shard of its first tile.
+      tiles: how many; they follow each other.
+      along: the axis of the shard's view that is cut.
+      view_start: where the slice begins along it.
+    """
+
+    axis: int
+    start: int | Array
+    size: int
+    first_tile: int | Array
+    tiles: int
+    along: int
+    view_start: int | Array
+
+    def take(self, shard: Array) -> Array:
+        """The slice of an array."""
+        return lax.dynamic_slice_in_dim(shard, self.start, self.size, self.axis)
+
+    def put(self, shard: Array, part: Array) -> Array:
+        """The array with another slice."""
+        return lax.dynamic_update_slice_in_dim(shard, part, self.start, self.axis)
+
+    def put_tiles(self, found: Array, part: Array) -> Array:
+        """What was found in all tiles, [T, ...], with what was in those of the slice."""
+        return lax.dynamic_update_slice_in_dim(found, part, self.first_tile, 0)
+
+    def those(
+        self, tiles: Int32[Array, " L"], used: Array
+    ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+        """First and end of those tiles of a rising list, of which `used` count, that lie in it."""
+        counted = jnp.arange(len(tiles)) < used
+        begin = jnp.sum(counted & (tiles < self.first_tile), dtype=jnp.int32)
+        end = jnp.sum(counted & (tiles < self.first_tile + self.tiles), dtype=jnp.int32)
+        return begin, end
+
+    def slots(self, slots: Slots) -> Slots:
+        """The changes in the slice, whose tiles are numbered in it."""
+        begin, end = self.those(slots.tiles, slots.used)
+        entries = min(len(slots.tiles), self.tiles)
+        # The unused end of the list repeats its last number.
+        last = jnp.clip(end - 1, 0, len(slots.tiles) - 1)
+        index = jnp.minimum(begin + jnp.arange(entries, dtype=jnp.int32), last)
+        numbers = jnp.clip(slots.tiles[index] - self.first_tile, 0, self.tiles - 1)
+        changes = None if slots.changes is None else slots.changes[index]
+        return Slots(numbers, end - begin, slots.keys[index], changes)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A shard as stretches of whole tiles along one of its dimensions; the last may be shorter.
 
     Attributes:
       shape: of the shard.
       axis: the dimension that is cut.
-      size: its indices in one slice.
-      tiles: of one slice.
+      size: its indices in a slice.
+      tiles: of a slice.
       total: tiles of the shard.
-      along: the axis of the shard's view that is cut, by what extent, and its own.
-      laid_out_bytes: of a slice as the kernels take it; 0 where the shard lies so.
+      along: the axis of the shard's view that is cut, and by what extent.
+      laid_out_bytes: of a slice as it is laid out for the kernels; 0 where the shard lies so.
     """
 
     shape: tuple[int, ...]
@@ -50,84 +103,64 @@ class Slices:
     size: int
     tiles: int
     total: int
-    along: tuple[int, int, int]
+    along: tuple[int, int]
     laid_out_bytes: int
 
     @property
-    def count(self) -> int:
-        return -(-self.total // self.tiles)
+    def whole(self) -> bool:
+        """Whether all is one slice."""
+        return self.tiles == self.total
 
-    def take(self, shard: Array, i: Array) -> Array:
-        """Slice i."""
-        return lax.dynamic_slice_in_dim(shard, self._start(i), self.size, self.axis)
+    @property
+    def working_bytes(self) -> int:
+        """What compilers keep beside the shard: a slice as it is laid out, before and after."""
+        return 2 * self.laid_out_bytes
 
-    def put(self, shard: Array, part: Array, i: Array) -> Array:
-        """The shard with another slice i."""
-        return lax.dynamic_update_slice_in_dim(shard, part, self._start(i), self.axis)
+    @property
+    def _full(self) -> int:
+        return self.total // self.tiles
 
-    def _start(self, i: Array) -> Array:
-        return jnp.minimum(i * self.size, self.shape[self.axis] - self.size)
+    def _slice(self, i: int | Array, *, last: bool = False) -> Slice:
+        axis, extent = self.along
+        full = self._full
+        size = self.shape[self.axis] - full * self.size if last else self.size
+        tiles = self.total - full * self.tiles if last else self.tiles
+        return Slice(
+            self.axis, i * self.size, size, i * self.tiles, tiles, axis, i * extent
+        )  # fmt: skip
 
-    def map(self, run: Callable[..., Any], *shards: Array) -> Any:
+    def __iter__(self) -> Iterator[Slice]:
+        """The slices, known while they are traced."""
+        yield from map(self._slice, range(self._full))
+        if self.total % self.tiles:
+            yield self._slice(self._full, last=True)
+
+    def fold(self, step: Callable[[Slice, Any], Any], state: Any) -> Any:
+        """Takes a pytree of arrays from slice to slice, in a loop."""
+        state = lax.fori_loop(0, self._full, lambda i, own: step(self._slice(i), own), state)
+        if self.total % self.tiles:
+            state = step(self._slice(self._full, last=True), state)
+        return state
+
+    def map(self, find: Callable[..., Any], *shards: Array) -> Any:
         """What a function finds in every tile, when it is given one slice after the other.
 
         Args:
-          run: from slices of the shards to a pytree of arrays whose first axis are the tiles.
+          find: from slices of the shards to a pytree of arrays whose first axis are the tiles.
           *shards: of this shape.
         """
-        if self.count == 1:
-            return run(*shards)
+        if self.whole:
+            return find(*shards)
 
-        def one(i: Array) -> Any:
-            return run(*(self.take(shard, i) for shard in shards))
+        def one(own: Slice) -> Any:
+            return find(*(own.take(shard) for shard in shards))
 
-        def step(i: Array, found: Any) -> Any:
-            return jax.tree.map(
-                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, self._tile(i), 0),
-                found,
-                one(i),
-            )
+        def step(own: Slice, found: Any) -> Any:
+            return jax.tree.map(own.put_tiles, found, one(own))
 
-        of_slice = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
-        nothing = jax.tree.map(lambda x: jnp.zeros((self.total, *x.shape[1:]), x.dtype), of_slice)
-        return lax.fori_loop(0, self.count, step, nothing)
-
-    def _tile(self, i: Array) -> Array:
-        """Number in the shard of the first tile of slice i."""
-        return jnp.minimum(i * self.tiles, self.total - self.tiles)
-
-    def slots(self, slots: Slots, i: Array) -> Slots:
-        """The changes of slice i, its tiles by their numbers in it."""
-        begin, end = _those(slots.tiles // self.tiles, slots.used, i)
-        entries = min(len(slots.tiles), self.tiles)
-        # The unused end of the list repeats its last number.
-        index = begin + jnp.arange(entries, dtype=jnp.int32)
-        index = jnp.minimum(index, jnp.clip(end - 1, 0, len(slots.tiles) - 1))
-        numbers = jnp.clip(slots.tiles[index] - self._tile(i), 0, self.tiles - 1)
-        changes = None if slots.changes is None else slots.changes[index]
-        return Slots(numbers, end - begin, slots.keys[index], changes)
-
-    def places(
-        self, starts: Int32[Array, "M 3"], used: Array, i: Array
-    ) -> tuple[Int32[Array, "M 3"], Int32[Array, ""], Int32[Array, ""]]:
-        """Boxes of the shard's view, in the order of its tiles, as those of slice i.
-
-        Returns:
-          Where they begin in the slice's view, and the first and end of those that lie in it.
-        """
-        axis, extent, whole = self.along
-        begin, end = _those(starts[:, axis] // extent, used, i)
-        offset = jnp.minimum(i * extent, whole - extent)
-        return starts.at[:, axis].add(-offset), begin, end
-
-
-def _those(
-    slice_of: Int32[Array, " L"], used: Array, i: Array
-) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """First and end of the entries that are i, in a rising list of which `used` count."""
-    counted = jnp.arange(len(slice_of)) < used
-    begin = jnp.sum(counted & (slice_of < i), dtype=jnp.int32)
-    return begin, begin + jnp.sum(counted & (slice_of == i), dtype=jnp.int32)
+        shapes = jax.eval_shape(lambda: one(self._slice(0)))
+        nothing = jax.tree.map(lambda x: jnp.zeros((self.total, *x.shape[1:]), x.dtype), shapes)
+        return self.fold(step, nothing)
 
 
 def slices(shape: tuple[int, ...], grid: TileGrid, width: int, backend: Backend) -> Slices:
@@ -143,9 +176,8 @@ def slices(shape: tuple[int, ...], grid: TileGrid, width: int, backend: Backend)
     counts = tile_counts(view, grid.tile)
     total = math.prod(counts)
     laid_out = _laid_out_bytes(shape, grid, width, backend)
-    whole = Slices(shape, 0, (*shape, 1)[0], total, total, (0, view[0], view[0]), laid_out)
     if total == 1 or laid_out <= _SLICE_BYTES:
-        return whole
+        return Slices(shape, 0, (*shape, 1)[0], total, total, (0, view[0]), laid_out)
     # Tiles are numbered first along the outermost axis of the view of which there are several,
     # which is cut along the outermost dimension that it is made of.
     along = next(axis for axis in range(3) if counts[axis] > 1)
@@ -153,20 +185,17 @@ def slices(shape: tuple[int, ...], grid: TileGrid, width: int, backend: Backend)
     axis = next(k for k in range(edges[along], edges[along + 1]) if shape[k] > 1)
     inner = math.prod(shape[axis + 1 : edges[along + 1]])
     unit = math.lcm((1, *grid.tile)[along], inner) // inner  # indices that are whole tiles
-    units, clipped = divmod(shape[axis], unit)
-    if clipped:
-        return whole
-    n = min(units, -(-laid_out // _SLICE_BYTES))
-    here = -(-units // n)
+    units = -(-shape[axis] // unit)
+    here = -(-units // min(units, -(-laid_out // _SLICE_BYTES)))
+    size = min(here * unit, shape[axis])
+    tiles = math.prod(tile_counts(_resized(view, along, size * inner), grid.tile))
     return Slices(
-        shape=shape,
-        axis=axis,
-        size=here * unit,
-        tiles=total // units * here,
-        total=total,
-        along=(along, here * unit * inner, view[along]),
-        laid_out_bytes=laid_out * here // units,
+        shape, axis, size, tiles, total, (along, size * inner), laid_out * size // shape[axis]
     )
+
+
+def _resized(view: tuple[int, int, int], axis: int, extent: int) -> tuple[int, ...]:
+    return (*view[:axis], extent, *view[axis + 1 :])
 
 
 def _laid_out_bytes(shape: tuple[int, ...], grid: TileGrid, width: int, backend: Backend) -> int:
