@@ -33,8 +33,10 @@ def encoding(update: Part, machine: Cluster) -> Part:
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     lies = _shardings(weights, update.plan, machine, "0/params/policy")
 
+    backend = _backend(machine)
+
     def delta(old, new):
-        return sparse_delta.diff(old, new, shardings=lies, backend=_backend(machine)).records
+        return sparse_delta.diff(old, new, shardings=lies, backend=backend).records
 
     specs = {leaf_path(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(lies)}
     records = jax.eval_shape(delta, weights, weights)
@@ -48,11 +50,13 @@ def encoding(update: Part, machine: Cluster) -> Part:
     )  # fmt: skip
     version = _shard_bytes(weights, lies)
     found = _bytes(records) / math.prod(update.plan.mesh.values())
-    mesh = abstract_mesh(plan.mesh, machine)
-    held = footprint(delta, (weights, weights), plan.execution(mesh), machine).peak
-    return _part(
-        "delta encode", "learner", plan, version, memory=held.total, resident=2 * version + found
-    )
+    resident = 2 * version + found
+    if backend == "reference":
+        mesh = abstract_mesh(plan.mesh, machine)
+        memory = footprint(delta, (weights, weights), plan.execution(mesh), machine).peak.total
+    else:
+        memory = resident + forecast.comparing_bytes(weights, lies, backend=backend)
+    return _part("delta encode", "learner", plan, version, memory=memory, resident=resident)
 
 
 def applying(prefill: Part, machine: Cluster, *, density: float) -> list[Part]:

@@ -386,7 +386,7 @@ def _reached(
     steps = max(1, lead // 4), max(1, rows // _SAMPLE[0]), max(1, cols // _SAMPLE[1])
     samples = []
     for piece in own:
-        part = piece.take(shard)
+        part = shard if own.whole else piece.take(shard)  # a scalar is whole
         box = part.reshape(box_view(grid, part.shape))
         # Those multiples of the steps that lie in the slice.
         begin = -piece.view_start % steps[piece.along]

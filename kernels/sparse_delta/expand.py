@@ -261,8 +261,15 @@ def _rewritten(shard: Array, edits: Edits, *, grid: TileGrid, backend: Backend) 
 
     def step(piece: Slice, new: Array) -> Array:
         here = tuple((piece.slots(each), limits) for each, limits in slots)
-        tiles = tuple(_of_slice(each, piece, grid, shard.shape) for each in edits.patches)
-        part = _changed(piece.take(new), here, tiles, grid=grid, backend=backend)
+        part = piece.take(new)
+        _, rows, cols = box_view(grid, part.shape)
+        tiles = tuple(
+            _of_slice(each, piece, grid, shard.shape)
+            for each in edits.patches
+            # A last slice may be less than a tile of the others.
+            if each.tiles.shape[1] <= rows and each.tiles.shape[2] <= cols
+        )
+        part = _changed(part, here, tiles, grid=grid, backend=backend)
         return piece.put(new, part)
 
     return own.fold(step, shard)

@@ -1,7 +1,7 @@
-"""What `apply` asks of devices, as programs of shapes: for compilers and planners.
+"""What `apply` and `diff` ask of devices, as programs of shapes: for compilers and planners.
 
-`resident` runs these functions leaf by leaf, with what it read in a payload; here every tile of a
-leaf changes by as much as a density says.
+`resident` runs the functions of `apply` leaf by leaf, with what it read in a payload; here every
+tile of a leaf changes by as much as a density says.
 """
 
 import math
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from kernels.sparse_delta import expand, locate
 from kernels.sparse_delta.backends import Backend, takes
 from kernels.sparse_delta.elements import element_format
-from kernels.sparse_delta.reference import SUBBLOCK, Slots, subblocks_of
+from kernels.sparse_delta.reference import SUBBLOCK, Slots, capacity_for, subblocks_of
 from kernels.sparse_delta.slices import slices
 from kernels.sparse_delta.tiles import TileGrid, box_view, choose_grid
 from kernels.sparse_delta.trees import named_leaves
@@ -79,6 +79,35 @@ def applying(
         for key, names in alike.items()
     ]
     return sorted(found, key=lambda program: -program.shard_bytes)
+
+
+def comparing_bytes(
+    weights: Any, shardings: Any, *, backend: Backend, density: float = 0.01
+) -> int:
+    """Bytes of a device that `diff` takes beside the two trees and its records.
+
+    Its leaves are worked on one after the other, so that it is what one of them takes: a slice of
+    each version as it comes and as it is laid out, and on GPUs what the slots search in.
+
+    Args:
+      weights: pytree of `jax.ShapeDtypeStruct`s.
+      shardings: a tree like it of `NamedSharding`s; their mesh may be abstract.
+      backend: which kernels; not "reference", for which XLA decides.
+      density: what `diff` is told.
+    """
+    placed, most = jax.tree.leaves(shardings), 0
+    for leaf in named_leaves(weights, role="weights")[0]:
+        shard = placed[leaf.place].shard_shape(leaf.shape)
+        grid, width = choose_grid(leaf.shape, (shard,)), element_format(leaf.dtype).width_bits
+        own = slices(shard, grid, width, backend)
+        working = 2 * own.working_bytes
+        if backend == "gpu":
+            from kernels.sparse_delta import gpu_compact
+
+            elements = math.prod(shard) * own.tiles // own.total
+            working += gpu_compact.working_bytes(elements, capacity_for(density))
+        most = max(most, working)
+    return most
 
 
 def _program(

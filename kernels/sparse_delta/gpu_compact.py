@@ -34,6 +34,10 @@ from kernels.sparse_delta.reference import (
 )
 
 QUARTER = SUBBLOCK // 4  # elements between two stored prefixes
+# Enough for all threads of a GPU several times over.
+_SLOTS_AT_ONCE = 1 << 19
+# That XLA:GPU keeps of a slot while it searches, by its buffers for bf16.
+_WORDS_A_SLOT = 21
 
 
 def compact(
@@ -57,6 +61,19 @@ def compact(
     survey = _survey(before, after, class_limits(thresholds, fmt), grid, fmt, interpret)
     blocks = subblocks_of(tile) // SUBBLOCKS
     return _search(survey, before, after, thresholds, grid, fmt, (blocks, capacity))
+
+
+def working_bytes(elements: int, capacity: int) -> int:
+    """Bytes beside operands and results of `compact`: survey, its prefixes, slots that search.
+
+    Args:
+      elements: of the box, as the grid pads it.
+      capacity: slots a block.
+    """
+    # Counts, quarters, totals; ends, begins and prefixes of the totals, all of sub-blocks.
+    words = 1 + 2 * 4 + 4 + 1 + 1 + 4
+    slots = min(elements // (SUBBLOCK * SUBBLOCKS) * capacity, _SLOTS_AT_ONCE)
+    return elements // 8 + elements // SUBBLOCK * 4 * words + 4 * _WORDS_A_SLOT * slots
 
 
 class _Survey(NamedTuple):
@@ -144,27 +161,84 @@ def _search(
     fmt: ElementFormat,
     shape: tuple[int, int],
 ) -> Records:
-    """Fills the slots: each finds its element from the counts and the bits, and gathers it."""
+    """Fills the slots: each finds its element from the counts and the bits, and gathers it.
+
+    Slots have a dozen words of their own while they search, so that few tiles do at once.
+    """
+    blocks, capacity = shape
+    tiles = survey.counts.shape[0]
+    counts = survey.counts.reshape(tiles, -1, SUBBLOCKS)
+    ends = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    totals = survey.totals.reshape(4, tiles, -1, SUBBLOCKS)
+    earlier = jnp.cumsum(totals, axis=-1, dtype=jnp.uint32) - totals
+    wide = fmt.width_bits == 32
+
+    def search(first: Array) -> tuple[Array, ...]:
+        own = lax.dynamic_slice_in_dim(ends, first, some)
+        return _filled(survey, (own, ends - counts, earlier), first, old, new, thresholds, grid,
+                       fmt, shape)  # fmt: skip
+
+    some = max(1, min(tiles, _SLOTS_AT_ONCE // (blocks * capacity)))
+    if some == tiles:
+        kept = search(jnp.int32(0))
+    else:
+        # The last ones are some of those before them, too, where the numbers do not divide.
+        def step(i: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+            first = jnp.minimum(i * some, tiles - some)
+            return tuple(
+                lax.dynamic_update_slice_in_dim(all_, part, first, 0)
+                for all_, part in zip(kept, search(first), strict=True)
+            )
+
+        nothing = (jnp.zeros((tiles, blocks, capacity), jnp.uint32),) * (2 + wide)
+        kept = lax.fori_loop(0, -(-tiles // some), step, nothing)
+    sums = jnp.sum(totals, axis=-1, dtype=jnp.uint32)[:, :, :blocks]  # 4 T B
+    by_class = jnp.concatenate([sums & 0xFFFF, sums >> 16]).astype(jnp.int32)
+    held = ends[:, :blocks, -1]
+    return Records(kept[0], kept[1], kept[2] if wide else None, held, by_class.transpose(1, 0, 2))
+
+
+def _filled(
+    survey: _Survey,
+    prefixes: tuple[Array, Array, Array],
+    first: Array,
+    old: Array,
+    new: Array,
+    thresholds: Array,
+    grid: Grid,
+    fmt: ElementFormat,
+    shape: tuple[int, int],
+) -> tuple[Array, ...]:
+    """The words of the slots of some tiles from the `first`: places, values, wide new values.
+
+    Args:
+      survey: of all tiles.
+      prefixes: changed elements of each block of these tiles up to and with each sub-block, before
+        each sub-block of all, and elements of each class before each sub-block of all.
+      first: number of a tile.
+      old: the box, as the grid indexes it.
+      new: the same.
+      thresholds: of the classes.
+      grid: of the box.
+      fmt: of its elements.
+      shape: blocks of a tile and slots of a block.
+    """
+    ends, begins, earlier = prefixes
     blocks, capacity = shape
     tiles, subblocks = survey.counts.shape
-    block = jnp.arange(tiles * subblocks // SUBBLOCKS, dtype=jnp.int32)
-    block = block.reshape(tiles, -1)[:, :blocks, None]
+    block = jnp.arange(ends.shape[0] * ends.shape[1], dtype=jnp.int32).reshape(ends.shape[:2])
+    block = (first * ends.shape[1] + block)[:, :blocks, None]
     slot = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
 
     def take(values: Array, index: Array) -> Array:
         return values.reshape(-1).at[index].get(mode="promise_in_bounds")
 
-    def per_block(values: Array) -> Array:
-        return values.reshape(*values.shape[:-1], -1, SUBBLOCKS)
-
-    counts = per_block(survey.counts)
-    ends = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
     held = ends[:, :blocks, -1]
     full = (slot < held[:, :, None]) & (held <= capacity)[:, :, None]
     passed = [slot >= ends[:, :blocks, i, None] for i in range(SUBBLOCKS - 1)]
     row = sum((one.astype(jnp.int32) for one in passed), start=jnp.zeros_like(block + slot))
     row = block * SUBBLOCKS + row  # of all sub-blocks of the box
-    nth = slot - take(ends - counts, row)
+    nth = slot - take(begins, row)
     words, nth = _word_of(nth, lambda w: take(survey.changed, row * 8 + w))
     offset = words * 32 + _nth_set_bit(take(survey.changed, row * 8 + words), nth)
     offset = offset & (SUBBLOCK - 1)  # an unused slot may run over; its result is dropped
@@ -172,8 +246,6 @@ def _search(
     element = _flat_index(row, offset, grid)
     old_bits, new_bits = take(old, element), take(new, element)
     classes = classes_of(old_bits, thresholds, fmt)
-    totals = per_block(survey.totals)
-    earlier = jnp.cumsum(totals, axis=-1, dtype=jnp.uint32) - totals
     rank = take(earlier, (classes & 3) * (tiles * subblocks) + row) >> (16 * (classes >> 2))
     rank = (rank & 0xFFFF).astype(jnp.int32)
     quarter = (classes & 1) * (4 * tiles * subblocks) + row * 4 + offset // QUARTER
@@ -188,10 +260,7 @@ def _search(
     old_words, new_words = old_bits.astype(jnp.uint32), new_bits.astype(jnp.uint32)
     wide = fmt.width_bits == 32
     stored = [place.astype(jnp.uint32), old_words if wide else old_words << 16 | new_words]
-    kept = [jnp.where(full, words, 0) for words in (*stored, *([new_words] if wide else []))]
-    sums = jnp.sum(totals, axis=-1, dtype=jnp.uint32)[:, :, :blocks]  # 4 T B
-    by_class = jnp.concatenate([sums & 0xFFFF, sums >> 16]).astype(jnp.int32)
-    return Records(kept[0], kept[1], kept[2] if wide else None, held, by_class.transpose(1, 0, 2))
+    return tuple(jnp.where(full, x, 0) for x in (*stored, *([new_words] if wide else [])))
 
 
 def _word_of(nth: Array, word: Callable[[int], Array]) -> tuple[Array, Array]:

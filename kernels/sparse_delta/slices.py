@@ -118,13 +118,17 @@ class Slices:
 
     @property
     def _full(self) -> int:
-        return self.total // self.tiles
+        return self.shape[self.axis] // self.size if self.shape else 1
+
+    @property
+    def _rest(self) -> int:
+        """Indices of the last one where it is shorter; 0 where none is."""
+        return self.shape[self.axis] - self._full * self.size if self.shape else 0
 
     def _slice(self, i: int | Array, *, last: bool = False) -> Slice:
         axis, extent = self.along
-        full = self._full
-        size = self.shape[self.axis] - full * self.size if last else self.size
-        tiles = self.total - full * self.tiles if last else self.tiles
+        size = self._rest if last else self.size
+        tiles = self.total - self._full * self.tiles if last else self.tiles
         return Slice(
             self.axis, i * self.size, size, i * self.tiles, tiles, axis, i * extent
         )  # fmt: skip
@@ -132,13 +136,13 @@ class Slices:
     def __iter__(self) -> Iterator[Slice]:
         """The slices, known while they are traced."""
         yield from map(self._slice, range(self._full))
-        if self.total % self.tiles:
+        if self._rest:
             yield self._slice(self._full, last=True)
 
     def fold(self, step: Callable[[Slice, Any], Any], state: Any) -> Any:
         """Takes a pytree of arrays from slice to slice, in a loop."""
         state = lax.fori_loop(0, self._full, lambda i, own: step(self._slice(i), own), state)
-        if self.total % self.tiles:
+        if self._rest:
             state = step(self._slice(self._full, last=True), state)
         return state
 
