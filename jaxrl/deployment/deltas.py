@@ -36,7 +36,11 @@ def encoding(update: Part, machine: Cluster) -> Part:
     backend = _backend(machine)
 
     def delta(old, new):
-        return sparse_delta.diff(old, new, shardings=lies, backend=backend).records
+        # The compilers' own devices, where it is lowered for them.
+        here, shardings = jax.sharding.get_abstract_mesh(), lies
+        if not here.empty:
+            shardings = jax.tree.map(lambda lie: NamedSharding(here, lie.spec), lies)
+        return sparse_delta.diff(old, new, shardings=shardings, backend=backend).records
 
     specs = {leaf_path(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(lies)}
     records = jax.eval_shape(delta, weights, weights)

@@ -130,7 +130,10 @@ def _program(
 
     def apply(old: Any, changes: Any, origins: Any) -> Any:
         edits = expand.Edits(((changes, thresholds),), ())
-        return expand.rebuilt(old, edits, origins, mesh=mesh, grid=grid, backend=backend)
+        # The compilers' own devices, where it is lowered for them.
+        here = jax.sharding.get_abstract_mesh()
+        where = mesh if here.empty else here
+        return expand.rebuilt(old, edits, origins, mesh=where, grid=grid, backend=backend)
 
     return LeafProgram(
         leaves=leaves,

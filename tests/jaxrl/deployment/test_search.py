@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxrl import recipes
 from jaxrl.deployment import (
@@ -240,3 +241,11 @@ def test_a_dry_run_without_compilers(planner, monkeypatch):
     shards = math.prod(decode.part.plan.mesh.values())
     # Beside decoding: the policy twice, the reference and the reward model, in bf16.
     assert decode.others_bytes >= 4 * 2 * SMALL.num_params / shards
+    # Compilers bring devices of their own, of another kind than a mesh without any has.
+    encode = next(row.part.plan for row in run.rows if row.part.program.name == "delta encode")
+    gpus = AbstractMesh(
+        tuple(encode.mesh.values()), tuple(encode.mesh), (AxisType.Auto,) * len(encode.mesh),
+        abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
+    )  # fmt: skip
+    with jax.sharding.use_abstract_mesh(gpus):
+        jax.eval_shape(encode.step, *encode.args)

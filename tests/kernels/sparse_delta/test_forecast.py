@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from kernels.sparse_delta import forecast, slices
 from kernels.sparse_delta.tiles import choose_grid
@@ -35,7 +35,7 @@ COMPILED = {
 
 
 def lies(shape, axis, parts):
-    mesh = AbstractMesh((parts,), ("tensor",))
+    mesh = AbstractMesh((parts,), ("tensor",), axis_types=(AxisType.Auto,))
     spec = [None] * len(shape)
     spec[axis] = "tensor"
     return {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}, {
@@ -52,6 +52,18 @@ def test_applying_takes_what_compilers_say(name):
     predicted = (held / parts + program.working_bytes) / 1e6
     assert abs(predicted - compiled) < max(0.1 * compiled, 64)
     assert predicted > 0.97 * compiled or compiled < 100
+
+
+def test_a_program_runs_on_the_mesh_of_its_context():
+    """The compilers' devices are of another kind than the mesh that it was made with."""
+    (program,) = forecast.applying(*lies(KEY, 2, 8), density=0.01, backend="reference")
+    gpus = AbstractMesh(
+        (8,), (forecast.DEVICE_AXIS,), axis_types=(AxisType.Auto,),
+        abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
+    )  # fmt: skip
+    alone = jax.eval_shape(program.run, *program.args)
+    with jax.sharding.use_abstract_mesh(gpus):
+        assert jax.eval_shape(program.run, *program.args) == alone
 
 
 # Device bytes beside the two trees and the records, of the layers of one weight by 16 or 32.
