@@ -34,7 +34,10 @@ from jaxrl.models.named import named
 from jaxrl.types import Prompts
 
 # What kernels and exchanges there are does not change, and it compiles five times as fast.
-jax.config.update("jax_exec_time_optimization_effort", -1.0)
+if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+else:  # JAX 0.11 has levels in its place
+    jax.config.update("jax_optimization_level", "O1")
 
 ROWS, PROMPT, GROUPS, STEPS = 8, 512, 4, 512
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
