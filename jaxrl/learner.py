@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jaxrl import policy as policy_lib
 from jaxrl.models import Decoder, ScalarModel
 from jaxrl.models.compiling import training_options
+from jaxrl.models.layout import platform
 from jaxrl.recipes import Recipe
 from jaxrl.types import LearnerState, PolicyOutput, Prompts, Rollouts
 from sharding import Plan
@@ -241,7 +242,8 @@ class Learner:
             with self.context():
                 return replace(self, frozen=frozen).step(state, rollouts, demonstrations)
 
-        options = training_options(jax.default_backend())
+        with self.context():
+            options = training_options(platform())
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: maximum likelihood of demonstrations."""
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxrl import policy
 from jaxrl.models.compiling import training_options
+from jaxrl.models.layout import platform
 from jaxrl.types import PackedRows, Prompts, SupervisedState
 from sharding import Plan
 
@@ -86,5 +88,6 @@ class Supervised:
             with self._bound.context():
                 return step(*args)
 
-        options = training_options(jax.default_backend())
+        with self._bound.context() if self.plan.mesh else contextlib.nullcontext():
+            options = training_options(platform())
         return jax.jit(under_mesh, donate_argnums=0, static_argnums=2, compiler_options=options)

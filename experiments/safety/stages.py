@@ -196,7 +196,7 @@ def trainer_of(
         sampler_tolerance=config.sampler_tolerance,
         demonstrations=task.ptx,
         replay=replay,
-        prompts_per_update=config.samples_per_step // recipe.group_size if replay else None,
+        prompts_per_update=None if replay is None else config.samples_per_step // recipe.group_size,
         tape=None if config.tape is None else Tape(config.tape / recipe.name),
         span=run.span,
     )

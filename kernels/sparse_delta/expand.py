@@ -287,7 +287,7 @@ def _of_slice(patches: Patches, piece: Slice, grid: TileGrid, shape: tuple[int, 
 
 def _changed(
     shard: Array,
-    slots: Sequence[tuple[Slots, Array]],
+    slots: Sequence[tuple[Slots, Array | np.ndarray]],
     patches: Sequence[_Range],
     *,
     grid: TileGrid,

@@ -355,7 +355,8 @@ def _with_choices(
     zero_one = everything.state_ways == 1  # nothing to divide: one stage of ZeRO stands for all
     keep &= ~zero_one | (index[1] == 0)
     if len(choices["zero"]) > 1:  # an axis that divides nothing is data parallelism
-        keep &= zero_one | (everything.zero > 0)
+        # Beside experts that are divided the rest may be whole, which no data axis says.
+        keep &= zero_one | (everything.zero > 0) | (everything.fsdp == 1)
     # What is moved to the host has to have a name: results that a policy picks.
     named = np.isin(everything.remat, ("dots", "projections"))
     keep &= (everything.offload != "activations") | named

@@ -204,14 +204,13 @@ class Attention:
         return run(query, kv, context.Columns(jnp.asarray(index), segments))
 
     def _gathers_for_splash(self) -> bool:
-        runs = self.implementation == "splash" or (
-            self.implementation == "auto" and platform() == "tpu"
-        )
-        if self.exchange == "auto":
-            # Gradients of what was gathered are summed, for which XLA:TPU (libtpu 0.0.42) has no
-            # code along an odd number of devices: "AllReduce fusion with 3 sized replica_groups".
-            return runs and self._context_ways % 2 == 0
-        return runs and self.exchange == "all_gather"
+        if self.exchange not in ("auto", "all_gather") or platform() == "gpu":
+            return False
+        # Gradients of what was gathered are summed, for which XLA:TPU (libtpu 0.0.42) has no code
+        # along an odd number of devices: "AllReduce fusion with 3 sized replica_groups".
+        even = self._context_ways % 2 == 0
+        automatic = self.implementation == "auto" and platform() == "tpu"
+        return even and (self.implementation == "splash" or automatic)
 
 
 def _with(

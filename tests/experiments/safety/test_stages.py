@@ -132,3 +132,15 @@ def test_the_tokenizer_is_read_back_on_resumption(tmp_path):
     again = task.build(CONFIG, data, tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == stored
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
+
+
+def test_updates_from_a_replay_are_as_large_as_others(tmp_path, shared):
+    """Where each step writes for fewer prompts, the rest comes from the replay."""
+    work, evaluators, sft = shared
+    with opened(tmp_path) as run:
+        for name in ("repo_tb_replay", "repo_tb"):
+            recipe = CONFIG.recipe(name)
+            trainer = stages.trainer_of(run, CONFIG, work, evaluators, recipe, sft)
+            learnt = trainer.prompts_per_update or trainer.prompts_per_step
+            assert learnt == CONFIG.samples_per_step // recipe.group_size
+            assert (trainer.prompts_per_step < learnt) == (name == "repo_tb_replay")

@@ -459,6 +459,23 @@ def test_an_odd_number_of_tpus_hands_keys_on(ways, gathers):
     assert ("ppermute" in text) != gathers
 
 
+def test_kernels_of_tpus_are_for_no_gpu():
+    config = dataclasses.replace(TINY, attention="splash")
+    graphdef, params = random_decoder(config)
+    mesh = AbstractMesh(
+        (2,), ("context",), (AxisType.Auto,),
+        abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
+    )  # fmt: skip
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(
+            jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).hidden(jnp.zeros((1, 12), jnp.int32)))(
+                params
+            )
+        )
+    assert "pallas_call" not in text
+    assert "ppermute" in text
+
+
 def test_zigzag_gives_all_devices_the_same_work():
     for ways, size in ((2, 8), (4, 32), (8, 64)):
         held = zigzag(size, ways).reshape(ways, -1)
