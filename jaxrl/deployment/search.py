@@ -18,7 +18,7 @@ from jaxrl.deployment.parts import USABLE, Part, Plans
 from jaxrl.deployment.programs import GENERATION, Program, Written, learner_programs
 from jaxrl.deployment.workload import Workload
 from jaxrl.sync import Link
-from sharding import Cluster, DoesNotFit, Plan
+from sharding import Cluster, DoesNotFit
 
 _COMMON = 0.25  # share of an actor's memory that its programs use in turn
 # What models that score are held to, as long as an actor does not fit: copies of their parameters
@@ -192,7 +192,8 @@ class Planner:
                 parts.append(decode)
             elif program.parameters == "policy":
                 # The policy lies where decoding wants it.
-                pinned = {"tensor": _model_parallel(decode.plan)}
+                mesh = decode.plan.mesh
+                pinned = {"tensor": mesh.get("tensor", 1), "expert": mesh.get("expert", 1)}
                 memory = own["policy"] + own[GENERATION] - USABLE * _COMMON
                 parts.append(self._plans.planned(program, cluster, pinned=pinned, memory=memory))
             else:
@@ -281,11 +282,6 @@ def _state_bytes(program: Program) -> float:
     """Of everything that a program is given of parameters and caches, undivided."""
     leaves = jax.tree.leaves(program.args[: 3 if program.parameters == GENERATION else 1])
     return float(sum(x.size * x.dtype.itemsize for x in leaves))
-
-
-def _model_parallel(plan: Plan) -> int:
-    """Ways in which decoding divides the heads of the weights."""
-    return plan.mesh.get("tensor", 1) * plan.mesh.get("expert", 1)
 
 
 def _or_error(make):
