@@ -285,6 +285,8 @@ class _Body:
         self.roots: dict[int, frozenset[int]] = {}
         self.stored = self._stored()
         self.buffers: dict[int, _Buffer] = {}
+        self.turned: dict[int, _Buffer] = {}  # copies of stacks, which all loops read
+        self.gathered: int | None = None  # where the last weight was
         self.extra: dict[int, tuple[float, list[tuple[float, str]]]] = {}
         self._place()
 
@@ -389,28 +391,11 @@ class _Body:
                 size = array.bytes(self.mesh)
                 self.buffers[id(array)] = _Buffer(size, min(readers), min(readers), what)
                 self.roots[id(array)] = frozenset([id(array)])
-        gathered: int | None = None  # where the last weight was
-        turned: dict[int, _Buffer] = {}
         for i, instruction in enumerate(self.instructions):
             read: set[int] = set()
             for array in instruction.ins:
                 read |= self.roots.get(id(array), frozenset())
-            for move in instruction.moves:
-                if move.kind not in ("all-gather", "all-to-all"):
-                    self._unreduced(move, instruction, i)
-                    continue
-                key = -len(self.buffers) - 1
-                what = f"{move.kind} {move.array.dtype}{move.array.shape}"
-                size = move.array.bytes(self.mesh, move.target)
-                start = i
-                if self.inside and self.fusion.prefetches and move.array.is_weight:
-                    start, gathered = i if gathered is None else gathered, i
-                self.buffers[key] = _Buffer(size, start, self._last_use(move.array, i), what)
-                if rule_kind(instruction.name) == "dot":
-                    read.add(key)  # until what the product is computed into is written
-                if instruction.name == "sharding_constraint":  # its readers read what was moved
-                    self.buffers[key].end = i
-                    read = {key}
+            read = self._moved(instruction, i, read)
             writes = [a for a in instruction.outs if id(a) in self.stored]
             if writes or not self._fusible(instruction):
                 for key in read:
@@ -430,32 +415,59 @@ class _Body:
                     self.roots[id(array)] = frozenset(read)
             if instruction.bodies:
                 self.extra[i] = self._inside(instruction)
-                for size, what in self._copies(instruction):
-                    self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
-                for stack, dtype in self._read_otherwise(instruction):
-                    what = (
-                        f"{'turned' if dtype == stack.dtype else dtype} {stack.dtype}{stack.shape}"
-                    )
-                    size = stack.bytes(self.mesh) * dtype_bytes(dtype) / dtype_bytes(stack.dtype)
-                    # All loops read the same copy.
-                    turned.setdefault(id(stack), _Buffer(size, i, i, what)).end = i
-        for buffer in turned.values():
+                self._copied(instruction, i)
+        for buffer in self.turned.values():
             self.buffers[-len(self.buffers) - 1] = buffer
         end = len(self.instructions)
         for array in self.body.outputs:
             for key in self.roots.get(id(array), frozenset()):
                 self.buffers[key].end = end
 
+    def _moved(self, instruction: Instruction, i: int, read: set[int]) -> set[int]:
+        """Places what an instruction's collectives make; what the instruction then reads."""
+        for move in instruction.moves:
+            if move.kind not in ("all-gather", "all-to-all"):
+                self._unreduced(move, instruction, i)
+                continue
+            key = -len(self.buffers) - 1
+            what = f"{move.kind} {move.array.dtype}{move.array.shape}"
+            size = move.array.bytes(self.mesh, move.target)
+            start = i
+            if self.inside and self.fusion.prefetches and move.array.is_weight:
+                start, self.gathered = i if self.gathered is None else self.gathered, i
+            self.buffers[key] = _Buffer(size, start, self._last_use(move.array, i), what)
+            if rule_kind(instruction.name) == "dot":
+                read = read | {key}  # until what the product is computed into is written
+            if instruction.name == "sharding_constraint":  # its readers read what was moved
+                self.buffers[key].end = i
+                read = {key}
+        return read
+
+    def _copied(self, loop: Instruction, i: int) -> None:
+        """Places the copies of its operands that a loop reads."""
+        for size, what in self._copies(loop):
+            self.buffers[-len(self.buffers) - 1] = _Buffer(size, i, i, what)
+        for stack, dtype in self._read_otherwise(loop):
+            what = f"{'turned' if dtype == stack.dtype else dtype} {stack.dtype}{stack.shape}"
+            size = stack.bytes(self.mesh) * dtype_bytes(dtype) / dtype_bytes(stack.dtype)
+            self.turned.setdefault(id(stack), _Buffer(size, i, i, what)).end = i
+
     def _overwrites(self, instruction: Instruction, i: int) -> bool:
-        """Whether a scatter writes into its operand, which nothing else reads later."""
+        """Whether a scatter writes into its operand, which nobody wants as it was.
+
+        Neither who runs the body, nor what reads it later, be it through what is fused.
+        """
         if rule_kind(instruction.name) != "scatter" or instruction.name in _IN_PLACE:
             return False
         operand = instruction.ins[0]
-        return (
-            id(operand) in self.buffers and max(self.readers[id(operand)]) == i
-            and self.buffers[id(operand)].end <= i and not instruction.moves
-            and not any(id(out) in self.outside for out in instruction.outs)
-        )  # fmt: skip
+        if id(operand) not in self.buffers or self.buffers[id(operand)].end > i:
+            return False
+        if instruction.moves or id(operand) in self.results:
+            return False
+        if any(id(out) in self.outside for out in instruction.outs):
+            return False
+        showing = [array for array, roots in self.roots.items() if id(operand) in roots]
+        return all(max(self.readers.get(array, [i])) <= i for array in showing)
 
     def _unreduced(self, move: Move, instruction: Instruction, i: int) -> None:
         """What goes into a sum: until it is scattered, or until a loop reduces its gradients."""
@@ -521,7 +533,8 @@ class _Body:
                 continue
             if self.fusion.restacks:
                 move = gathered.get(id(mine))
-                if move and move.array.spec and move.array.spec[0] == move.target[0]:
+                # What a program gathers itself may lie nowhere yet: its target has no axes.
+                if move and move.array.spec and move.array.spec[:1] == move.target[:1]:
                     found.append((stack, stack.dtype))
             elif len(mine.shape) < len(stack.shape):
                 readers = [i for i in body.instructions if any(a is mine for a in i.ins)]

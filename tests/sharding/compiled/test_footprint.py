@@ -353,6 +353,69 @@ def test_what_is_picked_from_an_array_adds_its_gradient_in_place():
         assert len(large) == 2  # the logits, and their softmax; never a third of zeros
 
 
+def test_an_operand_that_is_a_result_too_is_not_scattered_into():
+    def step(x, w):
+        def body(carry, _):
+            y = carry[0] @ w
+            return (y, y.at[0].add(1.0)), None
+
+        return jax.lax.scan(body, (x, x), None, length=3)[0]
+
+    made, _ = _moves(step, (_shape(256, 256), _shape(256, 256)), [P(), P()], [P(), P()])
+    for chip in (H100, V5E):  # the loop's next pair of arrays, beside the pair that it reads
+        found = peak(made, MESH, chip, detail=True)
+        assert sum(size for size, _ in found.alive) == found.temporary
+        assert found.temporary == pytest.approx(2 * 256 * 256 * 4, rel=0.01)
+
+
+def test_an_operand_that_a_view_shows_later_is_not_scattered_into():
+    def temporary(step):
+        args = _shape(256, 16), _shape(16, 256), _shape(256, 1)
+        made, _ = _moves(step, args, [P(), P(), P()], [P(), P()])
+        return [peak(made, MESH, chip).temporary for chip in (H100, V5E)]
+
+    def step(x, w, v):
+        y = x @ w
+        shown = y.T
+        written = y.at[0].add(1.0)
+        return written @ v, shown @ v
+
+    def shown_before(x, w, v):
+        y = x @ w
+        return y.T @ v, y.at[0].add(1.0) @ v
+
+    array = 256 * 256 * 4
+    assert temporary(step) == pytest.approx([2 * array] * 2, rel=0.01)
+    assert temporary(shown_before) == pytest.approx([array] * 2, rel=0.01)
+
+
+def test_slices_that_a_program_gathers_itself_lie_nowhere_yet():
+    """Zeros may lie anywhere when they are gathered; the product with `x` then divides them."""
+
+    def local(x):
+        stack = jnp.zeros((3, 4, 8))
+
+        def layer(total, w):
+            rows = jax.lax.all_gather(w, "data", axis=0, tiled=True)
+            return total + (w * x).sum() + rows.sum(), None
+
+        def layers(total, _):
+            return jax.lax.scan(layer, total, stack)[0], None
+
+        return jax.lax.scan(layers, jnp.zeros(()), None, length=2)[0]
+
+    def step(x):
+        return jax.shard_map(
+            local, mesh=abstract_mesh(MESH), in_specs=P("data"), out_specs=P(),
+            axis_names={"data"}, check_vma=False,
+        )(x)  # fmt: skip
+
+    made, moves = _moves(step, (_shape(8, 8),), [P("data", "tensor")], [None], ())
+    assert ("all-gather", ("data",), 6 * 8 * 8 * 4) in moves
+    found = peak(made, MESH, H100, detail=True)
+    assert not any(what.startswith("turned") for _, what in found.alive)
+
+
 def test_what_a_fused_product_reads_stays_until_it_is_written():
     """On v6e scores, their maximum and exponentials are one loop, which reads the keys."""
 
