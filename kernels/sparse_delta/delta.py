@@ -82,12 +82,6 @@ class _LeafPlan:
     def mesh(self) -> Mesh | AbstractMesh | None:
         return None if self.sharding is None else self.sharding.mesh
 
-    @property
-    def view(self) -> tuple[int, int, int]:
-        """Lead, rows and cols of one shard."""
-        shape = self.grid.shape
-        return box_view(self.grid, self.sharding.shard_shape(shape) if self.sharding else shape)
-
 
 def diff(
     old: Any,

@@ -82,9 +82,11 @@ def _indices(
 ) -> tuple[jax.Array, jax.Array]:
     """Low and high half of every element's index.
 
-    XLA may keep the halves of outer and of inner dimensions in memory, so neither has many
-    elements, nor ends in a small dimension, whose register tiles would be all but empty. Only
-    their sum, with a carry, costs operations an element.
+    XLA may keep the halves of outer and of inner dimensions in memory. Inner is the last dimension,
+    with those before it while all of them have at most 2^16 elements together: their halves fill
+    register tiles as the tensor does. Outer are the others, a row for each inner block: few, unless
+    the dimension before the inner ones is long, as in (70000, 3), whose outer halves are 70,000
+    rows of one element. Only the sum of outer and inner, with a carry, costs operations an element.
     """
     ones = (1,) * len(shape)
     split = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= _INNER_ELEMENTS)

@@ -97,6 +97,8 @@ def comparing_bytes(
     """
     placed, most = jax.tree.leaves(shardings), 0
     for leaf in named_leaves(weights, role="weights")[0]:
+        if 0 in leaf.shape:  # of which `diff` makes no records
+            continue
         shard = placed[leaf.place].shard_shape(leaf.shape)
         grid, width = choose_grid(leaf.shape, (shard,)), element_format(leaf.dtype).width_bits
         own = slices(shard, grid, width, backend)
@@ -130,10 +132,12 @@ def _program(
 
     def apply(old: Any, changes: Any, origins: Any) -> Any:
         edits = expand.Edits(((changes, thresholds),), ())
-        # The compilers' own devices, where it is lowered for them.
+        # Compilers lower it on a mesh alike of their own devices. Another one is the caller's for
+        # other programs, and `shard_map` takes no mesh but that of its context.
         here = jax.sharding.get_abstract_mesh()
-        where = mesh if here.empty else here
-        return expand.rebuilt(old, edits, origins, mesh=where, grid=grid, backend=backend)
+        where = here if here.shape_tuple == mesh.shape_tuple else mesh
+        with jax.sharding.use_abstract_mesh(where):
+            return expand.rebuilt(old, edits, origins, mesh=where, grid=grid, backend=backend)
 
     return LeafProgram(
         leaves=leaves,

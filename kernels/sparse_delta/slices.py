@@ -5,6 +5,10 @@ that array in memory has to be laid out for them, and what they made of it laid 
 it, on TPUs in tiles of registers that narrow dimensions fill by a part only, so up to 32 times its
 bytes. Made of one slice after the other, they are those of one slice. A shard that lies as the
 kernels want it is no slices: to take one out would be a copy, too.
+
+A slice is about 8 MiB as it is laid out, or one index of the dimension that is cut (whole tiles of
+it) where that is more: only one dimension is cut, the outermost one along which tiles are numbered
+first. A tensor of (2, 1024, 4096, 24) is two slices of 192 MiB on a TPU.
 """
 
 import math
@@ -169,6 +173,10 @@ class Slices:
 
 def slices(shape: tuple[int, ...], grid: TileGrid, width: int, backend: Backend) -> Slices:
     """How a shard is worked through; one slice that is all of it, where kernels take it so.
+
+    Slices have about `_SLICE_BYTES` as they are laid out, but at least those of one index of the
+    dimension that is cut, which is the outermost one longer than 1 of the outermost axis of the
+    view that has several tiles, and of as many indices as make whole tiles.
 
     Args:
       shape: of the shard, which cuts no tile; not empty.

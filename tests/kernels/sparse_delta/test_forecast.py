@@ -32,11 +32,21 @@ COMPILED = {
     "h100:2x8 output": ((4096, 128256), 1, 8, "gpu", 290.1),
     "h100:2x8 query of 70B": ((80, 8192, 64, 128), 2, 8, "gpu", 2874.0),
 }
+# By how many MB more may be predicted, where a slice is in a TPU's vector memory as it is laid out
+# before and after (two times 8 MiB), or is laid out once (8 MiB); else 5 % or 4 MB, the larger.
+SURPLUS = {
+    "v5e:4x4 query": 17,
+    "v5e:4x4 key": 17,
+    "v5e:4x4 output": 17,
+    "v6e:4x8 output of 151,936": 16,
+    "v6e:4x8 router": 17,
+    "h100:2x8 key": 8,
+}
 
 
 def lies(shape, axis, parts):
     mesh = AbstractMesh((parts,), ("tensor",), axis_types=(AxisType.Auto,))
-    spec = [None] * len(shape)
+    spec: list[str | None] = [None] * len(shape)
     spec[axis] = "tensor"
     return {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}, {
         "w": NamedSharding(mesh, PartitionSpec(*spec))
@@ -50,8 +60,9 @@ def test_applying_takes_what_compilers_say(name):
     results = jax.eval_shape(program.run, *program.args)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((program.args, results)))
     predicted = (held / parts + program.working_bytes) / 1e6
-    assert abs(predicted - compiled) < max(0.1 * compiled, 64)
-    assert predicted > 0.97 * compiled or compiled < 100
+    # Compilers keep some counters and tables beside what is predicted.
+    assert predicted > 0.999 * compiled
+    assert predicted < compiled + SURPLUS.get(name, max(0.05 * compiled, 4))
 
 
 def test_a_program_runs_on_the_mesh_of_its_context():
@@ -63,6 +74,15 @@ def test_a_program_runs_on_the_mesh_of_its_context():
     )  # fmt: skip
     alone = jax.eval_shape(program.run, *program.args)
     with jax.sharding.use_abstract_mesh(gpus):
+        assert jax.eval_shape(program.run, *program.args) == alone
+
+
+def test_a_program_runs_under_the_mesh_of_other_programs():
+    """A caller's own mesh, which has no row of devices, is none that it is compiled for."""
+    (program,) = forecast.applying(*lies(KEY, 2, 8), density=0.01, backend="reference")
+    alone = jax.eval_shape(program.run, *program.args)
+    others = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(others):
         assert jax.eval_shape(program.run, *program.args) == alone
 
 
@@ -81,6 +101,18 @@ def test_a_program_runs_on_the_mesh_of_its_context():
 def test_comparing_takes_no_more_than_slices(shape, axis, parts, backend, least, most):
     working = forecast.comparing_bytes(*lies(shape, axis, parts), backend=backend)
     assert least <= working <= most
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_comparing_takes_nothing_for_a_leaf_without_elements(backend):
+    weights, shardings = lies((32, 4096, 4096), 2, 128)
+    wanted = forecast.comparing_bytes(weights, shardings, backend=backend)
+    empty = jax.ShapeDtypeStruct((0, 4), jnp.bfloat16)
+    own = NamedSharding(shardings["w"].mesh, PartitionSpec())
+    assert wanted > 0
+    assert forecast.comparing_bytes({"e": empty}, {"e": own}, backend=backend) == 0
+    both = {"e": empty} | weights, {"e": own} | shardings
+    assert forecast.comparing_bytes(*both, backend=backend) == wanted
 
 
 def test_copies_of_a_large_shard_are_those_of_a_slice():
