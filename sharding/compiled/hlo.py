@@ -114,22 +114,22 @@ def _walk(
     name: str,
     times: int,
     above: tuple[str, ...],
-    seen: set[str] | None = None,
+    seen: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, int, int, int]]:
     """(kind, members, bytes, how often) of every collective that a computation runs."""
     if name in above:
         return
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen
     lines = computations.get(name, ())
     parts = _windowed(computations, lines)
     for line in lines:
         op = _OP.match(line)
         channel = _CHANNEL.search(line) if op else None
-        if channel:
-            # An asynchronous collective may run in several steps, each written as the whole.
-            if channel[1] in seen:
-                continue
-            seen.add(channel[1])
+        # An asynchronous collective may run in several steps, each written as the whole in a
+        # computation of its own. Those that a program asks for itself, under `shard_map`, all have
+        # one channel.
+        if channel and seen.setdefault(channel[1], name) != name:
+            continue
         if op:
             kind, shapes = op[2], [_bytes(m) for m in _SHAPE.finditer(op[1])]
             if kind == "collective-permute" and shapes[0] in parts and "dot_general" in line:

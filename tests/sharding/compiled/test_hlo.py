@@ -111,6 +111,20 @@ ENTRY %main (p: f32[2]) -> f32[8] {
     assert collectives(text) == {"all-gather": Traffic(1, 32)}
 
 
+def test_collectives_that_a_program_asks_for_itself_share_a_channel():
+    text = """HloModule m
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %a = bf16[4,8]{1,0} all-to-all(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %b = s32[4]{0} all-to-all(%i), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = bf16[4,8]{1,0} all-to-all(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+    assert collectives(text) == {"all-to-all": Traffic(3, 64 + 16 + 64)}
+
+
 def test_a_windowed_product_counts_as_the_gather_that_it_stands_for():
     # Four devices, two parts sent in each of two rounds; an outer loop that runs three times.
     text = """HloModule m
