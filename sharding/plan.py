@@ -229,6 +229,7 @@ class Plan:
         devices: Sequence[Any] | None = None,
         *,
         donate: Sequence[int] | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> Planned:
         """A step that runs as planned: jit with shardings, activations, remat and stages.
 
@@ -238,10 +239,13 @@ class Plan:
           donate: positions of arguments whose memory the results may take: what lies where the
             plan wants it is gone after the step. None is `plan.donate`, for which memory is
             predicted: the state that comes back. () keeps all.
+          options: of the compiler, by name, as `check` takes them; its own defaults where None.
         """
         donate = self.donate if donate is None else donate
         execution = self.execution(self.bind(devices).mesh)
-        return Planned(step, execution, donate=donate, state=self.state, data=self.data)
+        return Planned(
+            step, execution, donate=donate, state=self.state, data=self.data, options=options
+        )
 
     def check(
         self,

@@ -134,9 +134,11 @@ class Planned:
         donate: Sequence[int] = (),
         state: Sequence[int] | None = None,
         data: Sequence[int] | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self._step, self._execution = step, execution
         self._donate = tuple(donate)
+        self._options = None if options is None else dict(options)
         self._roles = {"state": state, "data": data}
         self._jitted: dict[Any, tuple[Any, list[NamedSharding]]] = {}
 
@@ -175,6 +177,7 @@ class Planned:
                 in_shardings=jax.tree.unflatten(structure, into),
                 out_shardings=jax.tree.unflatten(jax.tree.structure(out), back),
                 donate_argnums=self._donate,
+                compiler_options=self._options,
             )
             self._jitted[key] = jitted, into
         return self._jitted[key]

@@ -289,3 +289,14 @@ def test_specs_of_a_plan_serve_other_programs_that_hold_the_parameters(decoder):
     assert placed["policy"]["layers"]["down"].sharding.spec == plan.inputs["0/layers/down"]
     assert plan.batch == ("fsdp",)
     assert plan.inputs["2"] == P("fsdp")
+
+
+def test_options_reach_the_compiler():
+    """That of CPUs knows none of TPUs, and says so."""
+    args = (jnp.ones((8, 16)), jnp.ones((16, 16)))
+    plan = sharding.plan(lambda x, w: x @ w, args, cluster=jax.devices())
+    known = plan.apply(plan.step, options={"xla_cpu_enable_fast_math": "0"})
+    np.testing.assert_allclose(known(*args), 16.0)
+    unknown = plan.apply(plan.step, options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="windowed_einsum"):
+        unknown(*args)
