@@ -295,7 +295,7 @@ def test_options_reach_the_compiler():
     """That of CPUs knows none of TPUs, and says so."""
     args = (jnp.ones((8, 16)), jnp.ones((16, 16)))
     plan = sharding.plan(lambda x, w: x @ w, args, cluster=jax.devices())
-    known = plan.apply(plan.step, options={"xla_cpu_enable_fast_math": "0"})
+    known = plan.apply(plan.step, options={"xla_cpu_enable_fast_math": "False"})
     np.testing.assert_allclose(known(*args), 16.0)
     unknown = plan.apply(plan.step, options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="windowed_einsum"):
