@@ -237,3 +237,23 @@ def test_recomputation_at_most_so_much():
         Constraints(pinned={"remat": "full"}, remat_at_most="dots")
     with pytest.raises(ValueError, match="at most 'some'"):
         Constraints(remat_at_most="some")
+
+
+def test_inference_may_divide_experts_and_keep_the_rest_whole():
+    program = small(
+        experts=8, experts_per_token=2, moe_d_ff=4096, vocab=65536, training=False
+    )  # fmt: skip
+    cluster = Cluster.from_name("h100:1x8")
+    found = solve(program, cluster, tie_tolerance=0.0).best[0]
+    references = {
+        zero: best_strategy(
+            program, cluster, constraints=Constraints(pinned={"zero": zero}), tie_tolerance=0.0
+        )
+        for zero in range(4)
+    }
+    assert (found.strategy.expert, found.strategy.zero) == (8, 0)
+    assert np.isclose(found.step_s, min(r.step_s for r in references.values()), rtol=1e-12)
+    assert references[0].strategy.mesh == found.strategy.mesh
+    # Gathered for every call, the rest costs more than any other division does.
+    assert references[3].step_s > found.step_s
+    assert references[3].strategy.mesh != found.strategy.mesh
