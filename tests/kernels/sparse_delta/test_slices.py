@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import sparse_delta
 from kernels.sparse_delta import expand, gpu, gpu_compact, reference, slices, tpu
-from kernels.sparse_delta.delta import diff
+from kernels.sparse_delta.delta import _reached, diff
 from kernels.sparse_delta.elements import element_format
 from kernels.sparse_delta.reference import Slots
 from kernels.sparse_delta.tiles import TileGrid, box_view, choose_grid
@@ -82,6 +82,33 @@ def test_classes_counted_by_slices(name, sliced):
     everything = expand.class_counts(stacked, None, LIMITS, **options)
     assert np.array_equal(everything, wanted)
     assert np.array_equal(expand.class_counts(stacked, chosen, LIMITS, **options), wanted[chosen])
+
+
+@pytest.mark.parametrize("backend", ["reference", "tpu"])
+@pytest.mark.parametrize("name", LEAVES)
+def test_exponents_are_sampled_at_the_same_elements(name, backend, sliced):
+    """Those at every fourth part of the lead, and every 64th part of rows and of columns."""
+    shape, grid = LEAVES[name]
+    old, _ = pair(shape)
+    view = old.view(np.uint16).reshape(grid.extents)
+    lead, rows, cols = (
+        max(1, n // parts) for n, parts in zip(view.shape, (4, 64, 64), strict=True)
+    )
+    exponents = (view[::lead, ::rows, ::cols].reshape(-1, 1) >> 7) & 0xFF
+    wanted = np.mean(exponents >= np.arange(256), axis=0)
+    got = _reached(jnp.asarray(old), grid, BF16, backend) / old.size
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gpu"])
+def test_a_sample_of_many_slices_is_a_short_program(backend, sliced):
+    """The vocabulary of Qwen3 by its width, whose view is no copy of it there."""
+    shape = (151936, 2048)
+    grid = choose_grid(shape, (shape,))
+    shard = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    run = functools.partial(_reached, grid=grid, fmt=BF16, backend=backend)
+    assert len(list(slices.slices(shape, grid, 16, "reference"))) > 100
+    assert len(jax.make_jaxpr(run)(shard).eqns) < 30
 
 
 @pytest.mark.parametrize("name", LEAVES)
