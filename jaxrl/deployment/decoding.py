@@ -5,7 +5,6 @@ as one. Time and memory grow by the same with every layer: two programs of few l
 layers take.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from jaxrl.models import DecoderConfig
 from sharding import Cluster, DoesNotFit
 
 _AXES = ("data", "fsdp", "tensor", "expert", "context")
+_RETRIES = 3  # with less memory for few layers, where all layers take more than there is
 
 
 class Decoding:
@@ -43,12 +43,13 @@ class Decoding:
           memory: share of a device's memory that it may fill.
 
         Raises:
-          sharding.DoesNotFit: no way fits.
+          sharding.DoesNotFit: no way fits; of the one that lacks least.
           ValueError: nothing divides it.
         """
         program = self._program(self._workload, prompts)
         limit, most = cluster.memory_bytes * memory, self._workload.policy.kv_heads
         found: list[Part] = []
+        lacking: list[DoesNotFit] = []
         free = self._few_layers(program, cluster, prompts, memory, {})
         if free.plan.mesh.get("tensor", 1) <= most:
             found.append(self._all_layers(program, cluster, prompts, memory, free))
@@ -56,9 +57,14 @@ class Decoding:
                 return found[0]
         for tensor in (2**i for i in range(most.bit_length())):
             if tensor <= most and cluster.device_count % tensor == 0:
-                with contextlib.suppress(ValueError):  # nothing that the model has divides so
-                    few = self._few_layers(program, cluster, prompts, memory, {"tensor": tensor})
-                    found.append(self._all_layers(program, cluster, prompts, memory, few))
+                try:
+                    found.append(self._smaller(program, cluster, prompts, memory, tensor))
+                except DoesNotFit as error:
+                    lacking.append(error)
+                except ValueError:  # nothing that the model has divides so
+                    continue
+        if not found and lacking:
+            raise min(lacking, key=lambda error: error.shortfall_bytes)
         if not found:
             raise ValueError(
                 f"nothing divides decoding of {prompts} prompts over the {cluster.device_count} "
@@ -74,6 +80,40 @@ class Decoding:
             least,
             limit,
         )
+
+    def _smaller(
+        self, program: Program, cluster: Cluster, prompts: int, memory: float, tensor: int
+    ) -> Part:
+        """Decoding with heads divided so many ways: what fits, or else the smallest that was tried.
+
+        Few layers may fit where all do not. Then few are planned again in what leaves every layer
+        its part of the memory, beside what layers share: less than they took, and enough for every
+        division that fits and whose layers share no more.
+
+        Raises:
+          sharding.DoesNotFit: not even few layers fit.
+          ValueError: nothing divides it so.
+        """
+        limit, share = cluster.memory_bytes * memory, memory
+        smallest: Part | None = None
+        for _ in range(1 + _RETRIES):
+            try:
+                few = self._few_layers(program, cluster, prompts, share, {"tensor": tensor})
+                part = self._all_layers(program, cluster, prompts, share, few)
+            except DoesNotFit:
+                if smallest is None:
+                    raise
+                break
+            if smallest is None or part.memory_bytes < smallest.memory_bytes:
+                smallest = part
+            if part is few or part.memory_bytes <= limit:
+                break
+            layers, (longer, _) = self._workload.policy.layers, self._layers()
+            each = (part.memory_bytes - few.memory_bytes) / (layers - longer)
+            shared = max(0.0, few.memory_bytes - longer * each)
+            share = (shared + (limit - shared) * longer / layers) / cluster.memory_bytes
+        assert smallest is not None
+        return smallest
 
     def _few_layers(
         self,
