@@ -19,13 +19,15 @@ from jaxrl.deployment import (
     divide,
     dry_run,
     learner_programs,
+    parts,
 )
 from jaxrl.deployment.machines import actor_sizes
+from jaxrl.deployment.parts import Part
 from jaxrl.deployment.search import actor_bytes, resident_bytes
 from jaxrl.models import DecoderConfig
 from jaxrl.models.named import named
 from jaxrl.sync import Link
-from sharding import Cluster, DoesNotFit
+from sharding import Cluster, DoesNotFit, Plan
 
 SMALL = DecoderConfig(
     vocab_size=1024, layers=8, embed=512, heads=8, kv_heads=4, head_dim=64, mlp=2048,
@@ -107,15 +109,28 @@ def test_a_machine_over_which_nothing_divides_is_no_lack_of_memory():
     assert not isinstance(got.value, DoesNotFit)
 
 
-def test_every_cut_is_announced_and_no_plan_is_made_twice(planner):
-    heard = []
+def test_every_cut_is_announced_and_no_plan_is_made_twice(monkeypatch):
+    """Models that score fit beside the policy only as shards, so that actors are planned twice."""
+    made = []
+
+    def listed(program, cluster, *, pinned=None, memory):
+        made.append((program.step, cluster.name, tuple(sorted((pinned or {}).items())), memory))
+        whole = program.parameters in ("reference", "reward") and not pinned
+        return Part(
+            program=program, plan=Plan(mesh={"data": cluster.device_count}), step_s=1.0,
+            memory_bytes=75e9 if whole else 2e9, resident_bytes=1e9,
+        )  # fmt: skip
+
+    monkeypatch.setattr(parts, "planned", listed)
+    planner, heard = Planner(WORKLOAD), []
     divide(WORKLOAD, CLUSTER, planner=planner, told=heard.append)
     assert [line.split(":")[0] for line in heard] == [f"division {i} of 3" for i in (1, 2, 3)]
     assert all(cut.learner.name in line for cut, line in zip(cuts(CLUSTER), heard, strict=True))
-    made = len(planner._plans)
-    assert made > 10
-    divide(WORKLOAD, CLUSTER, planner=planner)
-    assert len(planner._plans) == made
+    assert len(made) == len(set(made)) == len(planner._plans) > 10
+    made.clear()
+    monkeypatch.setattr(parts.Plans, "planned", lambda self, *args, **kw: listed(*args, **kw))
+    divide(WORKLOAD, CLUSTER, planner=Planner(WORKLOAD))
+    assert len(made) > len(set(made))  # as would be planned if nothing were kept
 
 
 def test_the_best_is_the_best_of_all_that_can_be_written_down(planner):
