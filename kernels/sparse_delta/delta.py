@@ -381,6 +381,8 @@ def _reached(
     # Elsewhere than on TPUs arrays are row-major, and a view of them is no copy.
     if own.whole or backend != "tpu":
         sample = _every(shard.reshape(lead, rows, cols), steps, (0, 0, 0))
+    elif own.along[0] == 2:
+        sample = _every_by_column(shard, grid, steps)
     else:
         samples = []
         for piece in own:
@@ -403,6 +405,25 @@ def _every(box: Array, steps: tuple[int, int, int], begin: Sequence[int]) -> Arr
     # One after the other: XLA:TPU would take both steps at once, with all in fast memory.
     lines = jax.lax.optimization_barrier(box[lead, rows])
     return lines[:, :, cols].reshape(-1)
+
+
+def _every_by_column(shard: Array, grid: TileGrid, steps: tuple[int, int, int]) -> Array:
+    """`_every` of a shard's whole view, one column after the other.
+
+    Where tiles are numbered along columns first, all rows are in one tile, down to the one row that
+    a tensor is as a vector: XLA:TPU would have a slice of it in fast memory to step through, in
+    registers with one row of sixteen.
+    """
+    outer, inner = shard.shape[: grid.splits[1]], shard.shape[grid.splits[1] :]
+    lead, rows, cols = box_view(grid, shard.shape)
+    places = np.stack(np.unravel_index(np.arange(0, cols, steps[2]), inner), axis=1)
+
+    def column(place: Array) -> Array:
+        starts = [0] * len(outer) + [place[k] for k in range(len(inner))]
+        taken = jax.lax.dynamic_slice(shard, starts, (*outer, *(1 for _ in inner)))
+        return _every(taken.reshape(lead, rows, 1), steps, (0, 0, 0))
+
+    return jax.lax.map(column, jnp.asarray(places, jnp.int32)).reshape(-1)
 
 
 class ShardRecords(NamedTuple):

@@ -27,6 +27,7 @@ LEAVES = {
     "rows of several indices": ((12, 8, 300), TileGrid((12, 8, 300), (0, 2), (16, 100))),
     "columns": ((64, 300), TileGrid((64, 300), (0, 1), (64, 20))),
     "a clipped tile at the end": ((100, 300), TileGrid((100, 300), (0, 1), (16, 300))),
+    "a vector of two dimensions": ((150, 90), TileGrid((150, 90), (0, 0), (1, 360))),
     "clipped tiles in each": ((6, 70, 90), TileGrid((6, 70, 90), (1, 2), (32, 40))),
 }
 
