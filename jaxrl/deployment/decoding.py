@@ -5,14 +5,14 @@ as one. Time and memory grow by the same with every layer: two programs of few l
 layers take.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from jaxrl.deployment.parts import Part, Plans, planned
 from jaxrl.deployment.programs import Program, Written, generation_programs
 from jaxrl.deployment.workload import Workload
 from jaxrl.models import DecoderConfig
-from sharding import Cluster, DoesNotFit
+from sharding import Cluster, DoesNotFit, Plan
 
 _AXES = ("data", "fsdp", "tensor", "expert", "context")
 _RETRIES = 3  # with less memory for few layers, where all layers take more than there is
@@ -136,9 +136,10 @@ class Decoding:
         layers, (longer, shorter) = self._workload.policy.layers, self._layers()
         if few.program is program:
             return few
-        mesh = {name: few.plan.mesh.get(name, 1) for name in _AXES}
-        fewer = self._plans.planned(
-            self._shortened(shorter, prompts), cluster, pinned=mesh, memory=memory
+        short = self._shortened(shorter, prompts)
+        fewer = _divided_alike(
+            few.plan,
+            lambda pins: self._plans.planned(short, cluster, pinned=pins, memory=memory),
         )
 
         def drawn(name: str) -> float:
@@ -167,8 +168,30 @@ def full_decode(part: Part, cluster: Cluster) -> Part:
     """Decoding with all its layers, divided as it was planned with a few."""
     if part.plan.args == part.program.args:
         return part
-    pins = {axis: part.plan.mesh.get(axis, 1) for axis in _AXES}
-    return planned(part.program, cluster, pinned=pins)
+    return _divided_alike(part.plan, lambda pins: planned(part.program, cluster, pinned=pins))
+
+
+def _divided_alike(plan: Plan, make: Callable[[Mapping[str, int]], Part]) -> Part:
+    """Decoding with another number of layers, divided as a plan divides it.
+
+    Where experts are divided and nothing else is, the mesh leaves open whether the rest is whole or
+    gathered from their axis (ZeRO 0 or 3): layers that both have then say which it is.
+
+    Args:
+      plan: with its own number of layers.
+      make: what plans with the other, given pins.
+    """
+    mesh = {axis: plan.mesh.get(axis, 1) for axis in _AXES}
+    made = make(mesh)
+    if mesh["expert"] == 1 or mesh["fsdp"] > 1 or _lies_alike(plan, made.plan):
+        return made
+    others = (make({**mesh, "zero": stage}) for stage in (3, 0))
+    return next((part for part in others if _lies_alike(plan, part.plan)), made)
+
+
+def _lies_alike(one: Plan, other: Plan) -> bool:
+    """Whether all arguments that both have lie alike."""
+    return all(one.inputs.get(path, spec) == spec for path, spec in other.inputs.items())
 
 
 def _period(config: DecoderConfig) -> int:

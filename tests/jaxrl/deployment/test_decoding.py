@@ -1,12 +1,14 @@
 """Which division decoding takes, where the search has a short table to choose from."""
 
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxrl import recipes
 from jaxrl.deployment import Program, Workload
-from jaxrl.deployment.decoding import Decoding
+from jaxrl.deployment.decoding import Decoding, full_decode
 from jaxrl.deployment.parts import Part, Plans
 from jaxrl.deployment.programs import Written
 from jaxrl.models import DecoderConfig
@@ -25,12 +27,16 @@ LIMIT = CLUSTER.memory_bytes / 2
 
 @dataclass(frozen=True)
 class Row:
-    """A division: seconds a layer, and bytes of a device that layers share and that each takes."""
+    """A division: seconds a layer, and bytes of a device that layers share and that each takes.
+
+    The stage of ZeRO says whether what is no expert is divided over the experts' axis.
+    """
 
     mesh: dict[str, int]
     seconds: float
     once: float
     layer: float
+    zero: int = 0
 
     def bytes(self, layers: int) -> float:
         return self.once + layers * self.layer
@@ -47,7 +53,8 @@ class Table(Plans):
         (layers,) = program.args
         kept = [
             r for r in self.rows
-            if all(r.mesh.get(axis, 1) == n for axis, n in (pinned or {}).items())
+            if all({"zero": r.zero, **r.mesh}.get(name, 1) == n
+                   for name, n in (pinned or {}).items())
         ]  # fmt: skip
         if not kept:
             raise ValueError("nothing divides")
@@ -58,8 +65,9 @@ class Table(Plans):
         best = min(fits, key=lambda r: r.seconds)
         size = best.bytes(layers)
         return Part(
-            program=program, plan=Plan(mesh=best.mesh), step_s=layers * best.seconds,
-            memory_bytes=size, resident_bytes=size,
+            program=program,
+            plan=Plan(mesh=best.mesh, inputs={"0/head": P("expert") if best.zero == 3 else P()}),
+            step_s=layers * best.seconds, memory_bytes=size, resident_bytes=size,
         )  # fmt: skip
 
 
@@ -117,3 +125,17 @@ def test_the_smallest_that_was_tried_says_what_is_missing():
         planned(*rows)
     assert got.value.needed_bytes == pytest.approx(LAYERS * 0.10 * LIMIT)
     assert got.value.limit_bytes == pytest.approx(LIMIT)
+
+
+def test_other_numbers_of_layers_are_divided_alike(monkeypatch):
+    """Half the layers fit with all but experts whole, all of them where the rest is divided too."""
+    whole = Row({"expert": 8}, 1.0, 0.30 * LIMIT, 0.05 * LIMIT, zero=0)
+    divided = Row({"expert": 8}, 2.0, 0.05 * LIMIT, 0.04 * LIMIT, zero=3)
+    got = planned(whole, divided)
+    assert got.memory_bytes == pytest.approx(divided.bytes(LAYERS))
+    assert got.step_s == pytest.approx(LAYERS * divided.seconds)
+    # With the whole device's memory the faster one would fit.
+    module = sys.modules["jaxrl.deployment.decoding"]
+    monkeypatch.setattr(module, "planned", Table([whole, divided]).planned)
+    assert full_decode(got, CLUSTER).memory_bytes == divided.bytes(LAYERS)
+    assert whole.bytes(LAYERS) < CLUSTER.memory_bytes
