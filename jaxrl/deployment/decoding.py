@@ -5,6 +5,7 @@ as one. Time and memory grow by the same with every layer: two programs of few l
 layers take.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -185,8 +186,12 @@ def _divided_alike(plan: Plan, make: Callable[[Mapping[str, int]], Part]) -> Par
     made = make(mesh)
     if mesh["expert"] == 1 or mesh["fsdp"] > 1 or _lies_alike(plan, made.plan):
         return made
-    others = (make({**mesh, "zero": stage}) for stage in (3, 0))
-    return next((part for part in others if _lies_alike(plan, part.plan)), made)
+    for stage in (3, 0):
+        with contextlib.suppress(DoesNotFit):  # where it does not, the plan is not divided so
+            other = make({**mesh, "zero": stage})
+            if _lies_alike(plan, other.plan):
+                return other
+    return made
 
 
 def _lies_alike(one: Plan, other: Plan) -> bool:
