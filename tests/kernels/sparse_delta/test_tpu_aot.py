@@ -88,6 +88,14 @@ def test_nothing_is_gathered_from_other_devices(compiled):
     assert compiled["diff"]["temporary_bytes"] < 1024 * 1024 * 2 / 2
 
 
+def test_an_embedding_whose_rows_make_no_tiles_is_compared(compiled):
+    if compiled["generation"] != "v5e":
+        pytest.skip("only compiled for v5e")
+    # Two slices of each version, as they come and as they are laid out: less than the two.
+    assert compiled["diff of vectors"]["temporary_bytes"] < 2 * 4748 * 2048 * 2
+    assert compiled["diff of vectors"]["collectives"] == ["all-reduce"]
+
+
 def test_compaction_runs_on_the_sparsecore_of_ironwood(compiled):
     if compiled["generation"] != "Ironwood":
         assert "sparsecore" not in compiled
