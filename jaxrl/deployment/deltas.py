@@ -38,7 +38,7 @@ def encoding(update: Part, machine: Cluster) -> Part:
     def delta(old, new):
         # The compilers' own devices, where it is lowered for them.
         here, shardings = jax.sharding.get_abstract_mesh(), lies
-        if here.axis_names == tuple(update.plan.mesh):
+        if update.plan.mesh and here.axis_names == tuple(update.plan.mesh):
             shardings = jax.tree.map(lambda lie: NamedSharding(here, lie.spec), lies)
         return sparse_delta.diff(old, new, shardings=shardings, backend=backend).records
 

@@ -248,7 +248,8 @@ def test_the_next_weights_are_built_from_the_shards_of_the_policy():
     for part in parts:
         leaf = 2 * part.program.args[0].size / devices
         assert part.resident_bytes == 2 * leaf  # old and new
-        assert 2 * leaf < part.memory_bytes < 3 * leaf  # and what changes
+        # And what changes; slots of the smallest leaves are larger than these.
+        assert 2 * leaf < part.memory_bytes < 3 * leaf + 1e6
     names = " ".join(part.program.name for part in parts)
     for leaf in ("embedding", "gate", "up", "down", "query", "key", "value", "attention_out"):
         assert names.count(leaf) == 1
