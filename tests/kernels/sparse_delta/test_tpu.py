@@ -44,7 +44,7 @@ def thresholds() -> jax.Array:
 
 def check(name: str, *args, interpret: bool | pltpu.InterpretParams = True, **options) -> None:
     kernel = functools.partial(getattr(tpu, name), interpret=interpret, **options)
-    got = jax.jit(kernel)(*args)
+    got = jax.block_until_ready(jax.jit(kernel)(*args))  # an interpreter is not to be disturbed
     wanted = jax.jit(functools.partial(getattr(reference, name), **options))(*args)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
