@@ -100,7 +100,11 @@ def said(runs: Sequence[DryRun]) -> list[str]:
         return []
     within = sum(abs(error) <= 0.1 for error, *_ in errors)
     worst = max(errors, key=lambda entry: abs(entry[0]))
+    others = [error for error, name, _ in errors if not name.startswith("delta ")]
+    near = sum(abs(error) <= 0.1 for error in others)
     return [
         f"predicted memory is within 10 % of the compiled for {within} of {len(errors)} programs; "
-        f"the worst is {worst[1]} on {worst[2]}: {worst[0]:+.0%}"
+        f"the worst is {worst[1]} on {worst[2]}: {worst[0]:+.0%}",
+        f"of those that are no deltas for {near} of {len(others)}: {min(others):+.1%} to "
+        f"{max(others):+.1%}",
     ]

@@ -237,19 +237,21 @@ def _scattered_into_sums(body: Computation) -> list[Instruction]:
         if made is None or made.name != "scatter-add" or made.moves or readers[id(array)] > 1:
             return None
         filled = maker.get(id(made.ins[0]))
-        return made if filled and filled.name == "broadcast_in_dim" else None
+        if filled is None or filled.name != "broadcast_in_dim":
+            return None
+        return made if getattr(filled.eqn.invars[0], "val", None) == 0 else None
 
     gone: set[int] = set()
     found: list[Instruction] = []
     for instruction in body.instructions:
         scatters = [of_nothing(a) for a in instruction.ins] if instruction.name in _ADDS else []
         added = next(((k, made) for k, made in enumerate(scatters) if made), None)
-        if added is None or instruction.moves:
+        rest = instruction.ins[1 - added[0]] if added else None
+        if added is None or rest is None or instruction.moves or not rest.shape:
             found.append(instruction)
             continue
-        place, made = added
+        _, made = added
         gone.add(id(made))
-        rest = instruction.ins[1 - place]
         found.append(replace(made, ins=[rest, *made.ins[1:]], outs=instruction.outs))
     return [instruction for instruction in found if id(instruction) not in gone]
 

@@ -173,7 +173,7 @@ class Attention:
             run = functools.partial(
                 splash.attend_part_planned, pattern=of_layer, axis=SEQUENCE_AXES[0], rule=self.rule
             )
-            return _with(
+            return _on_columns(
                 run, jnp.asarray(index), PartitionSpec(SEQUENCE_AXES), query, kv, segments, row
             )
         if for_splash:
@@ -186,7 +186,7 @@ class Attention:
             masks = kernels.manual_sharding_spec(
                 NamedSharding(layout.mesh, PartitionSpec(None, SEQUENCE_AXES))
             )
-            return _with(run, kernels, masks, query, kv, segments, row)
+            return _on_columns(run, kernels, masks, query, kv, segments, row)
         exchange: Literal["ring", "all_gather"] = (
             "all_gather" if self.exchange == "all_gather" else "ring"
         )
@@ -213,24 +213,24 @@ class Attention:
         return even and (self.implementation == "splash" or automatic)
 
 
-def _with(
+def _on_columns(
     run: Callable[..., Array],
-    own: Any,
-    lies: Any,
+    extra: Any,
+    extra_spec: Any,
     query: Array,
     kv: KeyValue,
     segments: Array,
     row: PartitionSpec,
 ) -> Float[Array, "N S Q d"]:
-    """`run` on the columns of each device, which has its own part of `own` as `lies` says."""
+    """`run` on the columns of each device, which has its own part of `extra`, as its spec says."""
     layout = cast(Layout, Layout.current())
     batch, sequence, _ = row
     # Specs stand where `KeyValue` has arrays, which its annotations do not say.
     divided = jax.shard_map(
         run, mesh=layout.mesh, out_specs=row, check_vma=False,
-        in_specs=(lies, row, KeyValue(row, row), PartitionSpec(batch, sequence)),  # type: ignore[arg-type]
+        in_specs=(extra_spec, row, KeyValue(row, row), PartitionSpec(batch, sequence)),  # type: ignore[arg-type]
     )  # fmt: skip
-    return divided(own, query, kv, segments)
+    return divided(extra, query, kv, segments)
 
 
 def _on_each_device(

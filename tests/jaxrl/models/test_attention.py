@@ -386,6 +386,18 @@ def on_mesh(mesh, tree):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def undivided(config):
+    """A decoder, what it reads, and its gradients by plain attention on one device."""
+    graphdef, params = random_decoder(config)
+    prompts, completions = tokens_and_prompts()
+    rows = jax.random.randint(jax.random.key(4), (2, 21), 0, 11)
+    packed = jnp.asarray([[1] * 8 + [2] * 10 + [0] * 3, [0] * 2 + [1] * 19], jnp.int32)
+    plain, _ = random_decoder(dataclasses.replace(config, attention="xla"))
+    expected = completion_gradients(plain, params, prompts, completions)
+    whole = sequence_gradients(plain, params, rows, packed)
+    return graphdef, (params, prompts, completions, rows, packed), expected, whole
+
+
 @pytest.mark.parametrize(
     ("exchange", "name", "sizes"),
     [
@@ -399,13 +411,8 @@ def on_mesh(mesh, tree):
 )
 def test_sequences_divided_among_devices(exchange, name, sizes):
     config = dataclasses.replace(TINY, **DIVIDED[name], context=exchange)
-    graphdef, params = random_decoder(config)
-    prompts, completions = tokens_and_prompts()
-    rows = jax.random.randint(jax.random.key(4), (2, 21), 0, 11)
-    packed = jnp.asarray([[1] * 8 + [2] * 10 + [0] * 3, [0] * 2 + [1] * 19], jnp.int32)
-    plain, _ = random_decoder(dataclasses.replace(config, attention="xla"))
-    expected = completion_gradients(plain, params, prompts, completions)
-    whole = sequence_gradients(plain, params, rows, packed)
+    graphdef, given, expected, whole = undivided(config)
+    params, prompts, completions, rows, packed = given
     mesh = mesh_of(sizes)
     with jax.set_mesh(mesh):
         params, prompts, completions, rows, packed = on_mesh(
@@ -420,13 +427,8 @@ def test_sequences_divided_among_devices(exchange, name, sizes):
 @pytest.mark.parametrize("sizes", [{"context": 8}, EIGHT])
 def test_divided_sequences_as_the_planner_reads_them_on_tpus(sizes):
     config = dataclasses.replace(TINY, attention_softcap=1.5)
-    graphdef, params = random_decoder(config)
-    prompts, completions = tokens_and_prompts()
-    rows = jax.random.randint(jax.random.key(4), (2, 21), 0, 11)
-    packed = jnp.asarray([[1] * 8 + [2] * 10 + [0] * 3, [0] * 2 + [1] * 19], jnp.int32)
-    plain, _ = random_decoder(dataclasses.replace(config, attention="xla"))
-    expected = completion_gradients(plain, params, prompts, completions)
-    whole = sequence_gradients(plain, params, rows, packed)
+    graphdef, given, expected, whole = undivided(config)
+    params, rows = given[0], given[3]
     mesh = mesh_of(sizes)
 
     def program(machine):
@@ -434,7 +436,7 @@ def test_divided_sequences_as_the_planner_reads_them_on_tpus(sizes):
             return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).hidden(rows))(params))
 
     with jax.set_mesh(mesh):
-        given = on_mesh(mesh, (params, prompts, completions, rows, packed))
+        given = on_mesh(mesh, given)
         with planning("tpu"):
             found = completion_gradients(graphdef, *given[:3])
             divided = sequence_gradients(graphdef, given[0], *given[3:])
